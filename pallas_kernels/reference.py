@@ -1,0 +1,43 @@
+"""The oracle: attention under the dense mask of a plan, in float32. Every other implementation is tested against it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.plan import SparsePlan
+
+
+def reference_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    plan: SparsePlan,
+    *,
+    lengths: Int[Array, " b"] | None = None,
+    q_offset: int | Int[Array, ""] = 0,
+    scale: float | None = None,
+) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]:
+    """softmax(q kᵀ · scale over the keys of `plan.to_mask`) v, and its log-sum-exp.
+
+    **Returns:** the output in q's dtype and float32 LSE (natural logarithm). Rows that see no key give zeros and −inf.
+
+    Memory: several float32 arrays `[b, n, t, s]`. For tests only.
+    """
+    b, t, n, h = q.shape
+    s, group = k.shape[1], n // k.shape[2]
+    scale = h**-0.5 if scale is None else scale
+    mask = plan.to_mask(t, s, q_offset=q_offset, lengths=lengths)
+    mask = jnp.broadcast_to(mask, (b, n, t, s)).reshape(b, n // group, group, t, s)
+    queries = q.astype(jnp.float32).reshape(b, t, n // group, group, h)
+    precision = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("btkgh,bskh->bkgts", queries, k.astype(jnp.float32), precision=precision) * scale
+    scores = jnp.where(mask, scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    top = jnp.where(jnp.isfinite(top), top, jnp.float32(0))
+    weights = jnp.where(mask, jnp.exp(scores - top), jnp.float32(0))
+    total = weights.sum(-1, keepdims=True)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights / jnp.maximum(total, 1e-38), v.astype(jnp.float32), precision=precision)
+    lse = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-38)), -jnp.inf)[..., 0]
+    return out.reshape(b, t, n, h).astype(q.dtype), lse.reshape(b, n, t).swapaxes(1, 2)
