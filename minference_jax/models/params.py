@@ -1,0 +1,42 @@
+"""The names and shapes of a model's parameters, known without allocating any."""
+
+from __future__ import annotations
+
+from minference_jax.models.config import LlamaConfig
+
+
+def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of one layer's parameters. Heads stay an axis of the projections, so attention needs no reshape."""
+    d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
+    n, k = config.num_heads, config.num_kv_heads
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_norm": (d,),
+        "mlp_norm": (d,),
+        "wq": (d, n, h),
+        "wk": (d, k, h),
+        "wv": (d, k, h),
+        "wo": (n, h, d),
+        "w_gate": (d, f),
+        "w_up": (d, f),
+        "w_down": (f, d),
+    }
+    if config.qkv_bias:
+        shapes |= {"bq": (n, h), "bk": (k, h), "bv": (k, h)}
+    if config.qk_norm:
+        shapes |= {"q_norm": (h,), "k_norm": (h,)}
+    return shapes
+
+
+def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every parameter, as `Llama.params()` and `Llama.from_params` use them.
+
+    Layers are stacked: `"layers.wq"` is `[layers, hidden, heads, head_dim]`. `"lm_head"` `[hidden, vocab]` is absent
+    when embeddings are tied.
+    """
+    shapes: dict[str, tuple[int, ...]] = {"embed": (config.vocab_size, config.hidden_size)}
+    for name, shape in layer_shapes(config).items():
+        shapes[f"layers.{name}"] = (config.num_layers, *shape)
+    shapes["final_norm"] = (config.hidden_size,)
+    if not config.tie_embeddings:
+        shapes["lm_head"] = (config.hidden_size, config.vocab_size)
+    return shapes
