@@ -1,0 +1,102 @@
+"""Small Hugging Face configs, one for each thing that a config of the Llama family can switch.
+
+They have `model_type` and only the fields a published config.json of that family has. Sequences of up to 150 tokens
+run through them: more than one 128-row query tile, and past the 64 or 128 positions where the RoPE variants that
+depend on length change over.
+"""
+
+from typing import Any
+
+_SMALL = {
+    "vocab_size": 331,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def _llama(**changes: Any) -> dict[str, Any]:
+    return _SMALL | {"model_type": "llama"} | changes
+
+
+def _rope(kind: str, **scaling: Any) -> dict[str, Any]:
+    return {"rope_type": kind, **scaling}
+
+
+# Every head_dim 8 model rotates 4 pairs: LongRoPE wants one factor for each.
+_LONGROPE = {"short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [1.2, 2.0, 5.0, 9.0]}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    # Query heads for each KV head.
+    "gqa1": _llama(num_key_value_heads=8),
+    "gqa4": _llama(),
+    "gqa8": _llama(num_key_value_heads=1),
+    # Sizes and switches.
+    "tied": _llama(tie_word_embeddings=True),
+    "head_dim_not_hidden_over_heads": _llama(head_dim=16),
+    "three_heads_to_a_kv_head": _llama(num_attention_heads=6, num_key_value_heads=2, hidden_size=72, head_dim=12),
+    "rms_norm_eps_large": _llama(rms_norm_eps=0.3),
+    "rope_theta_1e6": _llama(rope_theta=1e6),
+    # Every RoPE scaling; those that depend on the length, within and past the original context.
+    "rope_linear": _llama(rope_scaling=_rope("linear", factor=4.0)),
+    "rope_dynamic": _llama(rope_scaling=_rope("dynamic", factor=3.0), max_position_embeddings=64),
+    "rope_dynamic_unused": _llama(rope_scaling=_rope("dynamic", factor=3.0)),
+    "rope_llama3": _llama(
+        rope_scaling=_rope(
+            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+        )
+    ),
+    "rope_yarn": _llama(rope_scaling=_rope("yarn", factor=4.0, original_max_position_embeddings=128)),
+    "rope_yarn_tuned": _llama(
+        head_dim=16,
+        rope_scaling=_rope(
+            "yarn",
+            factor=4.0,
+            original_max_position_embeddings=128,
+            beta_fast=16.0,
+            beta_slow=2.0,
+            mscale=0.8,
+            mscale_all_dim=1.2,
+            truncate=False,
+        ),
+    ),
+    "rope_yarn_attention_factor": _llama(
+        rope_scaling=_rope("yarn", factor=4.0, original_max_position_embeddings=128, attention_factor=0.9)
+    ),
+    "rope_longrope": _llama(rope_scaling=_rope("longrope", factor=4.0, original_max_position_embeddings=64, **_LONGROPE)),
+    "rope_longrope_unused": _llama(
+        rope_scaling=_rope("longrope", factor=4.0, original_max_position_embeddings=256, **_LONGROPE)
+    ),
+    # The other families.
+    "mistral": _SMALL | {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
+    "mistral_wide_window": _SMALL | {"model_type": "mistral", "sliding_window": 512},
+    "qwen2": _SMALL | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32, "max_window_layers": 2},
+    "qwen2_tied": _SMALL | {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 8},
+    "qwen3": _SMALL | {"model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 4},
+    "qwen3_tied_yarn": _SMALL
+    | {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "rope_scaling": _rope("yarn", factor=4.0, original_max_position_embeddings=64),
+    },
+    "phi3": _SMALL | {"model_type": "phi3", "original_max_position_embeddings": 512, "sliding_window": 2047},
+    "phi3_longrope": _SMALL
+    | {
+        "model_type": "phi3",
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {"type": "longrope", **_LONGROPE},
+    },
+    "phi3_partial_rotary": _SMALL
+    | {"model_type": "phi3", "head_dim": 16, "original_max_position_embeddings": 512, "partial_rotary_factor": 0.5},
+}
