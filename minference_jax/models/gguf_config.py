@@ -1,0 +1,139 @@
+"""GGUF metadata → the dictionary of a Hugging Face `config.json`, which `LlamaConfig.from_hf` reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minference_jax.models.gguf_file import GGUFFile
+
+# GGUF keeps Mistral under "llama".
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3")
+
+# Llama 3 files give no parameters of their RoPE scaling, only the resulting divisors. Every released Llama 3.x shares
+# these three; the factor is the largest divisor.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def hf_config(file: GGUFFile) -> dict[str, Any]:
+    """The config of a GGUF model in Hugging Face's terms.
+
+    Raises `ValueError` naming the file: for an architecture other than `ARCHITECTURES`, a mixture of experts, a part
+    of a split file, sizes that vary by layer, or a RoPE scaling that cannot be expressed.
+    """
+    try:
+        return _hf_config(file)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
+
+
+def _hf_config(file: GGUFFile) -> dict[str, Any]:
+    metadata = file.metadata
+    family = metadata.get("general.architecture")
+    if family not in ARCHITECTURES:
+        raise ValueError(f"GGUF architecture {family!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    if metadata.get("split.count", 1) > 1:
+        raise ValueError("this is one part of a split GGUF model; merge the parts first (llama-gguf-split --merge)")
+    if metadata.get(f"{family}.expert_count", 0):
+        raise ValueError("mixture-of-experts models are not supported")
+
+    def get(key: str, otherwise: Any = None) -> Any:
+        value = metadata.get(f"{family}.{key}", otherwise)
+        if isinstance(value, np.ndarray):
+            raise ValueError(f"{family}.{key} differs by layer, which is not supported")
+        return value
+
+    names = {
+        "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length",
+        "num_hidden_layers": "block_count",
+        "num_attention_heads": "attention.head_count",
+        "max_position_embeddings": "context_length",
+        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    }
+    missing = [f"{family}.{key}" for key in names.values() if get(key) is None]
+    missing += [name for name in ("token_embd.weight",) if name not in file.tensors]
+    if missing:
+        raise ValueError(f"missing: {', '.join(missing)}")
+
+    config = {name: get(key) for name, key in names.items()}
+    heads = config["num_attention_heads"]
+    head_dim = get("attention.key_length", config["hidden_size"] // max(heads, 1))
+    if get("attention.value_length", head_dim) != head_dim:
+        raise ValueError(
+            f"keys of {head_dim} dimensions and values of {get('attention.value_length')} are not supported"
+        )
+    config |= {
+        "model_type": family,
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": _shortest(config["rms_norm_eps"]),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "rope_theta": _shortest(get("rope.freq_base", 10_000.0)),
+        "partial_rotary_factor": get("rope.dimension_count", head_dim) / head_dim,
+        "sliding_window": get("attention.sliding_window"),
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": eos_token_ids(metadata),
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+    }
+    if config["sliding_window"] is not None:
+        config["use_sliding_window"] = True
+    config["rope_scaling"] = _rope_scaling(file, config, get)
+    if config["rope_scaling"] and "original_max_position_embeddings" in config["rope_scaling"]:
+        config["original_max_position_embeddings"] = config["rope_scaling"]["original_max_position_embeddings"]
+    return config
+
+
+def eos_token_ids(metadata: dict[str, Any]) -> list[int]:
+    """Every token at which generation ends: end of sequence, end of turn, end of message."""
+    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    return list(dict.fromkeys(metadata[key] for key in keys if key in metadata))
+
+
+def _shortest(value: float) -> float:
+    """A float32 of the file as the decimal it was written from: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _rope_scaling(file: GGUFFile, config: dict[str, Any], get: Any) -> dict[str, Any] | None:
+    kind = get("rope.scaling.type")
+    original = get("rope.scaling.original_context_length")
+    if "rope_factors_long.weight" in file.tensors:
+        scaling = {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": original,
+            "attention_factor": get("rope.scaling.attn_factor"),
+            "long_factor": file.read("rope_factors_long.weight").tolist(),
+            "short_factor": file.read("rope_factors_short.weight").tolist(),
+        }
+    elif "rope_freqs.weight" in file.tensors:
+        scaling = _llama3_scaling(file.read("rope_freqs.weight"), config["rope_theta"])
+    elif kind in (None, "none"):
+        factor = get("rope.scale_linear", 1.0)  # the key of files written before rope.scaling.type existed
+        scaling = {"rope_type": "linear", "factor": factor} if factor != 1.0 else None
+    elif kind in ("linear", "yarn"):
+        scaling = {
+            "rope_type": kind,
+            "factor": get("rope.scaling.factor"),
+            "original_max_position_embeddings": original if kind == "yarn" else None,
+        }
+    else:
+        raise ValueError(f"RoPE scaling {kind!r} is not supported")
+    return {key: value for key, value in scaling.items() if value is not None} if scaling else None
+
+
+def _llama3_scaling(divisors: np.ndarray, theta: float) -> dict[str, Any] | None:
+    """Recognizes the divisors of "llama3" RoPE scaling (Llama 3.1's config and its definition in transformers)."""
+    divisors = np.asarray(divisors, np.float64).reshape(-1)
+    factor = float(divisors.max())
+    if np.all(divisors == 1.0):
+        return None
+    low, high, original = _LLAMA3.values()
+    turns = original / (2 * np.pi) * theta ** -(np.arange(len(divisors)) / len(divisors))
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if not np.allclose(divisors, expected, rtol=1e-3):
+        raise ValueError("rope_freqs.weight holds divisors that are not Llama 3's; this RoPE scaling is not supported")
+    return {"rope_type": "llama3", "factor": factor} | _LLAMA3

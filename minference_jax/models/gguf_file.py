@@ -1,0 +1,216 @@
+"""A reader of GGUF files: header, metadata and tensors, every count and offset checked against the file's size.
+
+Format: the GGUF specification of the ggml project (docs/gguf.md), versions 2 and 3, little-endian.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+_MAGIC = b"GGUF"
+_SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
+_STRING, _ARRAY = 8, 9
+_MAX_NAME = 65_535  # the specification's limit on the length of a key
+_MAX_DIMS = 4
+
+# Type number → (name, values in a block, bytes of a block).
+_TENSOR_TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    30: ("BF16", 1, 2),
+}
+_PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """Where a tensor lies: `shape` is NumPy's (slowest axis first, the reverse of the file's), `type` e.g. "Q4_1"."""
+
+    shape: tuple[int, ...]
+    type: str
+    type_number: int
+    offset: int
+    num_bytes: int
+
+
+class GGUFFile:
+    """An open GGUF file. `metadata` maps keys to Python scalars, strings, lists of strings or NumPy arrays.
+
+    Raises `ValueError` naming the file when it is not a whole, well-formed GGUF file that this reader supports.
+    Nothing is read past the header until `read`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        with open(self.path, "rb") as file:
+            size = self.path.stat().st_size
+            if size < 24:
+                raise ValueError(f"{self.path}: not a GGUF file: only {size} bytes")
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._position = 0
+        try:
+            self._parse()
+        except _MalformedError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+
+    def _parse(self) -> None:
+        magic = self._take(4)
+        if magic != _MAGIC:
+            raise _MalformedError(f"not a GGUF file: it starts with {magic!r} instead of {_MAGIC!r}")
+        version = self._scalar("<u4")
+        if version not in (2, 3):
+            hint = " (a big-endian file?)" if version & 0xFFFF == 0 else ""
+            raise _MalformedError(f"GGUF version {version} is not supported{hint}; supported: 2, 3")
+        num_tensors, num_keys = self._scalar("<u8"), self._scalar("<u8")
+        self._check_count("metadata entries", num_keys, 8 + 4 + 1)
+        self._check_count("tensors", num_tensors, 8 + 4 + 4 + 8)
+
+        self.metadata: dict[str, Any] = {}
+        for _ in range(num_keys):
+            key = self._string("a metadata key", _MAX_NAME)
+            if key in self.metadata:
+                raise _MalformedError(f"the metadata key {key!r} occurs twice")
+            self.metadata[key] = self._value(key, self._scalar("<u4"))
+
+        entries = [self._tensor_entry() for _ in range(num_tensors)]
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
+            raise _MalformedError(f"general.alignment must be a power of two, got {alignment!r}")
+        start = -(-self._position // alignment) * alignment
+        self.tensors: dict[str, GGUFTensor] = {}
+        for name, shape, number, offset in entries:
+            if name in self.tensors:
+                raise _MalformedError(f"the tensor {name!r} occurs twice")
+            self.tensors[name] = self._locate(name, shape, number, start, offset, alignment)
+        self._check_overlap()
+
+    def _tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._string("a tensor name", _MAX_NAME)
+        num_dims = self._scalar("<u4")
+        if not 1 <= num_dims <= _MAX_DIMS:
+            raise _MalformedError(f"tensor {name!r} has {num_dims} dimensions (1 to {_MAX_DIMS} are possible)")
+        dims = tuple(self._scalar("<u8") for _ in range(num_dims))
+        return name, dims[::-1], self._scalar("<u4"), self._scalar("<u8")
+
+    def _locate(self, name, shape, number: int, start: int, offset: int, alignment: int) -> GGUFTensor:
+        if number not in _TENSOR_TYPES:
+            known = ", ".join(known_name for known_name, _, _ in _TENSOR_TYPES.values())
+            raise _MalformedError(f"tensor {name!r} has the unsupported type number {number}; supported: {known}")
+        type_name, block, block_bytes = _TENSOR_TYPES[number]
+        if 0 in shape or shape[-1] % block:
+            raise _MalformedError(
+                f"tensor {name!r} of shape {shape} cannot be stored as {type_name} (blocks of {block})"
+            )
+        num_bytes = math.prod(shape) // block * block_bytes
+        if offset % alignment:
+            raise _MalformedError(f"tensor {name!r} starts at offset {offset}, which is not a multiple of {alignment}")
+        end = start + offset + num_bytes
+        if end > len(self._bytes):
+            raise _MalformedError(
+                f"truncated or corrupt: tensor {name!r} ends at byte {end:,} of a file of {len(self._bytes):,} bytes"
+            )
+        return GGUFTensor(shape, type_name, number, start + offset, num_bytes)
+
+    def _check_overlap(self) -> None:
+        ordered = sorted(self.tensors.items(), key=lambda item: item[1].offset)
+        for (name, tensor), (next_name, next_tensor) in itertools.pairwise(ordered):
+            if tensor.offset + tensor.num_bytes > next_tensor.offset:
+                raise _MalformedError(f"tensors {name!r} and {next_name!r} overlap")
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, dequantized: float32, or float16 or bfloat16 where it is stored so.
+
+        Raises `ImportError` when a quantized tensor is asked for and the `gguf` package is not installed.
+        """
+        tensor = self.tensors[name]
+        raw = np.frombuffer(self._bytes, np.uint8, tensor.num_bytes, tensor.offset)
+        if tensor.type in _PLAIN:
+            return raw.view(_PLAIN[tensor.type]).reshape(tensor.shape)
+        try:
+            from gguf import GGMLQuantizationType, dequantize
+        except ImportError as error:
+            raise ImportError(
+                f"{self.path}: reading {tensor.type} tensors needs the 'gguf' package (pip install gguf)"
+            ) from error
+        rows = raw.reshape(*tensor.shape[:-1], -1)
+        return dequantize(rows, GGMLQuantizationType(tensor.type_number)).reshape(tensor.shape)
+
+    def _take(self, count: int) -> bytes:
+        if count > len(self._bytes) - self._position:
+            raise _MalformedError(
+                f"truncated or corrupt: the header needs {count:,} bytes at byte {self._position:,}, "
+                f"but the file has {len(self._bytes):,} bytes"
+            )
+        start, self._position = self._position, self._position + count
+        return self._bytes[start : self._position]
+
+    def _scalar(self, dtype: str) -> Any:
+        kind = np.dtype(dtype)
+        return np.frombuffer(self._take(kind.itemsize), kind)[0].item()
+
+    def _check_count(self, what: str, count: int, least_bytes: int) -> None:
+        """Refuses a count that the rest of the file cannot hold, before anything loops or allocates over it."""
+        left = len(self._bytes) - self._position
+        if count * least_bytes > left:
+            raise _MalformedError(f"truncated or corrupt: it announces {count:,} {what}, but has {left:,} bytes left")
+
+    def _string(self, what: str, limit: int | None = None) -> str:
+        (length,) = struct.unpack("<Q", self._take(8))
+        if limit is not None and length > limit:
+            raise _MalformedError(f"corrupt: {what} is {length:,} bytes long (at most {limit:,} are allowed)")
+        try:
+            return self._take(length).decode("utf-8")
+        except UnicodeDecodeError:
+            raise _MalformedError(f"corrupt: {what} is not UTF-8") from None
+
+    def _value(self, key: str, kind: int) -> Any:
+        if kind == _STRING:
+            return self._string(f"the value of {key!r}")
+        if kind in _SCALARS:
+            return self._scalar(_SCALARS[kind])
+        if kind != _ARRAY:
+            raise _MalformedError(f"corrupt: the value of {key!r} has the unknown type {kind}")
+        element, count = self._scalar("<u4"), self._scalar("<u8")
+        if element == _STRING:
+            self._check_count(f"strings in {key!r}", count, 8)
+            return [self._string(f"an entry of {key!r}") for _ in range(count)]
+        if element not in _SCALARS:
+            raise _MalformedError(f"corrupt: the array {key!r} has elements of the unsupported type {element}")
+        dtype = np.dtype(_SCALARS[element])
+        self._check_count(f"values in {key!r}", count, dtype.itemsize)
+        return np.frombuffer(self._take(count * dtype.itemsize), dtype)
+
+
+class _MalformedError(Exception):
+    """What is wrong inside the file; `GGUFFile` adds the path."""

@@ -1,0 +1,116 @@
+"""A Hugging Face checkpoint directory as named tensors: config.json and safetensors files, nothing executed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # registers NumPy's bfloat16, which safetensors looks up by name
+import numpy as np
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `ValueError` naming the file when it is missing or anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+class HFFiles:
+    """The tensors of a checkpoint directory. `config` is its config.json; `shapes` maps tensor names to shapes.
+
+    Reads `model.safetensors`, else the shards that `model.safetensors.index.json` names, else
+    `model-0000i-of-0000n.safetensors`. Only headers are read until `read`.
+    Raises `ValueError` naming the file for anything missing, malformed or pickled.
+    """
+
+    format = "hf"
+
+    def __init__(self, directory: Path):
+        self.path = directory
+        self.config = read_json(directory / "config.json")
+        generation = directory / "generation_config.json"
+        if generation.exists() and (eos := read_json(generation).get("eos_token_id")) is not None:
+            self.config["eos_token_id"] = eos  # what generation stops at: chat models add their end of turn only here
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._handles: dict[str, Any] = {}
+        problems = []
+        for shard in self._shards():
+            problems += self._open(directory / shard)
+        if problems:
+            raise ValueError(f"{directory}: " + "; ".join(problems))
+
+    def _shards(self) -> list[str]:
+        if (self.path / _SINGLE).exists():
+            return [_SINGLE]
+        if (self.path / _INDEX).exists():
+            return self._shards_of_index()
+        names = sorted(entry.name for entry in self.path.iterdir())
+        numbers = [match for name in names if (match := _SHARD.fullmatch(name))]
+        if numbers:
+            total = int(numbers[0][2])
+            expected = [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
+            found = [match[0] for match in numbers]
+            if found != expected:
+                absent = sorted(set(expected) - set(found))
+                raise ValueError(f"{self.path}: the shards are not complete: missing {absent[:20]}, found {found[:20]}")
+            return expected
+        if pickles := [name for name in names if name.endswith(_PICKLES)]:
+            raise ValueError(pickle_refusal(self.path / pickles[0]))
+        raise ValueError(f"{self.path}: no {_SINGLE}, no {_INDEX} and no shards in this directory")
+
+    def _shards_of_index(self) -> list[str]:
+        index = self.path / _INDEX
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index}: weight_map must map tensor names to file names")
+        shards = sorted(set(weight_map.values()))
+        for name in shards:
+            if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+                raise ValueError(f"{index}: {name!r} is not the name of a safetensors file in this directory")
+        if absent := [name for name in shards if not (self.path / name).is_file()]:
+            raise ValueError(f"{index}: {len(absent)} of {len(shards)} shards are missing: {absent[:20]}")
+        return shards
+
+    def _open(self, path: Path) -> list[str]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            handle = safe_open(path, framework="np")
+            entries = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{path}: not a whole, valid safetensors file: {error}") from None
+        problems = []
+        for name, entry in entries.items():
+            if name in self.shapes:
+                problems.append(f"{name} is in more than one file")
+            if entry.get_dtype() not in _DTYPES:
+                problems.append(f"{name} has dtype {entry.get_dtype()} (supported: {', '.join(_DTYPES)})")
+            self.shapes[name] = tuple(entry.get_shape())
+            self._handles[name] = handle
+        return problems[:20]
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in the dtype of the file."""
+        return self._handles[name].get_tensor(name)
+
+
+def pickle_refusal(path: Path) -> str:
+    """Why a PyTorch file is not read, and what to do."""
+    return (
+        f"{path}: PyTorch's .bin and .pt files are pickles, which can run any code when they are read: refused; "
+        "save the model as safetensors (model.save_pretrained(..., safe_serialization=True) in a place you trust)"
+    )
