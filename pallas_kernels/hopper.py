@@ -1,0 +1,157 @@
+"""Sparse attention on Hopper GPUs (compute capability 9.0): the wrapper around the Mosaic GPU kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import hopper_tables
+from pallas_kernels.hopper_config import HEAD_DIMS, KernelConfig
+from pallas_kernels.hopper_kernel import Launch, Refs, kernel_body, scratch_types
+from pallas_kernels.plan import QUERY_TILE, SparsePlan, num_query_tiles
+
+
+def unsupported_reason(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    plan: SparsePlan,
+    *,
+    platform_check: bool = True,
+) -> str | None:
+    """Why this kernel can't serve a call, in words for the caller; None if it can.
+
+    **Arguments:** `platform_check`: also ask whether the default device is a Hopper GPU.
+    """
+    if platform_check:
+        if jax.default_backend() != "gpu":
+            return f"the default device is {jax.default_backend()}, not a GPU"
+        capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
+        if capability != "9.0":
+            return f"the kernel needs compute capability 9.0; the default device has {capability}"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the kernel computes in bfloat16 or float16; q is {q.dtype}"
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"q, k and v must have one dtype; they are {q.dtype}, {k.dtype} and {v.dtype}"
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"the kernel serves head_dim {', '.join(map(str, HEAD_DIMS))}; q has {q.shape[-1]}"
+    if 0 in q.shape or 0 in k.shape:
+        return f"nothing to compute: q has shape {q.shape} and k {k.shape}"
+    if not KernelConfig().fits(q.shape[-1]):
+        return f"head_dim {q.shape[-1]} needs more shared memory than a multiprocessor has"
+    return None
+
+
+def hopper_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    plan: SparsePlan,
+    *,
+    lengths: Int[Array, " b"] | None = None,
+    q_offset: int | Int[Array, ""] = 0,
+    scale: float | None = None,
+    return_lse: bool = False,
+    config: KernelConfig | None = None,
+    interpret: Any = None,
+) -> Float[Array, "b t n h"] | tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]:
+    """Attention over the keys of a plan: softmax(scale · q kᵀ + mask) v, the mask being `plan.to_mask(...)`.
+
+    **Arguments:** as `pallas_kernels.sparse_attention`, and `config`: static tuning, by default the fastest measured;
+    `interpret`: parameters of the Mosaic GPU interpreter, to run on a CPU.
+
+    **Returns:** the output in q's dtype; with `return_lse` also the log of the softmax denominators (natural log,
+    float32; -inf where the output is zero). Rows at or past a sequence's length are zero.
+
+    Padding rows of k and v may hold any finite values.
+
+    **Raises:** ValueError for what the kernel can't serve (see `unsupported_reason`) or a scale that is not positive.
+    NotImplementedError when differentiated.
+    """
+    reason = unsupported_reason(q, k, v, plan, platform_check=False)
+    if reason is not None:
+        raise ValueError(f"the Hopper kernel can't serve this call: {reason}")
+    config = config or KernelConfig()
+    if not config.fits(q.shape[-1]):
+        raise ValueError(
+            f"{config} needs {config.shared_memory_bytes(q.shape[-1])} bytes of shared memory at head_dim "
+            f"{q.shape[-1]}, more than a multiprocessor has"
+        )
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if not scale > 0:
+        raise ValueError(f"scale must be positive; got {scale}")
+    limits = None if lengths is None else lengths.astype(jnp.int32)
+    out, lse = _attention(q, k, v, plan, limits, jnp.asarray(q_offset, jnp.int32), scale, return_lse, config, interpret)
+    return (out, lse) if return_lse else out
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def _attention(q, k, v, plan, lengths, q_offset, scale, return_lse, config, interpret):
+    b, t, n, h = q.shape
+    tables = hopper_tables.prepare(plan, q, k, v, lengths=lengths, q_offset=q_offset)
+    query_tiles = num_query_tiles(t)
+    work = b * n * query_tiles
+    launch = Launch(
+        config=config,
+        thread_blocks=config.blocks_for(work),
+        heads=n,
+        kv_heads=k.shape[2],
+        query_tiles=query_tiles,
+        work=work,
+        head_dim=h,
+        scale=scale,
+        dtype=q.dtype,
+        emulate=interpret is not None,
+    )
+    q, k, v = (_pad_rows(x) for x in (q, k, v))
+    inputs = {"q": q, "k": k, "v": v} | {f.name: getattr(tables, f.name) for f in dataclasses.fields(tables)}
+    inputs = {name: array for name, array in inputs.items() if array is not None}
+    # Rows of the LSE are copied 64 at a time in one dimension: padded to whole tiles so that each row starts aligned.
+    out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    if return_lse:
+        out_type.append(jax.ShapeDtypeStruct((b * n, query_tiles * QUERY_TILE), jnp.float32))
+
+    def body(*refs, **scratch):
+        named = dict(zip([*inputs, "out", "lse"], refs, strict=False))
+        kernel_body(launch, Refs(**{f.name: named.get(f.name) for f in dataclasses.fields(Refs)}), scratch)
+
+    outputs = plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch_types(launch, return_lse),
+        grid=(launch.thread_blocks,),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="warpgroup",
+        interpret=interpret,
+        kernel_name="sparse_attention",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    )(*inputs.values())
+    if not return_lse:
+        return outputs[0][:, :t], None
+    return outputs[0][:, :t], outputs[1].reshape(b, n, -1)[:, :, :t].transpose(0, 2, 1)
+
+
+def _pad_rows(x: Float[Array, "b t n h"]) -> Float[Array, "b T n h"]:
+    """Zero rows up to a multiple of 8, the row tiling of swizzled TMA copies. Free where there is nothing to pad."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
+
+
+def _forward(*args):
+    return _attention(*args), None
+
+
+def _backward(scale, return_lse, config, interpret, residuals, cotangents):
+    raise NotImplementedError(
+        "the Hopper kernel has no backward pass; differentiate with implementation='xla', which computes the same function"
+    )
+
+
+_attention.defvjp(_forward, _backward)

@@ -1,0 +1,79 @@
+"""Static tuning of the Hopper kernel, and the shared memory that each choice needs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from pallas_kernels.plan import KEY_TILE, QUERY_TILE
+
+SHARED_MEMORY_LIMIT = 232_448
+"""Bytes of dynamic shared memory that one thread block may use on compute capability 9.0."""
+
+STEP_KEYS = 2 * KEY_TILE
+"""Keys of one pipeline step: two independent key tiles, one 128-wide wgmma."""
+
+COMPUTE_WARPGROUPS = 2
+ROWS = QUERY_TILE // COMPUTE_WARPGROUPS
+"""Query rows of one compute warpgroup: the M of one wgmma."""
+
+HEAD_DIMS = (64, 96, 128)
+
+DEFAULT_MULTIPROCESSORS = 132
+"""Multiprocessors of an H100 SXM or H200: assumed where no GPU can be asked (ahead-of-time lowering)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelConfig:
+    """How the Hopper kernel is laid out on a multiprocessor. The defaults are the fastest of those measured.
+
+    - `stages`: pipeline steps in flight between the memory warpgroup and the compute warpgroups.
+    - `thread_blocks`: thread blocks that share all query tiles among them; None means one per multiprocessor of the
+      default device.
+    - `compute_registers`, `memory_registers`: registers per thread of the two kinds of warpgroup.
+
+    Raises ValueError for values that no kernel can be built from.
+    """
+
+    stages: int = 2
+    thread_blocks: int | None = None
+    compute_registers: int = 232
+    memory_registers: int = 40
+
+    def __post_init__(self) -> None:
+        if self.stages < 2:
+            raise ValueError(f"stages must be at least 2; got {self.stages}")
+        if self.thread_blocks is not None and not 1 <= self.thread_blocks <= 65_535:
+            raise ValueError(f"thread_blocks must lie in [1, 65535]; got {self.thread_blocks}")
+        for name in ("compute_registers", "memory_registers"):
+            count = getattr(self, name)
+            if count % 8 or not 24 <= count <= 240:
+                raise ValueError(f"{name} must be a multiple of 8 in [24, 240]; got {count}")
+        if 128 * (COMPUTE_WARPGROUPS * self.compute_registers + self.memory_registers) > 65_536:
+            raise ValueError(
+                f"compute_registers={self.compute_registers} and memory_registers={self.memory_registers} need more "
+                "than the 65536 registers of a multiprocessor"
+            )
+
+    def shared_memory_bytes(self, head_dim: int) -> int:
+        """Bytes of shared memory for 16-bit inputs: two Q buffers, the K and V stages, the LSE row and barriers."""
+        queries = 2 * QUERY_TILE * head_dim * 2
+        keys = 2 * self.stages * STEP_KEYS * head_dim * 2
+        barriers = 8 * (4 * self.stages + 5)
+        return queries + keys + 4 * QUERY_TILE + barriers + 2_048  # 2 KiB: alignment of the swizzled buffers
+
+    def fits(self, head_dim: int) -> bool:
+        """Whether a multiprocessor has the shared memory for this configuration."""
+        return self.shared_memory_bytes(head_dim) <= SHARED_MEMORY_LIMIT
+
+    def blocks_for(self, work: int) -> int:
+        """Thread blocks to launch for `work` query tiles."""
+        return max(1, min(work, self.thread_blocks or multiprocessors()))
+
+
+def multiprocessors() -> int:
+    """Multiprocessors of the default GPU, or those of an H100 where the process has no GPU."""
+    if jax.default_backend() == "gpu":
+        return int(getattr(jax.devices()[0], "core_count", DEFAULT_MULTIPROCESSORS))
+    return DEFAULT_MULTIPROCESSORS
