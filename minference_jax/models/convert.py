@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +22,7 @@ from minference_jax.models.gguf_config import hf_config
 from minference_jax.models.gguf_file import GGUFFile
 from minference_jax.models.hf_files import HFFiles, pickle_refusal
 from minference_jax.models.params import param_shapes
+from minference_jax.models.save import save_checkpoint as save_checkpoint
 
 Progress = Callable[[int, int], None]
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -118,16 +119,16 @@ def load_checkpoint(
     except ValueError as error:
         raise ValueError(f"{files.path}: {error}") from None
     config, aliases = _resolve_tying(files, config)
-    groups = _group_by_file_tensor(names.table(config, files.format).values(), files.format)
+    groups = names.group_by_file_tensor(names.table(config, files.format).values(), files.format)
     _check_names(files, config, groups, aliases)
 
     params: dict[str, Array] = {}
     not_finite: list[str] = []
-    done, total = 0, sum(_num_layers(rows[0], config) for rows in groups)
+    done, total = 0, sum(names.num_layers(rows[0], config) for rows in groups)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for rows in groups:
             reader = _GroupReader(files, config, rows, aliases, jnp.dtype(dtype))
-            for trouble in pool.map(reader.place, range(_num_layers(rows[0], config))):
+            for trouble in pool.map(reader.place, range(names.num_layers(rows[0], config))):
                 not_finite += trouble
                 done += 1
                 if progress is not None:
@@ -155,25 +156,9 @@ class _GroupReader:
         bits = tensor.view(f"u{self._dtype.itemsize}")
         for row, layout in zip(self._rows, self._layouts, strict=True):
             stack = self.stacks[row.path].view(bits.dtype)
-            (stack[layer] if _in_layers(row) else stack)[...] = layout.read(bits)
+            (stack[layer] if names.in_layers(row) else stack)[...] = layout.read(bits)
         exponent = np.array(np.inf, self._dtype).view(bits.dtype)
         return [name] if np.any(bits & exponent == exponent) else []
-
-
-def _in_layers(row: names.Row) -> bool:
-    return row.path.startswith("layers.")
-
-
-def _num_layers(row: names.Row, config: LlamaConfig) -> int:
-    return config.num_layers if _in_layers(row) else 1
-
-
-def _group_by_file_tensor(rows: Iterable[names.Row], file_format: str) -> list[list[names.Row]]:
-    """Rows that share a fused tensor of the file, so that it is read once."""
-    groups: dict[str, list[names.Row]] = {}
-    for row in rows:
-        groups.setdefault(names.file_name(row, file_format, 0), []).append(row)
-    return list(groups.values())
 
 
 def _resolve_tying(files: TensorFiles, config: LlamaConfig) -> tuple[LlamaConfig, dict[str, str]]:
@@ -194,7 +179,7 @@ def _check_names(files: TensorFiles, config: LlamaConfig, groups, aliases: Mappi
     expected = {}
     for rows in groups:
         shape = names.Layout.of(rows[0], config).file_shape
-        for layer in range(_num_layers(rows[0], config)):
+        for layer in range(names.num_layers(rows[0], config)):
             name = names.file_name(rows[0], files.format, layer)
             expected[aliases.get(name, name)] = shape
     known = expected.keys() | aliases.keys()

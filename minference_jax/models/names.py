@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -90,9 +91,26 @@ def table(config: LlamaConfig, file_format: str) -> dict[str, Row]:
 def file_name(row: Row, file_format: str, layer: int) -> str:
     """The name of the row's tensor of one layer (`layer` is ignored by rows outside the layers)."""
     name = row.hf if file_format == "hf" else row.gguf
-    if not row.path.startswith("layers."):
+    if not in_layers(row):
         return name
     return f"model.layers.{layer}.{name}" if file_format == "hf" else f"blk.{layer}.{name}"
+
+
+def in_layers(row: Row) -> bool:
+    return row.path.startswith("layers.")
+
+
+def num_layers(row: Row, config: LlamaConfig) -> int:
+    """How many tensors of the file the row stands for."""
+    return config.num_layers if in_layers(row) else 1
+
+
+def group_by_file_tensor(rows: Iterable[Row], file_format: str) -> list[list[Row]]:
+    """Rows that share a fused tensor of the file, so that it is read once."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(file_name(row, file_format, 0), []).append(row)
+    return list(groups.values())
 
 
 @dataclass(frozen=True)
