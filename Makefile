@@ -1,0 +1,78 @@
+# `make demo` and `make test` do all their own set-up; both need only a Python 3.12 or newer with pip, and this file.
+#   PYTHON=/path/to/python           the interpreter to build .venv from (default: tools/find-python looks for one)
+#   MINFERENCE_TORCH_PYTHON=PATH     an interpreter that already has torch and transformers, for the comparison tests
+#   TORCH_PIP="..."                  more options for the pip that installs torch, such as an index of CPU builds
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+
+# Stamps of an environment that was moved here, half built, or whose Python is gone say nothing: build it anew.
+ifneq ($(shell cat .venv/.folder 2>/dev/null) $(shell $(BIN)/python -c 'import pip; print("runs")' 2>/dev/null),$(CURDIR) runs)
+$(shell rm -f .venv/.folder .venv/.runtime .venv/.dev)
+endif
+
+.PHONY: help venv demo test check lint format clean
+
+help:
+	@echo "make demo     a real Llama reads a book chapter with dense and with sparse prefill, and answers a question"
+	@echo "make test     the whole test suite"
+	@echo "make check    ruff and pyright, as CI runs them"
+	@echo "make format   rewrite the sources the way ruff wants them"
+	@echo "make venv     the environment with everything for development, in .venv"
+	@echo "make clean    remove environments, caches and the demo model"
+
+demo: .venv/.runtime
+	$(BIN)/minference-jax demo
+
+test: .venv/.dev torch-env
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: lint
+	$(BIN)/pyright
+
+lint: .venv/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+venv: .venv/.dev
+
+.venv/.folder:
+	@python=$$(tools/find-python 3.12) && rm -rf .venv && echo "Making .venv with $$python" && "$$python" -m venv .venv
+	@echo "$(CURDIR)" > $@
+
+.venv/.runtime: .venv/.folder pyproject.toml constraints.txt
+	@echo "Installing minference-jax and what it needs (about 750 MB) ..."
+	@$(BIN)/python $(PIP_INSTALL) --editable .
+	@touch $@
+
+.venv/.dev: .venv/.folder pyproject.toml constraints.txt
+	@echo "Installing minference-jax, what it needs, and the tools for development (about 1.3 GB) ..."
+	@$(BIN)/python $(PIP_INSTALL) --editable '.[dev,notebooks]'
+	@touch $@ .venv/.runtime
+
+# PyTorch lives in an environment of its own and is only ever run as a child process. Without it the comparison tests
+# are skipped, except in CI, where they must run.
+TORCH_PACKAGES := torch==2.13.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6
+.PHONY: torch-env
+ifdef MINFERENCE_TORCH_PYTHON
+torch-env:
+else
+torch-env: .venv-torch/.stamp
+endif
+
+.venv-torch/.stamp:
+	@echo "Making .venv-torch with PyTorch for the comparison tests ..."
+	@rm -rf .venv-torch && python=$$(tools/find-python 3.11 3.11) && "$$python" -m venv .venv-torch \
+	&& .venv-torch/bin/python -m pip --disable-pip-version-check install --quiet --no-compile $(TORCH_PIP) $(TORCH_PACKAGES) \
+	&& .venv-torch/bin/python -c 'import torch, transformers' && echo "$(TORCH_PACKAGES)" > $@ \
+	|| { echo "warning: no PyTorch here; the tests that compare with it will be skipped" >&2; test -z "$$CI"; }
+
+clean:
+	rm -rf .venv .venv-torch .demo .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
