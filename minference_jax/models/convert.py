@@ -20,7 +20,7 @@ from minference_jax.models import names
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.gguf_config import hf_config
 from minference_jax.models.gguf_file import GGUFFile
-from minference_jax.models.hf_files import HFFiles, pickle_refusal
+from minference_jax.models.hf_files import HFFiles, find_gguf, pickle_refusal
 from minference_jax.models.params import param_shapes
 from minference_jax.models.save import save_checkpoint as save_checkpoint
 
@@ -51,22 +51,6 @@ class GGUFFiles:
         self.config = hf_config(self._file)
         self.shapes = {name: tensor.shape for name, tensor in self._file.tensors.items()}
         self.read = self._file.read
-
-
-def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that `path` means: itself, or the only one in a directory without config.json; else None.
-
-    Raises `ValueError` when such a directory holds several.
-    """
-    if path.is_file():
-        with open(path, "rb") as file:
-            return path if path.suffix == ".gguf" or file.read(4) == b"GGUF" else None
-    if path.is_dir() and not (path / "config.json").exists():
-        found = sorted(path.glob("*.gguf"))
-        if len(found) > 1:
-            raise ValueError(f"{path} holds {len(found)} GGUF files ({', '.join(p.name for p in found)}); name one")
-        return found[0] if found else None
-    return None
 
 
 def open_checkpoint(path: str | Path) -> TensorFiles:

@@ -29,6 +29,31 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_hf_config(directory: Path) -> dict[str, Any]:
+    """config.json, with the end-of-sequence ids of generation_config.json where there is one."""
+    config = read_json(directory / "config.json")
+    generation = directory / "generation_config.json"
+    if generation.exists() and (eos := read_json(generation).get("eos_token_id")) is not None:
+        config["eos_token_id"] = eos  # chat models add their end of turn only here
+    return config
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that `path` means: itself, or the only one in a directory without config.json; else None.
+
+    Raises `ValueError` when such a directory holds several.
+    """
+    if path.is_file():
+        with open(path, "rb") as file:
+            return path if path.suffix == ".gguf" or file.read(4) == b"GGUF" else None
+    if path.is_dir() and not (path / "config.json").exists():
+        found = sorted(path.glob("*.gguf"))
+        if len(found) > 1:
+            raise ValueError(f"{path} holds {len(found)} GGUF files ({', '.join(p.name for p in found)}); name one")
+        return found[0] if found else None
+    return None
+
+
 class HFFiles:
     """The tensors of a checkpoint directory. `config` is its config.json; `shapes` maps tensor names to shapes.
 
@@ -41,10 +66,7 @@ class HFFiles:
 
     def __init__(self, directory: Path):
         self.path = directory
-        self.config = read_json(directory / "config.json")
-        generation = directory / "generation_config.json"
-        if generation.exists() and (eos := read_json(generation).get("eos_token_id")) is not None:
-            self.config["eos_token_id"] = eos  # what generation stops at: chat models add their end of turn only here
+        self.config = read_hf_config(directory)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._handles: dict[str, Any] = {}
         problems = []

@@ -15,6 +15,9 @@ from jaxtyping import Array
 
 from minference_jax.models import names
 from minference_jax.models.config import LlamaConfig
+from minference_jax.models.gguf_file import GGUFFile
+from minference_jax.models.gguf_tokenizer import tokenizer_files
+from minference_jax.models.hf_files import find_gguf
 from minference_jax.models.params import param_shapes
 
 _MAX_SHARD_BYTES = 5_000_000_000
@@ -63,10 +66,6 @@ def save_checkpoint(
 
 def copy_tokenizer(source: str | Path, directory: Path) -> None:
     """Puts the tokenizer of a checkpoint (directory or GGUF file) into a directory, as Hugging Face's files."""
-    from minference_jax.models.convert import find_gguf
-    from minference_jax.models.gguf_file import GGUFFile
-    from minference_jax.models.gguf_tokenizer import tokenizer_files
-
     source = Path(source)
     if gguf := find_gguf(source):
         for name, content in tokenizer_files(GGUFFile(gguf).metadata).items():

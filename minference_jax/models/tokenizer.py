@@ -1,0 +1,162 @@
+"""The checkpoint's own tokenizer: text ↔ ids, chat prompts, and text that streams without half characters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minference_jax.models.gguf_config import eos_token_ids
+from minference_jax.models.gguf_file import GGUFFile
+from minference_jax.models.gguf_tokenizer import build_tokenizer, tokenizer_config
+from minference_jax.models.hf_files import find_gguf, read_hf_config
+
+_UNKNOWN_CHARACTER = "\ufffd"  # what decoders print for bytes that are not (yet) UTF-8
+_NO_LIMIT = 10**30  # transformers' own value for it; a limit would only print warnings
+
+
+class Tokenizer:
+    """Text ↔ token ids, over the tokenizer that transformers loads for the checkpoint (`hf`).
+
+    `eos_token_ids` holds every id at which generation should stop: the tokenizer's, the config's, the generation
+    config's.
+    """
+
+    def __init__(self, hf: Any, eos_token_ids: Iterable[int] = ()):
+        self.hf = hf
+        own = () if hf.eos_token_id is None else (hf.eos_token_id,)
+        self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys((*eos_token_ids, *own)))
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary, the added ones included."""
+        return len(self.hf)
+
+    @property
+    def pad_token_id(self) -> int:
+        """The padding id; padding is never read, so any id serves where the checkpoint names none."""
+        return self.hf.pad_token_id if self.hf.pad_token_id is not None else 0
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text. Special tokens written in it are recognized; `add_special_tokens` puts a bos first if the
+        checkpoint does so."""
+        return self.hf.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.hf.decode(
+            [int(i) for i in ids], skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """Ids of a conversation, as the checkpoint's own template writes it.
+
+        **Arguments:**
+
+        - `messages`: `{"role": "system" | "user" | "assistant", "content": text}`, oldest first.
+        - `add_generation_prompt`: ends with the opening of the assistant's turn.
+        - `continue_final_message`: leaves the last message open, so that the model goes on writing it; the generation
+          prompt is left out then.
+
+        Raises `ValueError` when the checkpoint has no template, or the template refuses the messages.
+        """
+        if not self.hf.chat_template:
+            raise ValueError("this checkpoint has no chat template: encode the prompt as plain text")
+        from jinja2 import TemplateError
+
+        try:
+            text = self.hf.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        return self.encode(text, add_special_tokens=False)  # the template has written them already
+
+    def stream(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
+        """A decoder for ids that arrive one by one."""
+        return StreamDecoder(self, skip_special_tokens=skip_special_tokens)
+
+
+class StreamDecoder:
+    """Turns ids into text as they come. A character split over several tokens is held back until it is whole."""
+
+    _LONGEST, _KEPT = 64, 8  # ids decoded again at every step, and what is kept of them as context
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._ids: list[int] = []
+        self._sent = 0  # characters of the decoded ids that were given out
+
+    def push(self, token: int) -> str:
+        """The text that became certain with this id; may be empty."""
+        self._ids.append(int(token))
+        text = self._decode(self._ids)
+        whole = text.rstrip(_UNKNOWN_CHARACTER)
+        new = whole[self._sent :]
+        self._sent = max(self._sent, len(whole))
+        if len(self._ids) >= self._LONGEST and whole == text:
+            context = self._decode(self._ids[-self._KEPT :])
+            if _UNKNOWN_CHARACTER not in context:  # else the cut would be inside a character
+                self._ids, self._sent = self._ids[-self._KEPT :], len(context)
+        return new
+
+    def end(self) -> str:
+        """What was held back, with U+FFFD for an unfinished character. Resets the decoder."""
+        rest = self._decode(self._ids)[self._sent :]
+        self._ids, self._sent = [], 0
+        return rest
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint: a Hugging Face directory, a .gguf file, or a directory with one.
+
+    Never uses the network and never runs code from the checkpoint. Raises `ValueError` naming the path when there is
+    no tokenizer or it cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist (tokenizers are local: nothing is downloaded)")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
+    if gguf := find_gguf(path):
+        return _from_gguf(gguf)
+    if not path.is_dir():
+        raise ValueError(f"{path}: neither a GGUF file nor a checkpoint directory")
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ValueError(f"{path} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+    eos = read_hf_config(path).get("eos_token_id") if (path / "config.json").is_file() else None
+
+    from transformers import AutoTokenizer
+
+    try:
+        hf = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise everything from OSError to bare Exception here
+        raise ValueError(f"{path}: the tokenizer cannot be loaded: {error}") from error
+    hf.model_max_length = _NO_LIMIT
+    return Tokenizer(hf, () if eos is None else eos if isinstance(eos, list) else (eos,))
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    from transformers import PreTrainedTokenizerFast
+
+    metadata = GGUFFile(path).metadata
+    try:
+        settings = tokenizer_config(metadata) | {"model_max_length": _NO_LIMIT}
+        del settings["tokenizer_class"]
+        hf = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(metadata), **settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Tokenizer(hf, eos_token_ids(metadata))
