@@ -73,14 +73,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rope_yarn_attention_factor": _llama(
         rope_scaling=_rope("yarn", factor=4.0, original_max_position_embeddings=128, attention_factor=0.9)
     ),
-    "rope_longrope": _llama(rope_scaling=_rope("longrope", factor=4.0, original_max_position_embeddings=64, **_LONGROPE)),
+    "rope_longrope": _llama(
+        rope_scaling=_rope("longrope", factor=4.0, original_max_position_embeddings=64, **_LONGROPE)
+    ),
     "rope_longrope_unused": _llama(
         rope_scaling=_rope("longrope", factor=4.0, original_max_position_embeddings=256, **_LONGROPE)
     ),
     # The other families.
     "mistral": _SMALL | {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
     "mistral_wide_window": _SMALL | {"model_type": "mistral", "sliding_window": 512},
-    "qwen2": _SMALL | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32, "max_window_layers": 2},
+    "qwen2": _SMALL
+    | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32, "max_window_layers": 2},
     "qwen2_tied": _SMALL | {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 8},
     "qwen3": _SMALL | {"model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 4},
     "qwen3_tied_yarn": _SMALL

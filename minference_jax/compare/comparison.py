@@ -49,7 +49,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """How far the hidden states after one layer differ: `max` and `rms` of the difference, `scale` the RMS of PyTorch's."""
+    """Max and RMS of how far the hidden states after one layer differ; `scale` is the RMS of PyTorch's."""
 
     name: str
     max: float
@@ -109,7 +109,7 @@ class Comparison:
             lines.append(f"largest logit difference {self.logit_max:.3g} > {bounds.logit_max:.3g}")
         if bounds.argmax is not None and not self.argmax_agreement >= bounds.argmax:
             lines.append(f"same most likely token at {self.argmax_agreement:.3%} of positions < {bounds.argmax:.3%}")
-        if bounds.greedy and not self.greedy_agreement == 1:
+        if bounds.greedy and self.greedy_agreement < 1:
             lines.append(f"greedy continuations agree for {self.greedy_agreement:.1%} of their length only")
         change = abs(self.perplexity_ours / self.perplexity_torch - 1)
         if bounds.perplexity is not None and not change <= bounds.perplexity:

@@ -1,5 +1,6 @@
 """Runs the PyTorch side in its own process: finds an interpreter that has PyTorch, and never hangs on it."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -82,7 +83,9 @@ def _unfit(python: Path) -> str | None:
 
 def _environment() -> dict[str, str]:
     """Ours, less what would make the child look for modules in our environment, and with the network left alone."""
-    ours = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")}
+    ours = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")
+    }
     return ours | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 
 
@@ -138,10 +141,8 @@ def _run(command: list[str], directory: Path, timeout: float, progress: Callable
         with open(directory / "stdout", errors="replace") as news:
             unfinished, status = "", None
             while status is None and time.monotonic() < deadline:
-                try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     status = child.wait(timeout=0.1)
-                except subprocess.TimeoutExpired:
-                    pass
                 *lines, unfinished = (unfinished + news.read()).split("\n")
                 for line in lines:
                     if progress is not None and line.startswith("progress "):

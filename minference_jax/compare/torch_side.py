@@ -1,22 +1,25 @@
-"""The PyTorch side of a comparison: a script for an interpreter of its own, which has torch, transformers and safetensors.
+"""The PyTorch side of a comparison: a script for an interpreter of its own.
 
     python -P torch_side.py REQUEST.json
 
-It must not import jax or this package: the interpreter that runs it often cannot. The request is
+That interpreter has torch, transformers and safetensors, and often not jax or this package: it imports neither.
+The request is
 `{"threads": int | null, "jobs": [...]}`, each job one of
 
 - `{"kind": "create", "model": DIR, "config": {...}, "seed": int, "max_shard_size": str, "keep_config": bool}` writes a
   model directory with random weights; with `keep_config` its config.json is the one given, as a checkpoint written
   by an older transformers has it, instead of what this transformers would write;
-- `{"kind": "run", "model": DIR, "output": DIR, "dtype": "float32" | "bfloat16" | "float16", "attention": "sdpa" | "eager",
-  "device": "cpu" | "cuda", "positions": [int, ...], "new_tokens": int, "chunk": int}` runs `tokens.npy` (int [b, t])
-  of `output`, of which `lengths.npy` (int [b]) are valid, and writes the arrays that outputs.py describes.
+- `{"kind": "run", "model": DIR, "output": DIR, "dtype": "float32" | "bfloat16" | "float16",
+  "attention": "sdpa" | "eager", "device": "cpu" | "cuda", "positions": [int, ...], "new_tokens": int, "chunk": int}`
+  runs `tokens.npy` (int [b, t]) of `output`, of which `lengths.npy` (int [b]) are valid, and writes the arrays that
+  outputs.py describes.
 
 Rows of a batch run one at a time and without padding: that is what a user of the Hugging Face model gets for each
 prompt, and what a padded batch of ours has to reproduce. Lines of standard output that begin with "progress " are
 news for the user. A failure ends with a traceback on standard error and exit status 1.
 """
 
+# pyright: reportMissingImports=false
 import json
 import sys
 import time

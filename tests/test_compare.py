@@ -1,0 +1,198 @@
+"""Comparing two runs by hand-made numbers, and the child process when it fails, hangs or is missing."""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from torch_env import torch_python
+from variants import VARIANTS
+
+from minference_jax.compare import (
+    Comparison,
+    Outputs,
+    Tolerance,
+    TorchError,
+    TorchNotFoundError,
+    comparison_table,
+    find_torch_python,
+)
+from minference_jax.compare import torch_process as process
+from minference_jax.compare.comparison import compare_outputs
+from minference_jax.compare.outputs import write_inputs
+
+TOKENS = np.array([[3, 1, 2, 0], [2, 1, 0, 0]], np.int32)
+LENGTHS = np.array([4, 2], np.int32)
+
+
+def outputs(logits, hidden, greedy=((1, 2, 3), (1, 2, 3))):
+    """Outputs whose per-position arrays follow from `logits` [b, t, vocab]."""
+    logits = np.asarray(logits, np.float32)
+    following = np.roll(TOKENS, -1, axis=1)[..., None]
+    two = np.sort(logits, axis=-1)[..., -2:]
+    return Outputs(
+        hidden=np.asarray(hidden, np.float32),
+        logits=logits,
+        argmax=logits.argmax(-1).astype(np.int32),
+        margin=two[..., 1] - two[..., 0],
+        logsumexp=np.log(np.exp(logits).sum(-1)),
+        next_logit=np.take_along_axis(logits, following, axis=-1)[..., 0],
+        greedy=np.asarray(greedy, np.int32),
+        seconds={"load": 0.5, "prefill": 1.0, "decode": 2.0},
+    )
+
+
+def compared(ours, theirs, **changes) -> Comparison:
+    about = {"model": "m", "dtype": "float32", "patterns": None, "versions": {"jax": "1"}, "tolerance": Tolerance()}
+    return compare_outputs(ours, theirs, tokens=TOKENS, lengths=LENGTHS, positions=range(4), **about | changes)
+
+
+@pytest.fixture
+def base(rng):
+    return rng.standard_normal((2, 4, 5)), rng.standard_normal((2, 3, 4, 6))
+
+
+def test_equal_runs_have_no_difference_and_uniform_logits_have_perplexity_vocab(base):
+    _, hidden = base
+    run = outputs(np.zeros((2, 4, 5)), hidden)
+    result = compared(run, run, tolerance=Tolerance.default("float32"))
+    assert (result.logit_max, result.logit_rms, result.kl, result.argmax_agreement) == (0, 0, 0, 1)
+    assert result.perplexity_ours == pytest.approx(5)
+    assert [layer.name for layer in result.layers] == ["embedding", "layer 0", "final norm"]
+    assert result.within_tolerance and result.greedy_agreement == 1 and result.tokens == result.positions == 6
+
+
+def test_differences_are_max_and_rms_over_valid_positions(base):
+    logits, hidden = base
+    changed_logits, changed_hidden = logits.copy(), hidden.copy()
+    changed_logits[0, 1, 2] += 3.0
+    changed_logits[1, 3] = 80  # row 1 has 2 tokens: this is padding
+    changed_hidden[1, 2, 0, :] += 0.5
+    changed_hidden[1, 2, 3, :] += 7.0  # padding
+    result = compared(outputs(changed_logits, changed_hidden), outputs(logits, hidden))
+    assert result.logit_max == pytest.approx(3, rel=1e-5)
+    assert result.logit_rms == pytest.approx(math.sqrt(9 / (6 * 5)), rel=1e-5)
+    assert [layer.max for layer in result.layers] == pytest.approx([0, 0, 0.5], abs=1e-6)
+    assert result.layers[2].rms == pytest.approx(0.5 * math.sqrt(1 / 6), rel=1e-5)
+
+
+def test_kl_of_two_distributions_by_hand():
+    theirs = np.log(np.array([[[0.5, 0.25, 0.25]] * 4] * 2))
+    ours = np.log(np.array([[[0.25, 0.5, 0.25]] * 4] * 2))
+    tokens = np.array([[0, 1, 2, 0], [0, 1, 0, 0]])
+    hidden = np.zeros((2, 3, 4, 6))
+    logits = [dataclasses.replace(outputs(np.zeros((2, 4, 5)), hidden), logits=x) for x in (ours, theirs)]
+    result = compare_outputs(
+        *logits,
+        tokens=tokens,
+        lengths=LENGTHS,
+        positions=range(4),
+        model="m",
+        dtype="float32",
+        patterns=None,
+        versions={},
+        tolerance=Tolerance(),
+    )
+    assert result.kl == pytest.approx(0.25 * math.log(2), rel=1e-6)
+
+
+def test_argmax_and_greedy_agreement(base):
+    logits, hidden = base
+    logits[0, 2] = [0, 0, 4, 3, 0]
+    changed = logits.copy()
+    changed[0, 2] = [0, 0, 4, 4.5, 0]
+    result = compared(
+        outputs(changed, hidden, [[1, 2, 3], [1, 9, 3]]),
+        outputs(logits, hidden),
+        tolerance=Tolerance(argmax=0.9, greedy=True),
+    )
+    assert result.argmax_agreement == pytest.approx(5 / 6)
+    assert result.largest_lost_margin == pytest.approx(1)
+    # Row 1 agrees for its first token only: what follows a difference is another text.
+    assert result.greedy_agreement == pytest.approx((1 + 1 / 3) / 2)
+    assert len(result.failures) == 2
+
+
+def test_nan_is_never_within_tolerance(base):
+    logits, hidden = base
+    broken = logits.copy()
+    broken[0, 0, 0] = np.nan
+    result = compared(outputs(broken, hidden), outputs(logits, hidden), tolerance=Tolerance(logit_max=1e9))
+    assert not result.within_tolerance
+
+
+def test_report_and_json_have_the_figures(base):
+    from rich.console import Console
+
+    logits, hidden = base
+    result = compared(outputs(logits + 1e-3, hidden), outputs(logits, hidden), tolerance=Tolerance.default("float32"))
+    assert json.loads(json.dumps(result.to_dict()))["logit_max"] == pytest.approx(1e-3, rel=1e-2)
+    console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        console.print(comparison_table(result))
+    text = console.export_text()
+    for words in ("max |logit difference|", "layer 0", "perplexity, PyTorch", "Within tolerance"):
+        assert words in text
+
+
+def test_a_missing_interpreter_says_how_to_get_one(tmp_path, monkeypatch):
+    with pytest.raises(TorchNotFoundError, match="is not an executable file"):
+        find_torch_python(tmp_path / "python")
+    monkeypatch.setenv("MINFERENCE_TORCH_PYTHON", str(tmp_path))
+    with pytest.raises(TorchNotFoundError, match=r"MINFERENCE_TORCH_PYTHON=(.|\n)*pip install torch"):
+        find_torch_python()
+
+
+def test_an_interpreter_without_torch_is_named_with_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(process, "NEEDED", ("json", "no_such_module"))
+    with pytest.raises(TorchNotFoundError, match="lacks no_such_module"):
+        find_torch_python(sys.executable)
+
+
+def fake_torch_side(tmp_path, monkeypatch, code):
+    """Runs `code` in the place of torch_side.py, under this interpreter."""
+    (tmp_path / "torch_side.py").write_text("import json, sys, time, pathlib\n" + code)
+    monkeypatch.setattr(process, "__file__", str(tmp_path / "torch_process.py"))
+    monkeypatch.setattr(process, "NEEDED", ("json",))
+    return {"jobs": [], "torch_python": sys.executable}
+
+
+def test_progress_lines_are_passed_on(tmp_path, monkeypatch):
+    done = "pathlib.Path(sys.argv[1]).with_suffix('.done.json').write_text('{}')"
+    call = fake_torch_side(tmp_path, monkeypatch, f"print('noise'); print('progress half', flush=True); {done}")
+    news = []
+    assert process.run_torch_jobs(**call, progress=news.append) == {}
+    assert news == ["half"]
+
+
+def test_a_failing_child_shows_its_standard_error(tmp_path, monkeypatch):
+    call = fake_torch_side(tmp_path, monkeypatch, "raise KeyError('the reason')")
+    with pytest.raises(TorchError, match=r"status 1; its standard error:\n(.|\n)*the reason"):
+        process.run_torch_jobs(**call)
+
+
+def test_a_hanging_child_is_stopped(tmp_path, monkeypatch):
+    call = fake_torch_side(tmp_path, monkeypatch, "print('stuck', file=sys.stderr, flush=True); time.sleep(60)")
+    started = time.monotonic()
+    with pytest.raises(TorchError, match=r"more than 2 s and was stopped(.|\n)*stuck"):
+        process.run_torch_jobs(**call, timeout=2)
+    assert time.monotonic() - started < 20
+
+
+def test_a_checkpoint_that_lacks_tensors_is_an_error_not_random_tensors(tmp_path):
+    """transformers alone would fill the gap with random numbers and print a warning."""
+    (tmp_path / "config.json").write_text(json.dumps(VARIANTS["gqa4"]))
+    save_file(
+        {"model.embed_tokens.weight": np.ones((331, 64), np.float32)},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    write_inputs(tmp_path, TOKENS, LENGTHS)
+    run = {"kind": "run", "model": str(tmp_path), "output": str(tmp_path), "dtype": "float32", "attention": "sdpa"}
+    run |= {"device": "cpu", "positions": [0], "new_tokens": 0, "chunk": 64}
+    with pytest.raises(TorchError, match=r"missing_keys(.|\n)*layers.1.self_attn.k_proj"):
+        process.run_torch_jobs([run], torch_python=torch_python(), threads=1)
