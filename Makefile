@@ -1,5 +1,5 @@
 # `make demo` and `make test` do all their own set-up; both need only a Python 3.12 or newer with pip, and this file.
-#   PYTHON=/path/to/python           the interpreter to build .venv from (default: tools/find-python looks for one)
+#   PYTHON=/path/to/python           the interpreter to build .venv from (default: .ci/find-python looks for one)
 #   MINFERENCE_TORCH_PYTHON=PATH     an interpreter that already has torch and transformers, for the comparison tests
 #   TORCH_PIP="..."                  more options for the pip that installs torch, such as an index of CPU builds
 
@@ -43,7 +43,7 @@ format: .venv/.dev
 venv: .venv/.dev
 
 .venv/.folder:
-	@python=$$(tools/find-python 3.12) && rm -rf .venv && echo "Making .venv with $$python" && "$$python" -m venv .venv
+	@python=$$(.ci/find-python 3.12) && rm -rf .venv && echo "Making .venv with $$python" && "$$python" -m venv .venv
 	@echo "$(CURDIR)" > $@
 
 .venv/.runtime: .venv/.folder pyproject.toml constraints.txt
@@ -68,7 +68,7 @@ endif
 
 .venv-torch/.stamp:
 	@echo "Making .venv-torch with PyTorch for the comparison tests ..."
-	@rm -rf .venv-torch && python=$$(tools/find-python 3.11 3.11) && "$$python" -m venv .venv-torch \
+	@rm -rf .venv-torch && python=$$(.ci/find-python 3.11 3.11) && "$$python" -m venv .venv-torch \
 	&& .venv-torch/bin/python -m pip --disable-pip-version-check install --quiet --no-compile $(TORCH_PIP) $(TORCH_PACKAGES) \
 	&& .venv-torch/bin/python -c 'import torch, transformers' && echo "$(TORCH_PACKAGES)" > $@ \
 	|| { echo "warning: no PyTorch here; the tests that compare with it will be skipped" >&2; test -z "$$CI"; }
