@@ -94,8 +94,23 @@ def hopper_attention(
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
 def _attention(q, k, v, plan, lengths, q_offset, scale, return_lse, config, interpret):
-    b, t, n, h = q.shape
     tables = hopper_tables.prepare(plan, q, k, v, lengths=lengths, q_offset=q_offset)
+    return attend(q, k, v, tables, scale=scale, return_lse=return_lse, config=config, interpret=interpret)
+
+
+def attend(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    tables: hopper_tables.KernelTables,
+    *,
+    scale: float,
+    return_lse: bool,
+    config: KernelConfig,
+    interpret: Any = None,
+) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"] | None]:
+    """Launches the kernel on prepared tables: `hopper_attention` without its checks and preparation."""
+    b, t, n, h = q.shape
     query_tiles = num_query_tiles(t)
     work = b * n * query_tiles
     launch = Launch(
@@ -132,7 +147,9 @@ def _attention(q, k, v, plan, lengths, q_offset, scale, return_lse, config, inte
         thread_name="warpgroup",
         interpret=interpret,
         kernel_name="sparse_attention",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=config.unsafe
+        ),
     )(*inputs.values())
     if not return_lse:
         return outputs[0][:, :t], None
@@ -150,7 +167,7 @@ def _forward(*args):
 
 def _backward(scale, return_lse, config, interpret, residuals, cotangents):
     raise NotImplementedError(
-        "the Hopper kernel has no backward pass; differentiate with implementation='xla', which computes the same function"
+        "the Hopper kernel has no backward pass; differentiate with implementation='xla', the same function in jnp"
     )
 
 

@@ -40,12 +40,13 @@ class KernelConfig:
     thread_blocks: int | None = None
     compute_registers: int = 232
     memory_registers: int = 40
+    unsafe: bool = False
 
     def __post_init__(self) -> None:
         if self.stages < 2:
             raise ValueError(f"stages must be at least 2; got {self.stages}")
-        if self.thread_blocks is not None and not 1 <= self.thread_blocks <= 65_535:
-            raise ValueError(f"thread_blocks must lie in [1, 65535]; got {self.thread_blocks}")
+        if self.thread_blocks is not None and self.thread_blocks < 1:
+            raise ValueError(f"thread_blocks must be positive; got {self.thread_blocks}")
         for name in ("compute_registers", "memory_registers"):
             count = getattr(self, name)
             if count % 8 or not 24 <= count <= 240:

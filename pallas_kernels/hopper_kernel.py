@@ -306,15 +306,12 @@ def _compute(
         def bias_of(step):
             # The zeros in front of the columns stand for the last whole tile, if it has to share a step.
             start = pl.multiple_of((2 * step - 1 - whole) * KEY_TILE, KEY_TILE)
-            if refs.keys is None:
-                source = refs.bias.at[0, 0]
-            else:
-                source = refs.bias.at[z, tile, pl.ds(start, STEP_KEYS)]
+            source = refs.bias.at[0, 0] if refs.keys is None else refs.bias.at[z, tile, pl.ds(start, STEP_KEYS)]
             return plgpu.load(source, layout=layout.reduce(0), optimized=False)
 
         def step_of(kind: str):
             def body(step, carry):
-                acc, m, l = carry
+                acc, m, total = carry
                 slot = lax.rem(step0 + step, jnp.int32(stages))
                 bias = bias_of(step) if kind == "bias" else None
 
@@ -343,11 +340,11 @@ def _compute(
                 alpha = jnp.exp2(m - m_new)
                 p = jnp.exp2(s * log2_scale - rows_to(m_new, shape))
                 acc = acc * rows_to(alpha, (ROWS, h))
-                l = l * alpha + p.sum(axis=1)
+                total = total * alpha + p.sum(axis=1)
                 p16 = p.astype(launch.dtype)
 
                 # Keeps the compiler from moving softmax arithmetic past the barriers below.
-                acc, l, m_new, p16 = lax.optimization_barrier((acc, l, m_new, p16))
+                acc, total, m_new, p16 = lax.optimization_barrier((acc, total, m_new, p16))
                 plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(v_full.at[slot])
                 plgpu.barrier_wait(turn)
@@ -369,7 +366,7 @@ def _compute(
 
                     acc = pl.run_state(weighted)(plgpu.ACC.init(acc))
                 plgpu.barrier_arrive(v_free.at[slot])
-                return acc, m_new, l
+                return acc, m_new, total
 
             return body
 
@@ -388,24 +385,24 @@ def _compute(
             plgpu.barrier_wait(k_full.at[lax.rem(step0, jnp.int32(stages))])
 
         m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), layout.reduce(1))
-        l = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1))
+        total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1))
         acc = plgpu.layout_cast(jnp.zeros((ROWS, h), jnp.float32), layout)
-        carry = lax.fori_loop(jnp.int32(0), jnp.minimum(steps, 1), step_of("causal"), (acc, m, l))
+        carry = lax.fori_loop(jnp.int32(0), jnp.minimum(steps, 1), step_of("causal"), (acc, m, total))
         release_queries()
         carry = lax.fori_loop(jnp.int32(1), no_bias, step_of("whole"), carry)
-        acc, m, l = lax.fori_loop(no_bias, steps, step_of("bias"), carry)
+        acc, m, total = lax.fori_loop(no_bias, steps, step_of("bias"), carry)
 
         # Let the other warpgroup have the tensor cores for its last product while this one writes its output.
         take_turn()
 
         limit = rows_valid - warpgroup * ROWS
-        inverse = 1 / l
+        inverse = 1 / total
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS, h), 0, layout=layout)
         acc = jnp.where(row < limit, acc * rows_to(inverse, (ROWS, h)), 0.0)
         queries[...] = acc.astype(launch.dtype)
         if lse_smem is not None:
             row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout.reduce(1))
-            lse_smem[warpgroup] = jnp.where(row < limit, m * math.log(2) + jnp.log(l), -jnp.inf)
+            lse_smem[warpgroup] = jnp.where(row < limit, m * math.log(2) + jnp.log(total), -jnp.inf)
         plgpu.commit_smem()
         batch, head, _ = _split(launch, z)
         rows = pl.ds(tile * QUERY_TILE + warpgroup * ROWS, ROWS)

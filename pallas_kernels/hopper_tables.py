@@ -7,6 +7,7 @@ them from any `SparsePlan` in a few fused passes, at any length: nothing here is
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,11 @@ ROWS_VALID = 5  # rows before the sequence's length
 WORK_FIELDS = 8  # padded to a power of two
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["work", "bands", "blocks", "keys", "values", "bias"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class KernelTables:
     """The plan as the kernel reads it; `z` = b·n, heads of all sequences, `i` query tiles.
