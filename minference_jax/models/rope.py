@@ -48,7 +48,7 @@ def inverse_frequencies(config: LlamaConfig, sequence_lengths: Int32[Array, " b"
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """What cos and sin are multiplied by: 1, except for yarn and longrope, which sharpen attention over long contexts."""
+    """What cos and sin are multiplied by: 1 except for yarn and longrope, which sharpen attention for long contexts."""
     if rope.kind not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:

@@ -1,0 +1,104 @@
+"""Checks of what callers pass to a model, before anything is traced: each error names the argument and the shapes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+from minference_jax.models.cache import KVCache
+from minference_jax.models.config import LlamaConfig
+from minference_jax.models.params import param_shapes
+from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, Pattern, VerticalSlash
+
+Patterns = Pattern | HeadPatterns | str | os.PathLike | None
+QUERY_TILE = 128
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
+def resolve_patterns(config: LlamaConfig, patterns: Patterns) -> HeadPatterns | None:
+    """`patterns` in any accepted form as one pattern per head of this model, or None.
+
+    Raises `TypeError` for anything else, and what `load_patterns` raises for a file.
+    """
+    if patterns is None or isinstance(patterns, HeadPatterns):
+        return patterns
+    if isinstance(patterns, Dense | AShape | VerticalSlash | BlockSparse):
+        return HeadPatterns.uniform(patterns, config.num_layers, config.num_heads)
+    if isinstance(patterns, str | os.PathLike):
+        from minference_jax.pattern_io import load_patterns
+
+        return load_patterns(patterns)
+    raise TypeError(f"patterns must be None, a pattern, HeadPatterns or the path of a pattern file, got {patterns!r}")
+
+
+def check_patterns(config: LlamaConfig, patterns: HeadPatterns | None) -> None:
+    """Raises `ValueError` when patterns are of another number of layers or heads."""
+    if patterns is None:
+        return
+    have, want = (patterns.num_layers, patterns.num_heads), (config.num_layers, config.num_heads)
+    if have != want:
+        raise ValueError(
+            f"patterns are for {have[0]} layers of {have[1]} heads; the model has {want[0]} layers of {want[1]} heads"
+        )
+
+
+def check_params(config: LlamaConfig, params: Mapping[str, Array]) -> None:
+    """Raises `ValueError` that lists every missing, unexpected or wrongly shaped parameter, and mixed dtypes."""
+    expected = param_shapes(config)
+    problems = [f"{name} is missing" for name in expected if name not in params]
+    problems += [f"{name} is unexpected" for name in params if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(params[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in params and tuple(params[name].shape) != shape
+    ]
+    dtypes = sorted({jnp.dtype(value.dtype).name for value in params.values()})
+    if len(dtypes) > 1 or not set(dtypes) <= set(_FLOATS):
+        problems.append(f"dtypes must be one of {', '.join(_FLOATS)} for all, got {', '.join(dtypes)}")
+    if problems:
+        raise ValueError("params do not fit the config: " + "; ".join(problems))
+
+
+def check_tokens(tokens: Any, lengths: Any) -> tuple[Int32[Array, "b t"], Int32[Array, " b"]]:
+    """tokens and lengths as int32 arrays, lengths clipped to [0, t]; `ValueError` or `TypeError` if malformed."""
+    tokens = jnp.asarray(tokens)
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens must have shape [batch, tokens] without empty axes, got {tokens.shape}")
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"tokens must be integers, got {tokens.dtype}")
+    b, t = tokens.shape
+    lengths = jnp.full((b,), t, jnp.int32) if lengths is None else check_lengths(lengths, b)
+    return tokens.astype(jnp.int32), jnp.clip(lengths, 0, t)
+
+
+def check_lengths(lengths: Any, batch: int) -> Int32[Array, " b"]:
+    """One int32 per sequence; `ValueError` or `TypeError` if it is anything else."""
+    lengths = jnp.asarray(lengths)
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths must have shape ({batch},), one for each row of tokens, got {lengths.shape}")
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+    return lengths.astype(jnp.int32)
+
+
+def check_start(start: Any, tokens: Array, cache: KVCache | None) -> Int32[Array, ""] | None:
+    """`start` as a traced scalar, or None for a whole prompt; `ValueError` when it or the tokens do not fit."""
+    b, t = tokens.shape
+    if cache is not None and (cache.lengths.shape != (b,) or cache.capacity < t):
+        raise ValueError(
+            f"tokens {tokens.shape} do not fit a cache of {cache.lengths.shape[0]} x {cache.capacity} positions"
+        )
+    if start is None or (isinstance(start, int) and start == 0):
+        return None
+    if cache is None:
+        raise ValueError("start needs the cache that holds the positions before it")
+    if isinstance(start, int):
+        if start < 0 or start % QUERY_TILE:
+            raise ValueError(f"start must be a multiple of {QUERY_TILE}, got {start}")
+        if start + t > cache.capacity:
+            raise ValueError(f"start {start} and {t} tokens exceed the cache's {cache.capacity} positions")
+    return jnp.asarray(start, jnp.int32)

@@ -1,0 +1,190 @@
+"""The forward pass over stacked parameters, as pure functions: prefill, one decoding step, logits.
+
+Layers are scanned, so a model of any depth compiles one layer. The residual stream and the KV cache are the scan's
+carry and are updated in place; parameters and head patterns are its inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+import pallas_kernels
+from minference_jax import attention
+from minference_jax.models.cache import KVCache, decode_attention
+from minference_jax.models.config import LlamaConfig
+from minference_jax.models.layers import Layer, finish_layer, map_chunks, project_qkv, rms_norm
+from minference_jax.models.rope import inverse_frequencies, rope_tables
+
+Params = Mapping[str, Array]
+
+CHUNK = 16_384
+"""Rows that projections, norms and the MLP process at once: large enough to fill a GPU, and 0.5 GB for an 8B model."""
+LOGIT_CHUNK = 256
+"""Rows whose logits exist at once when only a number per row is kept: 134 MB for a vocabulary of 131,072."""
+
+
+def stacked_layers(params: Params) -> Layer:
+    """The parameters that have a leading layer axis, without their `layers.` prefix."""
+    return {name.removeprefix("layers."): value for name, value in params.items() if name.startswith("layers.")}
+
+
+def embed(params: Params, tokens: Int32[Array, "b t"]) -> Float[Array, "b t d"]:
+    """Token embeddings; ids outside the vocabulary are clipped into it."""
+    return jnp.take(params["embed"], tokens, axis=0, mode="clip")
+
+
+def logits(config: LlamaConfig, params: Params, x: Float[Array, "b t d"]) -> Float[Array, "b t vocab"]:
+    """Final norm and head, float32."""
+    x = rms_norm(x, params["final_norm"], config.rms_norm_eps)
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    head, equation = (params["embed"], "btd,vd->btv") if config.tie_embeddings else (params["lm_head"], "btd,dv->btv")
+    return jnp.einsum(equation, x, head, precision=precision, preferred_element_type=jnp.float32)
+
+
+def layer_qkv(
+    config: LlamaConfig, layer: Layer, x: Array, frequencies: Array, start: Array, chunk: int
+) -> tuple[Array, Array, Array]:
+    """One layer's q, k, v for rows at positions start, start + 1, …, in chunks."""
+
+    def project(first: Array, rows: Array) -> tuple[Array, Array, Array]:
+        positions = start + first + jnp.arange(rows.shape[1], dtype=jnp.int32)
+        return project_qkv(config, layer, rows, *rope_tables(config, frequencies, positions[None]))
+
+    return map_chunks(project, (x,), chunk)
+
+
+def attend(
+    q: Array, k: Array, v: Array, patterns: Any, *, lengths: Array, q_offset: Any, implementation: str | None
+) -> tuple[Array, Any]:
+    """Attention of one layer's prefill and what is known about it: None when it is dense."""
+    where = {"lengths": lengths, "q_offset": q_offset, "implementation": implementation}
+    if patterns is None:
+        return pallas_kernels.dense_attention(q, k, v, **where), None
+    return attention.sparse_attention(q, k, v, patterns, **where, return_info=True)
+
+
+def prefill(
+    config: LlamaConfig,
+    params: Params,
+    patterns: Any,
+    tokens: Int32[Array, "b t"],
+    lengths: Int32[Array, " b"],
+    rope_lengths: Int32[Array, " b"],
+    cache: KVCache | None,
+    start: Int32[Array, ""] | None,
+    *,
+    keep: str = "nothing",
+    chunk: int = CHUNK,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b t d"], KVCache | None, Any]:
+    """Runs all layers over a prompt or a part of one.
+
+    `start` None: the rows are the whole prompt, and attend to each other. Otherwise they stand at positions start…,
+    and attend to the cache, which holds everything before them. `keep` says what to return of each layer, stacked:
+    "nothing", "info" (of its attention) or "hidden" (its output). Returns the last layer's output, before the final
+    norm, with the cache and what was kept.
+    """
+    t = tokens.shape[1]
+    q_offset = jnp.int32(0) if start is None else start
+    seen = jnp.minimum(lengths, q_offset + t)
+    frequencies = inverse_frequencies(config, rope_lengths)
+
+    def step(carry: tuple, inputs: tuple) -> tuple[tuple, Any]:
+        x, cached = carry
+        index, layer, layer_patterns = inputs
+        q, k, v = layer_qkv(config, layer, x, frequencies, q_offset, chunk)
+        if cached is not None:
+            place = (index, 0, q_offset, 0, 0)
+            cached = tuple(
+                jax.lax.dynamic_update_slice(c, new[None], place) for c, new in zip(cached, (k, v), strict=True)
+            )
+            if start is not None:
+                k, v = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in cached)
+        out, info = attend(
+            q, k, v, layer_patterns, lengths=seen, q_offset=0 if start is None else start, implementation=implementation
+        )
+        x = map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), chunk, in_place=True)
+        return (x, cached), {"nothing": None, "info": info, "hidden": x}[keep]
+
+    indices = jnp.arange(config.num_layers, dtype=jnp.int32)
+    cached = None if cache is None else (cache.k, cache.v)
+    carry = (embed(params, tokens), cached)
+    (x, cached), kept = jax.lax.scan(step, carry, (indices, stacked_layers(params), patterns))
+    if cache is not None and cached is not None:
+        written = jax.lax.dynamic_update_slice(cache.tokens, tokens, (jnp.int32(0), q_offset))
+        cache = KVCache(cached[0], cached[1], written, seen)
+    return x, cache, kept
+
+
+def last_logits(
+    config: LlamaConfig, params: Params, x: Float[Array, "b t d"], last: Int32[Array, " b"]
+) -> Float[Array, "b vocab"]:
+    """Logits of one row per sequence, `last` (clipped to the rows there are)."""
+    rows = jnp.take_along_axis(x, jnp.clip(last, 0, x.shape[1] - 1)[:, None, None], axis=1)
+    return logits(config, params, rows)[:, 0]
+
+
+def decode(
+    config: LlamaConfig,
+    params: Params,
+    tokens: Int32[Array, " b"],
+    cache: KVCache,
+    active: Array | None = None,
+) -> tuple[Float[Array, "b vocab"], KVCache]:
+    """Appends one token to each sequence: its logits, and the cache one longer.
+
+    Rows where `active` is False keep their length (what they write is past it); their logits mean nothing. A row whose
+    cache is full writes nothing.
+    """
+    rows, positions = jnp.arange(tokens.shape[0], dtype=jnp.int32), cache.lengths
+    cos, sin = rope_tables(config, inverse_frequencies(config, positions + 1), positions[:, None])
+
+    def step(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+        x, cached = carry
+        index, layer = inputs
+        q, k, v = project_qkv(config, layer, x, cos, sin)
+        cached = tuple(
+            c.at[index, rows, positions].set(new[:, 0], mode="drop") for c, new in zip(cached, (k, v), strict=True)
+        )
+        keys, values = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in cached)
+        out = decode_attention(q[:, 0], keys, values, positions + 1)
+        return (finish_layer(config, layer, x, out[:, None]), cached), None
+
+    indices = jnp.arange(config.num_layers, dtype=jnp.int32)
+    carry = (embed(params, tokens[:, None]), (cache.k, cache.v))
+    (x, cached), _ = jax.lax.scan(step, carry, (indices, stacked_layers(params)))
+    written = cache.tokens.at[rows, positions].set(tokens, mode="drop")
+    longer = positions + (1 if active is None else active.astype(jnp.int32))
+    cache = dataclasses.replace(
+        cache, k=cached[0], v=cached[1], tokens=written, lengths=jnp.minimum(longer, cache.capacity)
+    )
+    return logits(config, params, x)[:, 0], cache
+
+
+def log_likelihoods(
+    config: LlamaConfig,
+    params: Params,
+    x: Float[Array, "b t d"],
+    tokens: Int32[Array, "b t"],
+    lengths: Int32[Array, " b"],
+) -> Float[Array, "b t"]:
+    """log p(token i | tokens before it), float32, from the last layer's output; 0 for the first token and padding.
+
+    Logits exist for `LOGIT_CHUNK` rows at a time.
+    """
+
+    def score(_: Array, rows: Array, following: Array) -> Array:
+        values = logits(config, params, rows)
+        picked = jnp.take_along_axis(values, following[:, :, None], axis=-1, mode="clip")[:, :, 0]
+        return picked - jax.nn.logsumexp(values, axis=-1)
+
+    following = jnp.roll(tokens, -1, axis=1)
+    scores = jnp.roll(map_chunks(score, (x, following), LOGIT_CHUNK), 1, axis=1)
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return jnp.where((positions > 0) & (positions < lengths[:, None]), scores, 0.0)

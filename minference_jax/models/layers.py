@@ -1,0 +1,83 @@
+"""The pieces of a decoder layer: RMSNorm, projections with RoPE, SwiGLU; and running them in chunks of the sequence.
+
+A layer's parameters are a plain mapping name → array, as `params.layer_shapes` lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from minference_jax.models.config import LlamaConfig
+from minference_jax.models.rope import apply_rope
+
+Layer = Mapping[str, Array]
+
+
+def matmul(equation: str, x: Array, weight: Array) -> Array:
+    """einsum in x's dtype. float32 stays float32: GPUs would otherwise round its inputs to 10 bits (TF32)."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(equation, x, weight, precision=precision)
+
+
+def rms_norm(x: Float[Array, "*rows d"], weight: Float[Array, " d"], eps: float) -> Float[Array, "*rows d"]:
+    """x / √(mean(x²) + eps) in float32, rounded to x's dtype before the weight, as checkpoints expect."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return weight * y.astype(x.dtype)
+
+
+def project_qkv(
+    config: LlamaConfig,
+    layer: Layer,
+    x: Float[Array, "b t d"],
+    cos: Float[Array, "#b t r"],
+    sin: Float[Array, "#b t r"],
+) -> tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]:
+    """Normalised input → queries and keys after RoPE, and values."""
+    x = rms_norm(x, layer["attn_norm"], config.rms_norm_eps)
+    q, k, v = (matmul("btd,dnh->btnh", x, layer[name]) for name in ("wq", "wk", "wv"))
+    if config.qkv_bias:
+        q, k, v = q + layer["bq"], k + layer["bk"], v + layer["bv"]
+    if config.qk_norm:
+        q = rms_norm(q, layer["q_norm"], config.rms_norm_eps)
+        k = rms_norm(k, layer["k_norm"], config.rms_norm_eps)
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+
+def finish_layer(
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], attended: Float[Array, "b t n h"]
+) -> Float[Array, "b t d"]:
+    """Output projection and SwiGLU MLP, each added to the residual stream."""
+    x = x + matmul("btnh,nhd->btd", attended, layer["wo"])
+    y = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
+    y = jax.nn.silu(matmul("btd,df->btf", y, layer["w_gate"])) * matmul("btd,df->btf", y, layer["w_up"])
+    return x + matmul("btf,fd->btd", y, layer["w_down"])
+
+
+def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *, in_place: bool = False) -> Any:
+    """`fn(first_row, *arrays)` applied to chunks of `chunk` rows along axis 1, its results put together again.
+
+    Bounds the memory of what `fn` makes on the way: an MLP over a million tokens would hold 29 GB at once.
+    `fn` must treat rows independently; its results have the rows on axis 1. With `in_place`, it returns one array
+    like `arrays[0]`, which the results replace chunk by chunk. A last, shorter chunk is compiled separately.
+    """
+    t = arrays[0].shape[1]
+    if t <= chunk:
+        return fn(jnp.int32(0), *arrays)
+
+    def run(out: Any, start: Any, size: int) -> Any:
+        sources = (out, *arrays[1:]) if in_place else arrays
+        pieces = fn(jnp.int32(start), *(jax.lax.dynamic_slice_in_dim(a, start, size, axis=1) for a in sources))
+        return jax.tree.map(lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p, start, axis=1), out, pieces)
+
+    out: Any = arrays[0]
+    if not in_place:
+        shapes = jax.eval_shape(fn, jnp.int32(0), *(a[:, :chunk] for a in arrays))
+        out = jax.tree.map(lambda s: jnp.zeros((s.shape[0], t, *s.shape[2:]), s.dtype), shapes)
+    out = jax.lax.fori_loop(0, t // chunk, lambda i, o: run(o, i * chunk, chunk), out)
+    return run(out, t - t % chunk, t % chunk) if t % chunk else out

@@ -1,0 +1,284 @@
+"""Llama as a Flax NNX module: parameters, head patterns, and the jitted entry points of the forward pass.
+
+```python
+model = Llama.from_pretrained("models/smollm2", dtype="float32", patterns=VerticalSlash(columns=64, tiles=16))
+logits = model(tokens, lengths)                       # [b, t, vocab]
+last, cache = model.prefill(tokens, lengths, model.init_cache(1, 4096))
+last, cache = model.decode(jnp.argmax(last, -1), cache)
+```
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from minference_jax.models import forward
+from minference_jax.models.cache import KVCache
+from minference_jax.models.checks import (
+    Patterns,
+    check_lengths,
+    check_params,
+    check_patterns,
+    check_start,
+    check_tokens,
+    resolve_patterns,
+)
+from minference_jax.models.config import LlamaConfig
+from minference_jax.models.params import param_shapes as param_shapes
+from minference_jax.patterns import Dense, HeadPatterns, PatternArrays
+
+
+class Layers(nnx.Module):
+    """The parameters of all layers, stacked: each has a leading layer axis."""
+
+    def __init__(self, params: Mapping[str, Array]):
+        for name, value in params.items():
+            setattr(self, name, nnx.Param(value))
+
+
+class Llama(nnx.Module):
+    """A decoder of the Llama family whose prefill can be sparse.
+
+    - `config`: what it is (static).
+    - `patterns`: the pattern of each head in prefill, or None for dense attention (static). Decoding is dense.
+    - `embed`, `layers`, `final_norm`, `lm_head`: parameters, named and shaped as in `param_shapes(config)`.
+
+    Every method is jitted and can be called inside other transformations. Tokens are int32, padded on the right;
+    `lengths` (int32 `[b]`, None for no padding) are clipped to the array. Ids outside the vocabulary are clipped too.
+    The weights' dtype is that of all activations; norms, RoPE, softmax and logits are float32 inside.
+    """
+
+    def __init__(self, config: LlamaConfig, params: Mapping[str, Array], patterns: HeadPatterns | None = None):
+        check_params(config, params)
+        self.config = config
+        self.embed = nnx.Param(params["embed"])
+        self.layers = Layers(forward.stacked_layers(params))
+        self.final_norm = nnx.Param(params["final_norm"])
+        if not config.tie_embeddings:
+            self.lm_head = nnx.Param(params["lm_head"])
+        check_patterns(config, patterns)
+        self.patterns = patterns
+        dense = patterns is None or all(type(p) is Dense for layer in patterns.layers for p in layer)
+        self._pattern_arrays = nnx.data(None if dense else cast(HeadPatterns, patterns).arrays())
+
+    @classmethod
+    def from_params(cls, config: LlamaConfig, params: Mapping[str, Array], patterns: Patterns = None) -> Llama:
+        """A model of these parameters (not copied).
+
+        `patterns`: None for dense attention; one pattern for all heads; `HeadPatterns`; or the path of a pattern file
+        or the name of a preset. Raises `ValueError` listing every missing, unexpected or wrongly shaped parameter, or
+        when the patterns are of another number of layers or heads.
+        """
+        return cls(config, params, resolve_patterns(config, patterns))
+
+    @classmethod
+    def random(cls, config: LlamaConfig, key: Array, dtype: Any = "float32", patterns: Patterns = None) -> Llama:
+        """Random weights: norms of one, biases of zero, matrices of standard deviation 1/√(inputs)."""
+        return cls.from_params(config, _random_params(config, key, jnp.dtype(dtype).name), patterns)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        dtype: str = "bfloat16",
+        patterns: Patterns = None,
+        progress: Any = None,
+    ) -> Llama:
+        """Loads a Hugging Face directory or a GGUF file; see `minference_jax.models.convert.load_checkpoint`.
+
+        `progress(done, total)` is called as tensors are read.
+        """
+        from minference_jax.models.convert import load_checkpoint
+
+        config, params = load_checkpoint(os.fspath(path), dtype=dtype, progress=progress)
+        return cls.from_params(config, params, patterns)
+
+    def with_patterns(self, patterns: Patterns) -> Llama:
+        """The same weights (shared, not copied) with other patterns."""
+        return Llama.from_params(self.config, self.params(), patterns)
+
+    def params(self) -> dict[str, Array]:
+        """Name → array of every parameter, in the order of `param_shapes`."""
+        owners = {name: self.layers if name.startswith("layers.") else self for name in param_shapes(self.config)}
+        return {name: getattr(owner, name.removeprefix("layers."))[...] for name, owner in owners.items()}
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of weights and activations."""
+        return self.embed[...].dtype
+
+    @property
+    def pattern_arrays(self) -> PatternArrays | None:
+        """The patterns as arrays with leading axes `[layers, heads]`; None when every head is dense."""
+        return self._pattern_arrays
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """An empty KV cache for `batch` sequences of up to `length` tokens."""
+        return KVCache.empty(self.config, batch, length, self.dtype)
+
+    def __call__(
+        self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
+    ) -> Float[Array, "b t vocab"]:
+        """float32 logits of every position, `[b, t, vocab]`; those of padding mean nothing."""
+        return _all_logits(self.config, self.params(), self._pattern_arrays, *check_tokens(tokens, lengths))
+
+    def hidden_states(
+        self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
+    ) -> Float[Array, "levels b t d"]:
+        """Embeddings, the output of each layer, and the output of the final norm: layers + 2 levels."""
+        return _hidden_states(self.config, self.params(), self._pattern_arrays, *check_tokens(tokens, lengths))
+
+    def token_log_likelihoods(
+        self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
+    ) -> Float[Array, "b t"]:
+        """log p of each token given those before it, float32; 0 for the first one and for padding.
+
+        The logits of a few rows exist at a time, so this costs no more memory than a prefill.
+        """
+        return _log_likelihoods(self.config, self.params(), self._pattern_arrays, *check_tokens(tokens, lengths))
+
+    def prefill(
+        self,
+        tokens: Int32[Array, "b t"],
+        lengths: Int32[Array, " b"] | None = None,
+        cache: KVCache | None = None,
+        *,
+        start: int | Int32[Array, ""] | None = None,
+        rope_lengths: Int32[Array, " b"] | None = None,
+        chunk: int = forward.CHUNK,
+        implementation: str | None = None,
+        return_info: bool = False,
+    ) -> Any:
+        """Processes a prompt, or the part of it that begins at position `start`.
+
+        **Arguments:**
+
+        - `tokens`: the prompts, or their rows at positions `start` … `start + t - 1`.
+        - `lengths`: of the whole sequences, those rows included (None: `start + t`).
+        - `cache`: filled and returned; **its buffers are given up** (donated), so do not use it again. None keeps
+          nothing, which a single prompt's logits need no more of.
+        - `start`: None or 0 for a whole prompt. Otherwise a multiple of 128, an int or a traced int32 scalar, shared
+          by all sequences; the cache must hold every earlier position. A traced `start` that leaves no room for `t`
+          rows in the cache is clamped. To continue from a position between, feed up to 127 tokens again.
+        - `rope_lengths`: int32 `[b]`, for RoPE that depends on the sequence length ("dynamic", "longrope"): the
+          length to assume, where a prompt comes in parts. Default: `lengths` up to these rows, as one call would see.
+        - `chunk` (static): rows of projections and MLP at once. `implementation` (static): of attention.
+
+        **Returns:** float32 logits `[b, vocab]` of each sequence's last token (of a sequence that ends outside these
+        rows, they mean nothing) and the cache. With `return_info` (static) also the `AttentionInfo` of all layers,
+        with leading layer axis: density and estimated recall `[layers, b, n]`; None for dense attention.
+        """
+        tokens, whole = check_tokens(tokens, None)
+        start = check_start(start, tokens, cache)
+        end = whole if start is None else whole + start
+        lengths = end if lengths is None else jnp.maximum(check_lengths(lengths, tokens.shape[0]), 0)
+        if start is None:
+            lengths = jnp.minimum(lengths, whole)
+        if rope_lengths is None:
+            rope_lengths = jnp.minimum(lengths, end)
+        else:
+            rope_lengths = check_lengths(rope_lengths, tokens.shape[0])
+        if chunk <= 0:
+            raise ValueError(f"chunk must be positive, got {chunk}")
+        result = _prefill(
+            self.config,
+            self.params(),
+            self._pattern_arrays,
+            tokens,
+            lengths,
+            rope_lengths,
+            cache,
+            start,
+            chunk=chunk,
+            implementation=implementation,
+            return_info=return_info,
+        )
+        return result if return_info else result[:2]
+
+    def decode(self, tokens: Int32[Array, " b"], cache: KVCache) -> tuple[Float[Array, "b vocab"], KVCache]:
+        """Appends one token to each sequence of the cache: float32 logits `[b, vocab]` and the cache, one longer.
+
+        Attention is dense. The cache that is passed in is donated. A sequence whose cache is full stays as it is.
+        """
+        if jnp.shape(tokens) != cache.lengths.shape:
+            raise ValueError(f"tokens must have shape {cache.lengths.shape} to fit the cache, got {jnp.shape(tokens)}")
+        return _decode(self.config, self.params(), jnp.asarray(tokens, jnp.int32), cache)
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _random_params(config: LlamaConfig, key: Array, dtype: str) -> dict[str, Array]:
+    params = {}
+    for index, (name, shape) in enumerate(param_shapes(config).items()):
+        leaf = name.removeprefix("layers.")
+        if leaf.endswith("norm"):
+            params[name] = jnp.ones(shape, dtype)
+        elif leaf in ("bq", "bk", "bv"):
+            params[name] = jnp.zeros(shape, dtype)
+        else:
+            inputs = {"embed": shape[-1], "wo": config.num_heads * config.head_dim, "lm_head": shape[0]}
+            scale = inputs.get(leaf, shape[1] if name.startswith("layers.") else shape[0]) ** -0.5
+            noise = jax.random.normal(jax.random.fold_in(key, index), shape, jnp.dtype(dtype))
+            params[name] = noise * jnp.asarray(scale, dtype)
+    return params
+
+
+@partial(jax.jit, static_argnums=0)
+def _all_logits(config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array) -> Array:
+    x, _, _ = forward.prefill(config, params, patterns, tokens, lengths, lengths, None, None)
+    return forward.logits(config, params, x)
+
+
+@partial(jax.jit, static_argnums=0)
+def _hidden_states(config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array) -> Array:
+    x, _, levels = forward.prefill(config, params, patterns, tokens, lengths, lengths, None, None, keep="hidden")
+    last = forward.rms_norm(x, params["final_norm"], config.rms_norm_eps)
+    return jnp.concatenate([forward.embed(params, tokens)[None], levels, last[None]])
+
+
+@partial(jax.jit, static_argnums=0)
+def _log_likelihoods(
+    config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array
+) -> Array:
+    x, _, _ = forward.prefill(config, params, patterns, tokens, lengths, lengths, None, None)
+    return forward.log_likelihoods(config, params, x, tokens, lengths)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("config", "chunk", "implementation", "return_info"),
+    donate_argnames=("cache",),
+)
+def _prefill(
+    config: LlamaConfig,
+    params: forward.Params,
+    patterns: Any,
+    tokens: Array,
+    lengths: Array,
+    rope_lengths: Array,
+    cache: KVCache | None,
+    start: Array | None,
+    *,
+    chunk: int,
+    implementation: str | None,
+    return_info: bool,
+) -> tuple[Array, KVCache | None, Any]:
+    x, cache, info = forward.prefill(
+        *(config, params, patterns, tokens, lengths, rope_lengths, cache, start),
+        keep="info" if return_info else "nothing",
+        chunk=chunk,
+        implementation=implementation,
+    )
+    last = lengths - 1 if start is None else lengths - 1 - start
+    return forward.last_logits(config, params, x, last), cache, info
+
+
+_decode = jax.jit(forward.decode, static_argnames=("config",), donate_argnames=("cache",))
