@@ -47,21 +47,33 @@ def save_checkpoint(
     Raises `FileExistsError` when `directory` exists and is not empty, and `ValueError` for parameters that do not fit
     the config or a `tokenizer_from` without a tokenizer.
     """
+    with new_directory(directory) as scratch:
+        write_checkpoint(config, params, scratch, tokenizer_from=tokenizer_from, max_shard_bytes=max_shard_bytes)
+
+
+def write_checkpoint(
+    config: LlamaConfig,
+    params: Mapping[str, Array],
+    directory: Path,
+    *,
+    tokenizer_from: str | Path | None = None,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
+) -> None:
+    """`save_checkpoint` into a directory that exists, file by file."""
     expected = param_shapes(config)
     shapes = {name: tuple(param.shape) for name, param in params.items()}
     if shapes != expected:
         different = sorted(name for name in shapes.keys() | expected if shapes.get(name) != expected.get(name))
         found = {name: (shapes.get(name), expected.get(name)) for name in different}
         raise ValueError(f"params do not fit the config; name: (shape given, shape expected): {found}")
-    with new_directory(directory) as scratch:
-        dtypes = {np.dtype(param.dtype).name for param in params.values()}
-        hf_config = config.to_hf() | ({"torch_dtype": dtypes.pop()} if len(dtypes) == 1 else {})
-        write_json(scratch / "config.json", hf_config)
-        tokens = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        write_json(scratch / "generation_config.json", {k: v for k, v in tokens.items() if v is not None})
-        _write_tensors(config, params, scratch, max_shard_bytes)
-        if tokenizer_from is not None:
-            copy_tokenizer(tokenizer_from, scratch)
+    dtypes = {np.dtype(param.dtype).name for param in params.values()}
+    hf_config = config.to_hf() | ({"torch_dtype": dtypes.pop()} if len(dtypes) == 1 else {})
+    write_json(directory / "config.json", hf_config)
+    tokens = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(directory / "generation_config.json", {k: v for k, v in tokens.items() if v is not None})
+    _write_tensors(config, params, directory, max_shard_bytes)
+    if tokenizer_from is not None:
+        copy_tokenizer(tokenizer_from, directory)
 
 
 def copy_tokenizer(source: str | Path, directory: Path) -> None:
@@ -84,7 +96,7 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
 
     Raises `FileExistsError` when `directory` exists and is not an empty directory.
     """
-    directory = Path(directory)
+    directory = Path(directory).absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not empty; choose another directory or remove it")
     directory.parent.mkdir(parents=True, exist_ok=True)
