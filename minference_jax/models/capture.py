@@ -1,0 +1,61 @@
+"""Queries, keys and values of a real prompt, one layer at a time: what pattern search and recall measurements need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from minference_jax.models import forward
+from minference_jax.models.checks import check_tokens
+from minference_jax.models.config import LlamaConfig
+from minference_jax.models.layers import finish_layer, map_chunks
+from minference_jax.models.llama import Llama
+from minference_jax.models.rope import inverse_frequencies
+
+
+def capture_qkv(
+    model: Llama, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
+) -> Iterator[tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]]:
+    """Yields `(q, k, v)` of each layer in turn, q and k after RoPE, in the model's dtype.
+
+    Layers run one by one, with dense attention whatever the model's patterns are, as each is asked for: only one
+    layer's arrays exist at a time unless the caller keeps them. One program serves all layers. Rows of padding hold
+    what the padding tokens gave; attention never lets them reach a valid row.
+    """
+    tokens, lengths = check_tokens(tokens, lengths)
+    return _layers(model.config, model.params(), tokens, lengths)
+
+
+def _layers(config: LlamaConfig, params: forward.Params, tokens: Array, lengths: Array) -> Iterator[Any]:
+    x = forward.embed(params, tokens)
+    for index in range(config.num_layers):
+        q, k, v = _project(config, params, x, lengths, jnp.int32(index))
+        yield q, k, v
+        if index + 1 < config.num_layers:
+            x = _finish(config, params, x, q, k, v, lengths, jnp.int32(index))
+        del q, k, v
+
+
+def _layer(params: forward.Params, index: Array) -> dict[str, Array]:
+    stacked = forward.stacked_layers(params)
+    return {name: jax.lax.dynamic_index_in_dim(value, index, keepdims=False) for name, value in stacked.items()}
+
+
+@partial(jax.jit, static_argnames="config")
+def _project(config: LlamaConfig, params: forward.Params, x: Array, lengths: Array, index: Array) -> Any:
+    frequencies = inverse_frequencies(config, lengths)
+    return forward.layer_qkv(config, _layer(params, index), x, frequencies, jnp.int32(0), forward.CHUNK)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="x")
+def _finish(
+    config: LlamaConfig, params: forward.Params, x: Array, q: Array, k: Array, v: Array, lengths: Array, index: Array
+) -> Array:
+    layer = _layer(params, index)
+    out, _ = forward.attend(q, k, v, None, lengths=lengths, q_offset=0, implementation=None)
+    return map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), forward.CHUNK, in_place=True)
