@@ -102,6 +102,9 @@ def load_checkpoint(
         config = LlamaConfig.from_hf(files.config)
     except ValueError as error:
         raise ValueError(f"{files.path}: {error}") from None
+    if config.num_layers > len(files.shapes):  # before anything loops over the layers of a hostile config
+        layers, tensors = f"{config.num_layers:,} layers", f"{len(files.shapes):,} tensors"
+        raise ValueError(f"{files.path}: the config has {layers}, but the checkpoint holds {tensors}")
     config, aliases = _resolve_tying(files, config)
     groups = names.group_by_file_tensor(names.table(config, files.format).values(), files.format)
     _check_names(files, config, groups, aliases)

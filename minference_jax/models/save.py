@@ -130,7 +130,8 @@ def _write_tensors(config: LlamaConfig, params: Mapping[str, Array], directory: 
                 names.Layout.of(row, config).write(host[row.path][layer] if names.in_layers(row) else host[row.path])
                 for row in rows
             ]
-            tensors[name] = np.concatenate(parts) if len(parts) > 1 else np.ascontiguousarray(parts[0])
+            # safetensors writes an array's memory as it lies, whatever its strides.
+            tensors[name] = np.ascontiguousarray(np.concatenate(parts))
         save_file(tensors, directory / file, metadata={"format": "pt"})
         (directory / file).chmod((directory / "config.json").stat().st_mode)  # it is created readable by its owner only
         weight_map |= dict.fromkeys(tensors, file)
