@@ -26,18 +26,19 @@ def reference_attention(
     Memory: several float32 arrays `[b, n, t, s]`. For tests only.
     """
     b, t, n, h = q.shape
+    factor = h**-0.5 if scale is None else scale
     s, group = k.shape[1], n // k.shape[2]
-    scale = h**-0.5 if scale is None else scale
     mask = plan.to_mask(t, s, q_offset=q_offset, lengths=lengths)
     mask = jnp.broadcast_to(mask, (b, n, t, s)).reshape(b, n // group, group, t, s)
     queries = q.astype(jnp.float32).reshape(b, t, n // group, group, h)
     precision = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("btkgh,bskh->bkgts", queries, k.astype(jnp.float32), precision=precision) * scale
+    scores = jnp.einsum("btkgh,bskh->bkgts", queries, k.astype(jnp.float32), precision=precision) * factor
     scores = jnp.where(mask, scores, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True)
     top = jnp.where(jnp.isfinite(top), top, jnp.float32(0))
     weights = jnp.where(mask, jnp.exp(scores - top), jnp.float32(0))
     total = weights.sum(-1, keepdims=True)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights / jnp.maximum(total, 1e-38), v.astype(jnp.float32), precision=precision)
-    lse = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-38)), -jnp.inf)[..., 0]
+    divisor = jnp.where(total > 0, total, jnp.float32(1))
+    out = jnp.einsum("bkgts,bskh->btkgh", weights / divisor, v.astype(jnp.float32), precision=precision)
+    lse = jnp.where(total > 0, top + jnp.log(divisor), -jnp.inf)[..., 0]
     return out.reshape(b, t, n, h).astype(q.dtype), lse.reshape(b, n, t).swapaxes(1, 2)

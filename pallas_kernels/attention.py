@@ -1,0 +1,224 @@
+"""Attention over a plan, dense causal attention, and the three patterns as functions of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
+from pallas_kernels.dispatch import (
+    DenseImplementation,
+    Implementation,
+    choose_dense_implementation,
+    choose_implementation,
+)
+from pallas_kernels.hopper import hopper_attention
+from pallas_kernels.plan import KEY_TILE, SparsePlan, kv_limit, num_key_tiles
+from pallas_kernels.plan_builders import a_shape_plan, block_sparse_plan, vertical_slash_plan
+from pallas_kernels.reference import reference_attention
+from pallas_kernels.xla import xla_attention
+
+Output = Float[Array, "b t n h"] | tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]
+
+
+def sparse_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    plan: SparsePlan,
+    *,
+    lengths: Int[Array, " b"] | None = None,
+    q_offset: int | Int[Array, ""] = 0,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+    return_lse: bool = False,
+) -> Output:
+    """Causal attention over the keys that `plan` names: softmax(scale · q kᵀ, masked by `plan.to_mask`) v.
+
+    **Arguments:**
+
+    - `q`: `[b, t, n, h]`; `k`, `v`: `[b, s, k, h]`, one floating dtype. n is a multiple of k: query head j reads KV
+      head j // (n / k). Query row r has position `q_offset` + r; keys run from position 0, so s >= q_offset + t.
+    - `plan`: int32 arrays for these b, n and t (see `SparsePlan`).
+    - `lengths`: int32 `[b]`, keys of each sequence (right padding); clamped to [0, s]. Default: all s.
+    - `q_offset`: int32 scalar, may be traced; a multiple of 128 (a traced one is rounded down to it).
+    - `scale` (static): multiplies the scores, by default 1/sqrt(h).
+    - `implementation` (static): None (the best for this call), "hopper", "xla" or "reference".
+    - `return_lse` (static): also return the log-sum-exp of the scores.
+
+    **Returns:** `[b, t, n, h]` in q's dtype; with `return_lse` also float32 `[b, t, n]`, natural logarithm. Rows at
+    or past a sequence's length are zero (LSE −inf).
+
+    **Raises:** TypeError and ValueError at trace time, naming the argument and the shapes. Nothing that depends on
+    data raises: the plan's rules say what is ignored.
+
+    Works under jit, vmap, lax.scan and shard_map. Reverse-mode differentiable with `implementation="xla"`.
+    """
+    check_qkv(q, k, v)
+    plan.validate(q.shape[0], q.shape[2], q.shape[1])
+    check_lengths(lengths, q.shape[0])
+    offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
+    arguments: dict[str, Any] = {"lengths": lengths, "q_offset": offset, "scale": check_scale(scale, q)}
+    choice = choose_implementation(q, k, v, plan, implementation=implementation)
+    if choice.name == "hopper":
+        return hopper_attention(q, k, v, plan, **arguments, return_lse=return_lse)
+    out, lse = (xla_attention if choice.name == "xla" else reference_attention)(q, k, v, plan, **arguments)
+    return (out, lse) if return_lse else out
+
+
+def dense_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    *,
+    lengths: Int[Array, " b"] | None = None,
+    q_offset: int | Int[Array, ""] = 0,
+    scale: float | None = None,
+    implementation: DenseImplementation | None = None,
+    return_lse: bool = False,
+) -> Output:
+    """Causal attention over every key: what the sparse functions are compared with, and their choice for short prompts.
+
+    Arguments, results and errors as `sparse_attention`, without a plan. `implementation` (static): None (the best for
+    this call), "cudnn" (a GPU's fused kernel), "xla" (blockwise jnp) or "reference".
+    """
+    check_qkv(q, k, v)
+    check_lengths(lengths, q.shape[0])
+    offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
+    scale = check_scale(scale, q)
+    choice = choose_dense_implementation(q, k, implementation=implementation)
+    if choice.name == "cudnn":
+        out, lse = _cudnn_attention(q, k, v, lengths, scale)
+    elif choice.name == "xla":
+        out, lse = xla_attention(q, k, v, None, lengths=lengths, q_offset=offset, scale=scale)
+    else:
+        plan = full_plan(q.shape[0], q.shape[2], k.shape[1])
+        out, lse = reference_attention(q, k, v, plan, lengths=lengths, q_offset=offset, scale=scale)
+    return (out, lse) if return_lse else out
+
+
+def full_plan(b: int, n: int, kv_len: int) -> SparsePlan:
+    """The plan that visits every causal key: a band at every distance."""
+    bands = KEY_TILE * jnp.arange(1, num_key_tiles(kv_len) + 1, dtype=jnp.int32)
+    return SparsePlan(
+        bands=jnp.broadcast_to(bands, (b, n, bands.size)), band_count=jnp.full((b, n), bands.size, jnp.int32)
+    )
+
+
+def _cudnn_attention(q, k, v, lengths, scale):
+    """cuDNN has q and k of one length here, so the causal mask alone keeps valid rows inside their sequence."""
+    out, lse = jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=True, implementation="cudnn", return_residual=True
+    )
+    if lengths is None:
+        return out, lse
+    valid = jnp.arange(q.shape[1]) < kv_limit(lengths, q.shape[0], k.shape[1])[:, None]
+    return (
+        lax.select(jnp.broadcast_to(valid[..., None, None], out.shape), out, jnp.zeros_like(out)),
+        jnp.where(valid[..., None], lse, -jnp.inf),
+    )
+
+
+def a_shape_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    *,
+    sink: int,
+    window: int,
+    lengths: Int[Array, " b"] | None = None,
+    q_offset: int | Int[Array, ""] = 0,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+    return_lse: bool = False,
+) -> Output:
+    """A-shape attention: every query sees the first `sink` keys and its last `window` keys (StreamingLLM's mask).
+
+    **Arguments:** `sink` >= 0, `window` >= 0 (static), in keys; the window counts the query's own key and is rounded
+    out to 64-key tiles. A sink longer than the sequence is cut to it. The rest, results and errors: `sparse_attention`.
+
+    Source: MInference (arXiv 2407.02490) §3.2; official `streaming_forward(n_init, n_local)`.
+    """
+    check_qkv(q, k, v)
+    s = k.shape[1]
+    plan = a_shape_plan(q.shape[0], q.shape[2], sink=min(sink, s), window=min(window, s))
+    return sparse_attention(
+        q,
+        k,
+        v,
+        plan,
+        lengths=lengths,
+        q_offset=q_offset,
+        scale=scale,
+        implementation=implementation,
+        return_lse=return_lse,
+    )
+
+
+def vertical_slash_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    columns: Int[Array, "b n C"],
+    slashes: Int[Array, "b n S"],
+    *,
+    lengths: Int[Array, " b"] | None = None,
+    q_offset: int | Int[Array, ""] = 0,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+    return_lse: bool = False,
+) -> Output:
+    """Vertical-slash attention: every query sees the listed key columns and the keys at the listed distances.
+
+    **Arguments:** `columns`: int32 `[b, n, C]` key positions; `slashes`: int32 `[b, n, S]` query-key distances; any
+    order; negative (by custom -1), repeated and out-of-range entries are ignored. Columns are exact; slash lines are
+    rounded out to 64-key tiles; the diagonal is always visited. The rest, results and errors: `sparse_attention`.
+
+    Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2; official `vertical_slash_sparse_attention`.
+    """
+    check_qkv(q, k, v)
+    for name, part in (("columns", columns), ("slashes", slashes)):
+        if part.ndim != 3 or part.shape[:2] != (q.shape[0], q.shape[2]):
+            raise ValueError(f"{name} has shape {part.shape}; expected [b, n, width] for q {q.shape}")
+    plan = vertical_slash_plan(columns, slashes, kv_len=k.shape[1])
+    return sparse_attention(
+        q,
+        k,
+        v,
+        plan,
+        lengths=lengths,
+        q_offset=q_offset,
+        scale=scale,
+        implementation=implementation,
+        return_lse=return_lse,
+    )
+
+
+def block_sparse_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    blocks: Int[Array, "b n i M"],
+    *,
+    lengths: Int[Array, " b"] | None = None,
+    q_offset: int | Int[Array, ""] = 0,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+    return_lse: bool = False,
+) -> Output:
+    """Block-sparse attention: every tile of 128 queries sees its diagonal and the listed 64-key tiles.
+
+    **Arguments:** `blocks`: int32 `[b, n, i, M]` key-tile numbers (key position // 64) for each query tile, any order;
+    -1 for none; repeated and out-of-range entries are ignored. The rest, results and errors: `sparse_attention`.
+
+    Source: MInference (arXiv 2407.02490) §3.2, Algorithm 3; official `block_sparse_attention` (64-query rows).
+    """
+    check_qkv(q, k, v)
+    return sparse_attention(
+        q, k, v, block_sparse_plan(blocks), lengths=lengths, q_offset=q_offset, scale=scale,
+        implementation=implementation, return_lse=return_lse,
+    )  # fmt: skip

@@ -1,0 +1,129 @@
+"""SparsePlans of the three patterns: A-shape, vertical-slash, block-sparse."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, num_key_tiles
+
+_PAST_THE_END = jnp.iinfo(jnp.int32).max  # sorts after every key
+
+
+def compact(flags: Bool[Array, "*lead w"], width: int) -> tuple[Int[Array, "*lead width"], Int[Array, "*lead"]]:
+    """Positions of the set flags, ascending, in the first `count` of `width` slots (the rest hold 0), and the count.
+
+    Set flags beyond the first `width` are dropped.
+    """
+    slot = jnp.cumsum(flags, axis=-1, dtype=jnp.int32) - 1
+    slot = jnp.where(flags, slot, width).reshape(-1, flags.shape[-1])
+    position = jnp.broadcast_to(jnp.arange(flags.shape[-1], dtype=jnp.int32), slot.shape)
+    row = jnp.arange(slot.shape[0])[:, None]
+    lists = jnp.zeros((slot.shape[0], width), jnp.int32).at[row, slot].set(position, mode="drop")
+    return lists.reshape(*flags.shape[:-1], width), jnp.minimum(flags.sum(-1, dtype=jnp.int32), width)
+
+
+def a_shape_plan(b: int, n: int, *, sink: int, window: int) -> SparsePlan:
+    """The first `sink` keys and the last `window` keys of every query, for `b` sequences of `n` heads.
+
+    **Arguments** (all static): `sink` >= 0 keys from position 0; `window` >= 0 keys back from the query, itself
+    included. The window is rounded out to key tiles.
+
+    Source: MInference (arXiv 2407.02490) §3.2, A-shape; the official `streaming_forward(n_init, n_local)`.
+    """
+    for name, value in (("sink", sink), ("window", window)):
+        if value < 0:
+            raise ValueError(f"{name} must be >= 0, got {value}")
+    # The oldest key of a tile's window is q0 - window + 1.
+    widest = -(-max(window - 1, 0) // KEY_TILE)
+    bands = KEY_TILE * jnp.arange(1, widest + 1, dtype=jnp.int32)
+    columns = jnp.arange(sink, dtype=jnp.int32)
+
+    def part(values: Int[Array, " w"]) -> tuple[Int[Array, "b n w"] | None, Int[Array, "b n"] | None]:
+        if values.size == 0:
+            return None, None
+        return jnp.broadcast_to(values, (b, n, values.size)), jnp.full((b, n), values.size, jnp.int32)
+
+    return SparsePlan(*part(columns), *part(bands))
+
+
+def slashes_to_bands(
+    slashes: Int[Array, "b n S"],
+    slash_count: Int[Array, "b n"] | None = None,
+    *,
+    max_distance: int,
+    width: int | None = None,
+) -> tuple[Int[Array, "b n R"], Int[Array, "b n"]]:
+    """Every band tile that a slash line (all pairs of one query-key distance) runs through.
+
+    A line at distance d crosses, for a tile of 128 queries, the 64-key tiles at distances in [d - 127, d + 63].
+
+    **Arguments:** `slashes`: int32 distances in any order, repeats allowed; negative ones and those past
+    `max_distance` are ignored, as are entries at or past `slash_count`. `max_distance` (static): the largest distance
+    of interest, usually kv_len - 1. `width` (static): width R of the result; by default wide enough for every band.
+    When there are more bands than `width`, the nearest are kept.
+
+    **Returns:** int32 ascending distances, multiples of 64, from 64 on (the diagonal needs no naming), and their count.
+    """
+    if slashes.ndim != 3 or slashes.dtype != jnp.int32:
+        raise ValueError(f"slashes must be int32 [b, n, S], got {slashes.dtype} {slashes.shape}")
+    tiles = num_key_tiles(max_distance + 1)
+    if width is None:
+        width = max(1, min(3 * slashes.shape[-1], tiles))
+    valid = (slashes >= 0) & (slashes <= max_distance)
+    if slash_count is not None:
+        valid = valid & (jnp.arange(slashes.shape[-1]) < slash_count[..., None])
+    farthest = jnp.where(valid, (slashes + KEY_TILE - 1) // KEY_TILE, 0)
+    crossed = -(-(QUERY_TILE + KEY_TILE - 1) // KEY_TILE)  # three tiles, two where the line meets a tile's corner
+    tile = jnp.stack([farthest - j for j in range(crossed)], axis=-1)
+    tile = jnp.where(tile * KEY_TILE >= slashes[..., None] - (QUERY_TILE - 1), tile, 0)
+    tile = jnp.maximum(tile, 0).reshape(*slashes.shape[:2], -1)
+    flags = jax.vmap(jax.vmap(lambda t: jnp.zeros((tiles + 1,), bool).at[t].set(True, mode="drop")))(tile)
+    bands, count = compact(flags.at[..., 0].set(False), width)
+    return bands * KEY_TILE, count
+
+
+def vertical_slash_plan(
+    columns: Int[Array, "b n C"],
+    slashes: Int[Array, "b n S"],
+    *,
+    kv_len: int,
+    column_count: Int[Array, "b n"] | None = None,
+    slash_count: Int[Array, "b n"] | None = None,
+) -> SparsePlan:
+    """Key columns and slash lines, per head.
+
+    **Arguments:** `columns`: int32 key positions in any order; `slashes`: int32 query-key distances in any order.
+    Entries that are negative, at or past `kv_len`, repeated, or at or past their count are ignored.
+
+    The plan covers at least these columns and lines: lines are rounded out to key tiles, columns are exact.
+
+    Source: MInference (arXiv 2407.02490) §3.2, Algorithms 2 and 4; the official `convert_vertical_slash_indexes`.
+    """
+    columns, count = _ascending(columns, column_count, kv_len, "columns")
+    bands, band_count = slashes_to_bands(slashes, slash_count, max_distance=kv_len - 1)
+    return SparsePlan(columns, count, bands, band_count)
+
+
+def block_sparse_plan(blocks: Int[Array, "b n i M"]) -> SparsePlan:
+    """Key tiles per query tile.
+
+    **Arguments:** `blocks`: int32 key-tile numbers (key position // 64) for each tile of 128 queries, in any order;
+    negative entries (by custom -1), tiles after the diagonal and repeats are ignored. The diagonal is always visited.
+
+    Source: MInference (arXiv 2407.02490) §3.2, Algorithm 3; the official `block_sparse_attention` uses 64-query rows.
+    """
+    blocks, count = _ascending(blocks, None, _PAST_THE_END, "blocks")
+    return SparsePlan(blocks=blocks, block_count=count)
+
+
+def _ascending(values: Array, count: Array | None, end: int, name: str) -> tuple[Array, Array]:
+    """Valid entries (0 <= entry < end, before the count) sorted to the front, and their number."""
+    if values.dtype != jnp.int32 or values.ndim != (4 if name == "blocks" else 3):
+        wanted = "[b, n, i, M]" if name == "blocks" else "[b, n, C]"
+        raise ValueError(f"{name} must be int32 {wanted}, got {values.dtype} {values.shape}")
+    valid = (values >= 0) & (values < end)
+    if count is not None:
+        valid = valid & (jnp.arange(values.shape[-1]) < count[..., None])
+    return jnp.sort(jnp.where(valid, values, _PAST_THE_END), axis=-1), valid.sum(-1, dtype=jnp.int32)

@@ -1,0 +1,324 @@
+"""Blockwise attention in jnp that visits only what the plan names: any platform, any float dtype, differentiable.
+
+One query tile (128 rows) of one group of heads at a time: the diagonal tiles under a causal mask, then the past key
+tiles, then the columns, each gathered `STEP` keys at a time into an online softmax. Trip counts are read from the
+plan, so the work follows the plan's counts and not its static widths; nothing of size [t, s] ever exists.
+
+Without a plan every past key is visited: that is dense causal attention in the same loop, with contiguous slices
+where the plan needs gathers.
+
+Cost: 4 · (visited keys rounded up to STEP) · h operations a row. Memory: inputs, output, and a few
+[heads at once, 128, STEP] float32 arrays. It loses to a fused kernel wherever there is one; on a GPU it is the
+fallback for what the kernels cannot serve.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.plan import (
+    KEY_TILE,
+    QUERY_TILE,
+    SparsePlan,
+    kv_limit,
+    num_key_tiles,
+    num_query_tiles,
+    visited_tiles,
+)
+from pallas_kernels.plan_builders import compact
+
+STEP = 512
+"""Keys of one online-softmax step: wide for the matrix products, narrow enough to waste little on short lists."""
+
+_MASKED = -1e30
+"""Score of a masked cell. Finite, so that a step without a single visible key stays free of NaN; such a step's
+garbage is scaled by exp(-1e30 - max) = 0 as soon as a real key is seen, and every valid row sees its own key."""
+
+
+def xla_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    plan: SparsePlan | None,
+    *,
+    lengths: Int[Array, " b"] | None = None,
+    q_offset: int | Int[Array, ""] = 0,
+    scale: float | None = None,
+) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]:
+    """Attention over the keys of `plan` (None: over every causal key), and its log-sum-exp.
+
+    Arguments and results as `pallas_kernels.reference.reference_attention`. Differentiable in q, k and v (reverse
+    mode; the backward pass visits the same keys again).
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    limit = kv_limit(lengths, q.shape[0], k.shape[1])
+    return _attention(q, k, v, plan, limit, jnp.asarray(q_offset, jnp.int32), scale)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(q, k, v, plan, limit, q_offset, scale):
+    return _forward(q, k, v, plan, limit, q_offset, scale)
+
+
+def _attention_fwd(q, k, v, plan, limit, q_offset, scale):
+    out, lse = _forward(q, k, v, plan, limit, q_offset, scale)
+    return (out, lse), (q, k, v, plan, limit, q_offset, out, lse)
+
+
+def _attention_bwd(scale, saved, cotangents):
+    q, k, v, plan, limit, q_offset, out, lse = saved
+    dq, dk, dv = _backward(q, k, v, plan, limit, q_offset, scale, out, lse, *cotangents)
+    return dq, dk, dv, None, None, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """Arrays regrouped for the loops: `p` pairs of (sequence, KV head) at once, outer loop over the rest (`o`)."""
+
+    batch: int
+    kv_heads: int
+    at_once: int
+
+    @staticmethod
+    def of(q: Array, k: Array) -> _Grid:
+        pairs = q.shape[0] * k.shape[2]
+        # A CPU runs one group's matrix products at full rate, and a loop over groups lets each stop at its own
+        # count; an accelerator needs all heads at once to fill the chip.
+        return _Grid(q.shape[0], k.shape[2], 1 if jax.default_backend() == "cpu" else pairs)
+
+    def queries(self, x: Array, rows: int) -> Array:
+        """[b, t, n, ...] -> [o, p, g, rows, ...], zero-padded from t to `rows`."""
+        x = jnp.pad(x, [(0, 0), (0, rows - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+        x = x.reshape(self.batch, rows, self.kv_heads, -1, *x.shape[3:])
+        x = jnp.moveaxis(x, 1, 3)
+        return x.reshape(-1, self.at_once, *x.shape[2:])
+
+    def rows(self, x: Array, t: int) -> Array:
+        """The inverse of `queries`."""
+        x = x.reshape(self.batch, self.kv_heads, *x.shape[2:])
+        x = jnp.moveaxis(x, 3, 1)
+        return x.reshape(self.batch, x.shape[1], -1, *x.shape[4:])[:, :t]
+
+    def keys(self, x: Array, rows: int) -> Array:
+        """[b, s, k, h] -> [o, p, rows, h], zero-padded from s to `rows`."""
+        x = jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
+        return x.reshape(-1, self.at_once, *x.shape[2:])
+
+    def positions(self, x: Array, s: int) -> Array:
+        """The inverse of `keys`."""
+        return x.reshape(self.batch, self.kv_heads, *x.shape[2:]).swapaxes(1, 2)[:, :s]
+
+    def per_head(self, tree: Any) -> Any:
+        """Leaves [b, n, ...] -> [o, p, g, ...]."""
+        return jax.tree.map(lambda x: x.reshape(-1, self.at_once, x.shape[1] // self.kv_heads, *x.shape[2:]), tree)
+
+    def per_sequence(self, x: Array) -> Array:
+        """[b] -> [o, p]."""
+        return jnp.repeat(x, self.kv_heads).reshape(-1, self.at_once)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Visit:
+    """What one query tile visits besides its diagonal, as lists of key positions for the online-softmax loop."""
+
+    tiles: Int[Array, "p g kt"] | None  # past key tiles, in order; None: every one, contiguous
+    columns: Int[Array, "p g C"] | None
+    tile_steps: Int[Array, ""]
+    column_steps: Int[Array, ""]
+    tile_count: Int[Array, "p g"]
+    column_count: Int[Array, "p g"] | None
+
+    def positions(self, step: Int[Array, ""]) -> tuple[Int[Array, "p g w"], Bool[Array, "p g w"]]:
+        """Key positions of a step in 0..tile_steps + column_steps - 1, and which of them are real."""
+        if self.tiles is None:
+            position = step * STEP + jnp.arange(STEP, dtype=jnp.int32)
+            return position, position < self.tile_count[..., None] * KEY_TILE
+        lane = jnp.arange(STEP, dtype=jnp.int32)
+        slot = step * (STEP // KEY_TILE) + lane // KEY_TILE
+        position = _take(self.tiles, slot) * KEY_TILE + lane % KEY_TILE
+        valid = slot < self.tile_count[..., None]
+        if self.columns is not None and self.column_count is not None:
+            slot = (step - self.tile_steps) * STEP + lane
+            in_columns = step >= self.tile_steps
+            position = jnp.where(in_columns, _take(self.columns, slot), position)
+            valid = jnp.where(in_columns, slot < self.column_count[..., None], valid)
+        return position, valid
+
+
+def _take(lists: Int[Array, "p g w"], slots: Int[Array, " x"]) -> Int[Array, "p g x"]:
+    return jnp.take(lists, slots, axis=-1, mode="clip")
+
+
+def _visit(
+    plan: SparsePlan | None, i: Int[Array, ""], limit: Int[Array, " p"], q_offset: Int[Array, ""], kv_len: int, g: int
+) -> _Visit:
+    q0 = q_offset + i * QUERY_TILE
+    past = q0 // KEY_TILE
+    live = (q0 < limit)[:, None]  # a query tile with no valid row visits nothing
+    if plan is None:
+        count = jnp.broadcast_to(jnp.where(live, past, 0), (limit.shape[0], g))
+        return _Visit(None, None, _steps(count, STEP // KEY_TILE), jnp.int32(0), count, None)
+    tiles = visited_tiles(plan, i, kv_len, q_offset, (limit.shape[0], g))
+    tile_list, tile_count = compact(tiles & (jnp.arange(tiles.shape[-1]) < past) & live[..., None], tiles.shape[-1])
+    columns = column_count = None
+    column_steps = jnp.int32(0)
+    if plan.columns is not None and plan.column_count is not None:
+        slot = jnp.arange(plan.columns.shape[-1], dtype=jnp.int32)
+        keep = (slot < plan.column_count[..., None]) & (plan.columns >= 0) & (plan.columns < q0) & live[..., None]
+        keep = keep & ~jnp.take_along_axis(tiles, plan.columns // KEY_TILE, axis=-1, mode="clip")
+        keep = keep & ~jnp.pad(plan.columns[..., 1:] == plan.columns[..., :-1], ((0, 0), (0, 0), (1, 0)))
+        order, column_count = compact(keep, keep.shape[-1])
+        columns = jnp.take_along_axis(plan.columns, order, axis=-1, mode="clip")
+        column_steps = _steps(column_count, STEP)
+    return _Visit(tile_list, columns, _steps(tile_count, STEP // KEY_TILE), column_steps, tile_count, column_count)
+
+
+def _steps(count: Int[Array, "p g"], per_step: int) -> Int[Array, ""]:
+    return (count.max() + per_step - 1) // per_step
+
+
+def _load(x: Float[Array, "p s h"], positions: Array) -> Array:
+    """Rows of keys or values: contiguous for a dense step ([w] -> [p, w, h]), else gathered ([p, g, w] -> [p, g, w, h])."""
+    if positions.ndim == 1:
+        return lax.dynamic_slice_in_dim(x, positions[0], positions.shape[0], axis=1)
+    return jax.vmap(lambda rows, index: rows.at[index].get(mode="clip"))(x, positions)
+
+
+def _scores(q: Float[Array, "p g t h"], keys: Array, scale: float) -> Float[Array, "p g t w"]:
+    product = "pgth,psh->pgts" if keys.ndim == 3 else "pgth,pgsh->pgts"
+    return jnp.einsum(product, q, keys, preferred_element_type=jnp.float32) * scale
+
+
+def _weighted(weights: Float[Array, "p g t w"], values: Array) -> Float[Array, "p g t h"]:
+    product = "pgts,psh->pgth" if values.ndim == 3 else "pgts,pgsh->pgth"
+    return jnp.einsum(product, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+
+
+def _diagonal(k, v, q0, limit):
+    """Keys, values and causal mask [p, 1, 128, 128] of the diagonal tiles.
+
+    Values past the length are zeroed: a weight of 0 would not silence a NaN in the padding.
+    """
+    position = q0 + jnp.arange(QUERY_TILE, dtype=jnp.int32)
+    inside = position < limit[:, None]
+    mask = (position[None, :] <= position[:, None]) & inside[:, None, :]
+    keys, values = (lax.dynamic_slice_in_dim(x, q0, QUERY_TILE, axis=1) for x in (k, v))
+    return keys, jnp.where(inside[..., None], values, jnp.zeros((), v.dtype)), mask[:, None]
+
+
+def _padded_lengths(q: Array, k: Array) -> tuple[int, int]:
+    rows = num_query_tiles(q.shape[1]) * QUERY_TILE
+    # Room for a diagonal that starts in the last key tile, and for a dense step that ends past it.
+    return rows, num_key_tiles(k.shape[1]) * KEY_TILE + STEP
+
+
+def _forward(q, k, v, plan, limit, q_offset, scale):
+    grid, (rows, padded), s = _Grid.of(q, k), _padded_lengths(q, k), k.shape[1]
+    queries = grid.queries(q, rows)
+    heads = (queries, grid.keys(k, padded), grid.keys(v, padded), grid.per_head(plan), grid.per_sequence(limit))
+
+    def query_tile(i, head):
+        queries, keys, values, plan, limit = head
+        q0 = q_offset + i * QUERY_TILE
+        q_tile = lax.dynamic_slice_in_dim(queries, i * QUERY_TILE, QUERY_TILE, axis=2)
+        visit = _visit(plan, i, limit, q_offset, s, q_tile.shape[1])
+        diagonal_keys, diagonal_values, mask = _diagonal(keys, values, q0, limit)
+        scores = jnp.where(mask, _scores(q_tile, diagonal_keys, scale), _MASKED)
+        top = scores.max(-1)
+        weights = jnp.exp(scores - top[..., None])
+        carry = _weighted(weights, diagonal_values), top, weights.sum(-1)
+
+        def step(j, carry):
+            acc, top, total = carry
+            position, valid = visit.positions(j)
+            bias = jnp.where(valid, jnp.float32(0), jnp.float32(_MASKED))[..., None, :]
+            scores = _scores(q_tile, _load(keys, position), scale) + bias
+            new_top = jnp.maximum(top, scores.max(-1))
+            weights, decay = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
+            acc = acc * decay[..., None] + _weighted(weights, _load(values, position))
+            return acc, new_top, total * decay + weights.sum(-1)
+
+        acc, top, total = lax.fori_loop(0, visit.tile_steps + visit.column_steps, step, carry)
+        valid_row = q0 + jnp.arange(QUERY_TILE, dtype=jnp.int32) < limit[:, None, None]
+        out = jnp.where(valid_row[..., None], acc / total[..., None], jnp.float32(0)).astype(q.dtype)
+        return out, jnp.where(valid_row, top + jnp.log(total), -jnp.inf)
+
+    def head_group(head):
+        out, lse = lax.map(lambda i: query_tile(i, head), jnp.arange(rows // QUERY_TILE, dtype=jnp.int32))
+        # [i, p, g, 128, ...] -> [p, g, rows, ...]
+        return tuple(jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], rows, *x.shape[4:]) for x in (out, lse))
+
+    out, lse = lax.map(head_group, heads)
+    return grid.rows(out, q.shape[1]), grid.rows(lse, q.shape[1])
+
+
+def _backward(q, k, v, plan, limit, q_offset, scale, out, lse, d_out, d_lse):
+    """Gradients by recomputing the weights from the saved log-sum-exp, over the same visits as the forward pass."""
+    grid, (rows, padded), s = _Grid.of(q, k), _padded_lengths(q, k), k.shape[1]
+    f32 = jnp.float32
+    # d score = weight · (d weight − Σ out · d out + d lse): the bracket's row-wise part, once for all visits.
+    shift = d_lse - (out.astype(f32) * d_out.astype(f32)).sum(-1)
+    shift, lse = jnp.where(jnp.isfinite(lse), shift, f32(0)), jnp.where(jnp.isfinite(lse), lse, f32(0))
+    per_row = tuple(grid.queries(x, rows) for x in (q, d_out.astype(f32), shift, lse))
+    heads = (per_row, grid.keys(k, padded), grid.keys(v, padded), grid.per_head(plan), grid.per_sequence(limit))
+
+    def head_group(head):
+        per_row, keys, values, plan, limit = head
+
+        def query_tile(carry, i):
+            q0 = q_offset + i * QUERY_TILE
+            tile = tuple(lax.dynamic_slice_in_dim(x, i * QUERY_TILE, QUERY_TILE, axis=2) for x in per_row)
+            q_tile, d_out, shift, lse = tile
+            valid_row = q0 + jnp.arange(QUERY_TILE, dtype=jnp.int32) < limit[:, None, None]
+            visit = _visit(plan, i, limit, q_offset, s, q_tile.shape[1])
+
+            def gradients(key_rows, value_rows, visible):
+                weights = jnp.exp(_scores(q_tile, key_rows, scale) - lse[..., None])
+                weights = jnp.where(visible & valid_row[..., None], weights, f32(0))
+                d_weights = _scores(d_out, value_rows.astype(f32), 1.0)
+                d_scores = weights * (d_weights + shift[..., None]) * scale
+                d_q = _weighted(d_scores, key_rows.astype(f32))
+                shared = key_rows.ndim == 3  # one set of keys for the whole group: sum over its heads
+                to_keys = "pgts,pgth->psh" if shared else "pgts,pgth->pgsh"
+                return d_q, jnp.einsum(to_keys, d_scores, q_tile.astype(f32)), jnp.einsum(to_keys, weights, d_out)
+
+            def add(total, update, position):
+                if position.ndim == 1:
+                    old = lax.dynamic_slice_in_dim(total, position[0], position.shape[0], axis=1)
+                    return lax.dynamic_update_slice_in_dim(total, old + update, position[0], axis=1)
+                return jax.vmap(lambda rows, index, rows_update: rows.at[index].add(rows_update, mode="drop"))(
+                    total, position, update
+                )
+
+            def step(j, carry):
+                d_q, d_k, d_v = carry
+                position, valid = visit.positions(j)
+                update = gradients(_load(keys, position), _load(values, position), valid[..., None, :])
+                return d_q + update[0], add(d_k, update[1], position), add(d_v, update[2], position)
+
+            d_k, d_v = carry
+            diagonal_keys, diagonal_values, mask = _diagonal(keys, values, q0, limit)
+            update = gradients(diagonal_keys, diagonal_values, mask)
+            diagonal = q0 + jnp.arange(QUERY_TILE, dtype=jnp.int32)
+            carry = update[0], add(d_k, update[1], diagonal), add(d_v, update[2], diagonal)
+            d_q, d_k, d_v = lax.fori_loop(0, visit.tile_steps + visit.column_steps, step, carry)
+            return (d_k, d_v), d_q
+
+        zeros = jnp.zeros(keys.shape, f32)
+        (d_k, d_v), d_q = lax.scan(query_tile, (zeros, zeros), jnp.arange(rows // QUERY_TILE, dtype=jnp.int32))
+        d_q = jnp.moveaxis(d_q, 0, 2)
+        return d_q.reshape(*d_q.shape[:2], rows, d_q.shape[-1]), d_k, d_v
+
+    d_q, d_k, d_v = lax.map(head_group, heads)
+    d_q, d_k, d_v = grid.rows(d_q, q.shape[1]), grid.positions(d_k, s), grid.positions(d_v, s)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
