@@ -113,9 +113,11 @@ def attend(
     b, t, n, h = q.shape
     query_tiles = num_query_tiles(t)
     work = b * n * query_tiles
+    lanes, chain, thread_blocks = config.blocks_for(work)
     launch = Launch(
         config=config,
-        thread_blocks=config.blocks_for(work),
+        lanes=lanes,
+        chain=chain,
         heads=n,
         kv_heads=k.shape[2],
         query_tiles=query_tiles,
@@ -141,7 +143,7 @@ def attend(
         body,
         out_type=out_type,
         scratch_types=scratch_types(launch, return_lse),
-        grid=(launch.thread_blocks,),
+        grid=(thread_blocks,),
         grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",

@@ -29,7 +29,9 @@ class KernelConfig:
     """How the Hopper kernel is laid out on a multiprocessor. The defaults are the fastest of those measured.
 
     - `stages`: pipeline steps in flight between the memory warpgroup and the compute warpgroups.
-    - `thread_blocks`: thread blocks that share all query tiles among them; None means one per multiprocessor of the
+    - `chain`: query tiles that one thread block computes in turn; None means as many as it takes for each multiprocessor
+      to get one thread block.
+    - `lanes`: thread blocks that take turns over neighbouring query tiles; None means one per multiprocessor of the
       default device.
     - `compute_registers`, `memory_registers`: registers per thread of the two kinds of warpgroup.
 
@@ -37,7 +39,8 @@ class KernelConfig:
     """
 
     stages: int = 2
-    thread_blocks: int | None = None
+    chain: int | None = None
+    lanes: int | None = None
     compute_registers: int = 232
     memory_registers: int = 40
     unsafe: bool = False
@@ -45,8 +48,9 @@ class KernelConfig:
     def __post_init__(self) -> None:
         if self.stages < 2:
             raise ValueError(f"stages must be at least 2; got {self.stages}")
-        if self.thread_blocks is not None and self.thread_blocks < 1:
-            raise ValueError(f"thread_blocks must be positive; got {self.thread_blocks}")
+        for name in ("chain", "lanes"):
+            if (getattr(self, name) or 1) < 1:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
         for name in ("compute_registers", "memory_registers"):
             count = getattr(self, name)
             if count % 8 or not 24 <= count <= 240:
@@ -68,9 +72,12 @@ class KernelConfig:
         """Whether a multiprocessor has the shared memory for this configuration."""
         return self.shared_memory_bytes(head_dim) <= SHARED_MEMORY_LIMIT
 
-    def blocks_for(self, work: int) -> int:
-        """Thread blocks to launch for `work` query tiles."""
-        return max(1, min(work, self.thread_blocks or multiprocessors()))
+    def blocks_for(self, work: int) -> tuple[int, int, int]:
+        """(lanes, chain, thread blocks to launch) for `work` query tiles."""
+        lanes = min(work, self.lanes or multiprocessors())
+        chain = self.chain or -(-work // lanes)
+        rest = work % (lanes * chain)
+        return lanes, chain, work // (lanes * chain) * lanes + min(rest, lanes)
 
 
 def multiprocessors() -> int:

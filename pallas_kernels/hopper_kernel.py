@@ -37,7 +37,8 @@ class Launch:
     """Everything static about one launch. `emulate` replaces wgmma by jnp.dot, for the interpreter."""
 
     config: KernelConfig
-    thread_blocks: int
+    lanes: int  # thread blocks that take turns over neighbouring query tiles
+    chain: int  # query tiles of one thread block
     heads: int
     kv_heads: int
     query_tiles: int
@@ -84,7 +85,7 @@ def scratch_types(launch: Launch, with_lse: bool) -> dict[str, Any]:
         "v_full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "k_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
-        "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+        "turn": plgpu.Barrier(num_arrivals=1, num_barriers=COMPUTE_WARPGROUPS),
     }
     if with_lse:
         types["lse_smem"] = plgpu.SMEM((COMPUTE_WARPGROUPS, ROWS), jnp.float32)
@@ -108,21 +109,22 @@ def kernel_body(launch: Launch, refs: Refs, scratch: dict[str, Any]) -> None:
 
 def _share(launch: Launch) -> jax.Array:
     """Number of query tiles that this thread block takes."""
-    rounds, rest = divmod(launch.work, launch.thread_blocks)
-    return jnp.int32(rounds) + (_place(launch, rounds) < rest).astype(jnp.int32)
+    lanes, chain = launch.lanes, launch.chain
+    left = launch.work - lax.div(lax.axis_index("block"), jnp.int32(lanes)) * (lanes * chain)
+    rounds, rest = lax.div(left, jnp.int32(lanes)), lax.rem(left, jnp.int32(lanes))
+    return jnp.where(rounds >= chain, chain, rounds + (_place(launch, rounds) < rest).astype(jnp.int32))
 
 
-def _place(launch: Launch, turn: int | jax.Array) -> jax.Array:
+def _place(launch: Launch, turn: jax.Array) -> jax.Array:
     """This thread block's place in a round. Every other round runs backwards, so that long and short tiles balance."""
-    block = lax.axis_index("block")
-    odd = lax.rem(jnp.int32(turn), jnp.int32(2)) == 1
-    return jnp.where(odd, launch.thread_blocks - 1 - block, block)
+    lane = lax.rem(lax.axis_index("block"), jnp.int32(launch.lanes))
+    return jnp.where(lax.rem(turn, jnp.int32(2)) == 1, launch.lanes - 1 - lane, lane)
 
 
 def _item(launch: Launch, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(head of all sequences, query tile) of this thread block's `turn`-th item: heads slow, late tiles first."""
-    index = turn * launch.thread_blocks + _place(launch, turn)
-    index = jnp.minimum(index, launch.work - 1)
+    round_ = lax.div(lax.axis_index("block"), jnp.int32(launch.lanes)) * launch.chain + turn
+    index = round_ * launch.lanes + _place(launch, turn)
     z = lax.div(index, jnp.int32(launch.query_tiles))
     return z, launch.query_tiles - 1 - lax.rem(index, jnp.int32(launch.query_tiles))
 
@@ -287,9 +289,11 @@ def _compute(
     layout = plgpu.Layout.WGMMA
     shape = (ROWS, STEP_KEYS)
 
-    def take_turn():
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(turn)
+    def wait_turn():
+        plgpu.barrier_wait(turn.at[warpgroup])
+
+    def pass_turn():
+        plgpu.barrier_arrive(turn.at[1 - warpgroup])
 
     def rows_to(values, shape):
         return lax.broadcast_in_dim(values, shape, [0])
@@ -303,72 +307,108 @@ def _compute(
         buffer = lax.rem(index, jnp.int32(2))
         queries = q_smem.at[buffer * COMPUTE_WARPGROUPS + warpgroup]
 
+        def slot_of(step):
+            return lax.rem(step0 + step, jnp.int32(stages))
+
         def bias_of(step):
             # The zeros in front of the columns stand for the last whole tile, if it has to share a step.
             start = pl.multiple_of((2 * step - 1 - whole) * KEY_TILE, KEY_TILE)
             source = refs.bias.at[0, 0] if refs.keys is None else refs.bias.at[z, tile, pl.ds(start, STEP_KEYS)]
             return plgpu.load(source, layout=layout.reduce(0), optimized=False)
 
-        def step_of(kind: str):
+        def softmax(s, m, total):
+            """Probabilities of one step, the factor for what came before it, and the new running maximum and sum."""
+            m_new = jnp.maximum(m, s.max(axis=1) * log2_scale)
+            factor = jnp.exp2(m - m_new)
+            p = jnp.exp2(s * log2_scale - rows_to(m_new, shape))
+            return p, factor, m_new, total * factor + p.sum(axis=1)
+
+        def first_step():
+            """The diagonal, under the causal mask. Each row sees its own key, so the maximum is finite from here on."""
+            plgpu.barrier_wait(k_full.at[slot_of(0)])
+            wait_turn()
+            if launch.emulate:
+                s = jnp.dot(queries[...], k_smem[slot_of(0)].T, preferred_element_type=jnp.float32)
+                pass_turn()
+                plgpu.commit_smem()
+            else:
+
+                def scores(s_ref):
+                    plgpu.wgmma(s_ref, queries, k_smem.at[slot_of(0)].transpose((1, 0)))
+                    pass_turn()
+                    return s_ref[...]
+
+                s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
+            plgpu.barrier_arrive(k_free.at[slot_of(0)])
+            row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + warpgroup * ROWS
+            s = jnp.where(row >= plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout), s, -jnp.inf)
+            m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), layout.reduce(1))
+            total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1))
+            p, _, m, total = softmax(s, m, total)
+            acc = plgpu.layout_cast(jnp.zeros((ROWS, h), jnp.float32), layout)
+            return acc, m, total, p.astype(launch.dtype)
+
+        def next_step(biased: bool):
+            """Scores of this step beside the weighted values of the one before, and then this step's softmax."""
+
             def body(step, carry):
-                acc, m, total = carry
-                slot = lax.rem(step0 + step, jnp.int32(stages))
-                bias = bias_of(step) if kind == "bias" else None
+                acc, m, total, p16 = carry
+                slot, slot_before = slot_of(step), slot_of(step - 1)
+                plgpu.barrier_wait(k_full.at[slot])
+                plgpu.barrier_wait(v_full.at[slot_before])
+                wait_turn()
+
+                def finish(s, bias):
+                    plgpu.barrier_arrive(k_free.at[slot])
+                    if bias is not None:
+                        s = s + lax.broadcast_in_dim(bias.astype(jnp.float32), shape, [1])
+                    return softmax(s, m, total)
 
                 if launch.emulate:
                     s = jnp.dot(queries[...], k_smem[slot].T, preferred_element_type=jnp.float32)
-                    take_turn()
+                    acc = acc + jnp.dot(p16, v_smem[slot_before], preferred_element_type=jnp.float32)
+                    pass_turn()
                     plgpu.commit_smem()
+                    p, factor, m_new, total_new = finish(s, bias_of(step) if biased else None)
                 else:
 
-                    def scores(s_ref):
+                    def products(s_ref, acc_ref):
+                        acc_ref[...] = acc
                         plgpu.wgmma(s_ref, queries, k_smem.at[slot].transpose((1, 0)))
-                        take_turn()
-                        return s_ref[...]
+                        plgpu.wgmma(acc_ref, p16, v_smem.at[slot_before])
+                        pass_turn()
+                        bias = bias_of(step) if biased else None
+                        s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+                        after = finish(s, bias)
+                        return acc_ref[...], after
 
-                    s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
-                plgpu.barrier_arrive(k_free.at[slot])
-
-                if kind == "causal":
-                    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + warpgroup * ROWS
-                    s = jnp.where(row >= plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout), s, -jnp.inf)
-                if bias is not None:
-                    s = s + lax.broadcast_in_dim(bias.astype(jnp.float32), shape, [1])
-
-                # The diagonal step comes first, so the running maximum m is finite from then on.
-                m_new = jnp.maximum(m, s.max(axis=1) * log2_scale)
-                alpha = jnp.exp2(m - m_new)
-                p = jnp.exp2(s * log2_scale - rows_to(m_new, shape))
-                acc = acc * rows_to(alpha, (ROWS, h))
-                total = total * alpha + p.sum(axis=1)
-                p16 = p.astype(launch.dtype)
-
-                # Keeps the compiler from moving softmax arithmetic past the barriers below.
-                acc, total, m_new, p16 = lax.optimization_barrier((acc, total, m_new, p16))
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(v_full.at[slot])
-                plgpu.barrier_wait(turn)
-
-                def wait_next_keys():
-                    @pl.when(step + 1 < steps)
-                    def _():
-                        plgpu.barrier_wait(k_full.at[lax.rem(step0 + step + 1, jnp.int32(stages))])
-
-                if launch.emulate:
-                    acc = acc + jnp.dot(p16, v_smem[slot], preferred_element_type=jnp.float32)
-                    wait_next_keys()
-                    plgpu.commit_smem()
-                else:
-
-                    def weighted(acc_ref):
-                        plgpu.wgmma(acc_ref, p16, v_smem.at[slot])
-                        wait_next_keys()
-
-                    acc = pl.run_state(weighted)(plgpu.ACC.init(acc))
-                plgpu.barrier_arrive(v_free.at[slot])
-                return acc, m_new, total
+                    acc, (p, factor, m_new, total_new) = pl.run_scoped(
+                        products, plgpu.ACC(shape, jnp.float32), plgpu.ACC((ROWS, h), jnp.float32)
+                    )
+                # The rounded probabilities must not be written while the tensor cores read the last ones.
+                acc, p = lax.optimization_barrier((acc, p))
+                plgpu.barrier_arrive(v_free.at[slot_before])
+                return acc * rows_to(factor, (ROWS, h)), m_new, total_new, p.astype(launch.dtype)
 
             return body
+
+        def last_product(acc, p16):
+            slot = slot_of(steps - 1)
+            plgpu.barrier_wait(v_full.at[slot])
+            wait_turn()
+            if launch.emulate:
+                acc = acc + jnp.dot(p16, v_smem[slot], preferred_element_type=jnp.float32)
+                pass_turn()
+                plgpu.commit_smem()
+            else:
+
+                def product(acc_ref):
+                    plgpu.wgmma(acc_ref, p16, v_smem.at[slot])
+                    pass_turn()
+
+                acc = pl.run_state(product)(plgpu.ACC.init(acc))
+            plgpu.barrier_arrive(v_free.at[slot])
+            return acc
 
         def release_queries():
             """The previous query tile's output has left its buffer, which the memory warpgroup may fill again."""
@@ -378,27 +418,24 @@ def _compute(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(q_free.at[1 - buffer])
 
+        def attend():
+            carry = first_step()
+            release_queries()
+            carry = lax.fori_loop(jnp.int32(1), no_bias, next_step(biased=False), carry)
+            acc, m, total, p16 = lax.fori_loop(no_bias, steps, next_step(biased=True), carry)
+            return last_product(acc, p16), m, total
+
+        def skip():
+            release_queries()
+            nothing = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1))
+            return plgpu.layout_cast(jnp.zeros((ROWS, h), jnp.float32), layout), nothing, nothing
+
         plgpu.barrier_wait(q_full.at[buffer])
-
-        @pl.when(steps > 0)
-        def _():
-            plgpu.barrier_wait(k_full.at[lax.rem(step0, jnp.int32(stages))])
-
-        m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), layout.reduce(1))
-        total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1))
-        acc = plgpu.layout_cast(jnp.zeros((ROWS, h), jnp.float32), layout)
-        carry = lax.fori_loop(jnp.int32(0), jnp.minimum(steps, 1), step_of("causal"), (acc, m, total))
-        release_queries()
-        carry = lax.fori_loop(jnp.int32(1), no_bias, step_of("whole"), carry)
-        acc, m, total = lax.fori_loop(no_bias, steps, step_of("bias"), carry)
-
-        # Let the other warpgroup have the tensor cores for its last product while this one writes its output.
-        take_turn()
+        acc, m, total = lax.cond(steps > 0, attend, skip)
 
         limit = rows_valid - warpgroup * ROWS
-        inverse = 1 / total
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS, h), 0, layout=layout)
-        acc = jnp.where(row < limit, acc * rows_to(inverse, (ROWS, h)), 0.0)
+        acc = jnp.where(row < limit, acc * rows_to(1 / total, (ROWS, h)), 0.0)
         queries[...] = acc.astype(launch.dtype)
         if lse_smem is not None:
             row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout.reduce(1))
@@ -413,14 +450,14 @@ def _compute(
 
     @pl.when(warpgroup == 1)
     def _():
-        take_turn()
+        pass_turn()
 
     share = _share(launch)
     lax.fori_loop(jnp.int32(0), share, query_tile, jnp.int32(0))
 
     @pl.when(warpgroup == 0)
     def _():
-        take_turn()
+        wait_turn()
 
     @pl.when(share > 0)
     def _():
