@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-_SENTENCE_END = re.compile(r"(?<!Mr)(?<!Mrs)(?<!Dr)[.?!]\"?(?=\s)")
+_GAP = re.compile(r"(?<!Mr)(?<!Mrs)(?<!Dr)[.?!]\"?(?=\s)|(?=\n\n)")
 _NAMES = ("Quimby Zorbeck", "Tarquin Oldacre", "Barnaby Fenwick", "Lucius Pettigrew", "Osbert Wimple", "Hubert Trask")
 _TREES = ("Maple", "Cedar", "Willow", "Birch", "Chestnut", "Juniper", "Hawthorn", "Alder")
 _WORDS = ("lantern", "harbor", "pepper", "violin", "meadow", "anchor", "walnut", "saddle")
@@ -98,7 +98,7 @@ def needle_prompt(
 
     def build(size: int) -> list[int]:
         haystack = tokenizer.decode(text_ids[:size]).replace("\ufffd", "")  # the cut may be inside a character
-        cut = _end_of_sentence(haystack, round(depth * len(haystack)))
+        cut = _gap_between_sentences(haystack, round(depth * len(haystack)))
         body = f"{haystack[:cut]} {needle.sentence} {haystack[cut:].lstrip(' ')}"
         return tokenizer.apply_chat_template(
             [
@@ -119,7 +119,6 @@ def needle_prompt(
     return NeedlePrompt(ids, needle, depth)
 
 
-def _end_of_sentence(text: str, near: int) -> int:
-    """The end of a sentence that is nearest to a position; 0 in a text without any."""
-    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
-    return min(ends, key=lambda end: abs(end - near), default=0)
+def _gap_between_sentences(text: str, near: int) -> int:
+    """The end of a sentence or paragraph, or of the text, that is nearest to a position."""
+    return min((*(match.end() for match in _GAP.finditer(text)), len(text)), key=lambda end: abs(end - near))

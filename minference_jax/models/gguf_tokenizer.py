@@ -123,7 +123,7 @@ def _byte_level_bpe(metadata: dict[str, Any], vocab: dict[str, int]) -> Tokenize
     if pre not in _REGEX:
         raise ValueError(f"GGUF pre-tokenizer {pre!r} is not supported; supported: {', '.join(_REGEX)}")
     merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    strange = [merge for merge in merges if len(merge) != 2 or any(part not in vocab for part in merge)]
+    strange = [merge for merge in merges if len(merge) != 2 or any(p not in vocab for p in (*merge, "".join(merge)))]
     if strange or not merges:
         raise ValueError(f"tokenizer.ggml.merges is missing or holds {len(strange)} merges of unknown tokens")
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in _LLAMA3))
