@@ -323,6 +323,13 @@ def _compute(
             p = jnp.exp2(s * log2_scale - rows_to(m_new, shape))
             return p, factor, m_new, total * factor + p.sum(axis=1)
 
+        def wait_next_keys(step):
+            """Waits where the softmax ends: the branch keeps the compiler from waiting for the products any sooner."""
+
+            @pl.when(step + 1 < steps)
+            def _():
+                plgpu.barrier_wait(k_full.at[slot_of(step + 1)])
+
         def first_step():
             """The diagonal, under the causal mask. Each row sees its own key, so the maximum is finite from here on."""
             plgpu.barrier_wait(k_full.at[slot_of(0)])
@@ -345,6 +352,7 @@ def _compute(
             m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), layout.reduce(1))
             total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1))
             p, _, m, total = softmax(s, m, total)
+            wait_next_keys(jnp.int32(0))
             acc = plgpu.layout_cast(jnp.zeros((ROWS, h), jnp.float32), layout)
             return acc, m, total, p.astype(launch.dtype)
 
@@ -354,7 +362,6 @@ def _compute(
             def body(step, carry):
                 acc, m, total, p16 = carry
                 slot, slot_before = slot_of(step), slot_of(step - 1)
-                plgpu.barrier_wait(k_full.at[slot])
                 plgpu.barrier_wait(v_full.at[slot_before])
                 wait_turn()
 
@@ -370,6 +377,7 @@ def _compute(
                     pass_turn()
                     plgpu.commit_smem()
                     p, factor, m_new, total_new = finish(s, bias_of(step) if biased else None)
+                    wait_next_keys(step)
                 else:
 
                     def products(s_ref, acc_ref):
@@ -379,7 +387,8 @@ def _compute(
                         pass_turn()
                         bias = bias_of(step) if biased else None
                         s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-                        after = finish(s, bias)
+                        after = lax.optimization_barrier(finish(s, bias))
+                        wait_next_keys(step)
                         return acc_ref[...], after
 
                     acc, (p, factor, m_new, total_new) = pl.run_scoped(

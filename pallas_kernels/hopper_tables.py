@@ -157,7 +157,12 @@ def _columns(
     keep = columns > jnp.pad(ascending[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
 
     q0 = first * KEY_TILE
-    reached = jax.vmap(lambda c: jnp.searchsorted(c, q0, method="scan_unrolled"))(ascending).astype(jnp.int32)
+    end = jnp.broadcast_to(q0, (b * n, q0.size))
+    if flags is not None:
+        # Columns inside the unbroken window of bands before the diagonal are the last ones, and seen anyway.
+        window = jnp.cumprod(flags[:, 1:].astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)
+        end = end - KEY_TILE * window[:, None]
+    reached = jax.vmap(partial(jnp.searchsorted, method="scan_unrolled"))(ascending, end).astype(jnp.int32)
     column_tiles = (reached + KEY_TILE - 1) // KEY_TILE
 
     visible = keep[:, None, :] & (columns[:, None, :] < q0[:, None])
