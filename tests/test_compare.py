@@ -18,6 +18,7 @@ from minference_jax.compare import (
     Tolerance,
     TorchError,
     TorchNotFoundError,
+    api,
     comparison_table,
     find_torch_python,
 )
@@ -193,6 +194,58 @@ def test_a_checkpoint_that_lacks_tensors_is_an_error_not_random_tensors(tmp_path
     )
     write_inputs(tmp_path, TOKENS, LENGTHS)
     run = {"kind": "run", "model": str(tmp_path), "output": str(tmp_path), "dtype": "float32", "attention": "sdpa"}
-    run |= {"device": "cpu", "positions": [0], "new_tokens": 0, "chunk": 64}
+    run |= {"device": "cpu", "positions": [0], "layers": True, "new_tokens": 0, "chunk": 64}
     with pytest.raises(TorchError, match=r"missing_keys(.|\n)*layers.1.self_attn.k_proj"):
         process.run_torch_jobs([run], torch_python=torch_python(), threads=1)
+
+
+def test_the_command_reports_and_its_status_says_whether_all_is_within_tolerance(base, tmp_path, monkeypatch, capsys):
+    logits, hidden = base
+    near, far = (compared(outputs(logits + d, hidden), outputs(logits, hidden)) for d in (1e-4, 1.0))
+    within, outside = (dataclasses.replace(c, tolerance=Tolerance.default("float32")) for c in (near, far))
+    monkeypatch.setattr(process, "NEEDED", ("json",))
+    monkeypatch.setattr("minference_jax.models.tokenizer.load_tokenizer", lambda path: CharacterTokenizer())
+    calls = []
+    for result, status in ((within, 0), (outside, 1)):
+        monkeypatch.setattr(api, "compare", lambda *args, r=result, **options: calls.append((args, options)) or r)
+        assert api.run_compare("m", "abcdef", tokens=4, as_json=True, torch_python=sys.executable) == status
+        assert json.loads(capsys.readouterr().out)["within_tolerance"] == (status == 0)
+        assert api.run_compare("m", "abcdef", tokens=9, torch_python=sys.executable) == status
+        captured = capsys.readouterr()
+        assert "Logits and tokens" in captured.out and "6 tokens, fewer than 9" in captured.err
+    assert [len(args[1]) for args, _ in calls] == [4, 6, 4, 6]
+    assert calls[0][1]["torch_python"] == sys.executable
+    with pytest.raises(ValueError, match="tokens must be at least 2"):
+        api.run_compare("m", "a", tokens=1, torch_python=sys.executable)
+
+
+class CharacterTokenizer:
+    def encode(self, text):
+        return [ord(character) for character in text]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float64"}, "dtype must be one of float32, bfloat16, float16, got 'float64'"),
+        ({"device": "tpu"}, "device must be one of cpu, cuda"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0"),
+        ({"prompt": [1, 331]}, r"outside 0..330: 1 to 331"),
+        ({"prompt": [[1.0]]}, r"integers \[t\] or \[b, t\], got float64"),
+        ({"prompt": [[1, 2]], "lengths": [3]}, "lengths must be 1 numbers from 1 to 2"),
+        ({"positions": [0, 3]}, r"positions must lie in 0..2, got 0 to 3"),
+    ],
+)
+def test_bad_arguments_are_refused_before_pytorch_is_started(tmp_path, monkeypatch, options, message):
+    (tmp_path / "config.json").write_text(json.dumps(VARIANTS["gqa4"]))
+    save_file({"model.norm.weight": np.ones(64, np.float32)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(process, "NEEDED", ("json",))
+    with pytest.raises(ValueError, match=message):
+        api.compare(tmp_path, options.pop("prompt", [3, 1, 2]), torch_python=sys.executable, **options)
+
+
+def test_positions_of_a_long_prompt_are_spread_evenly_from_first_to_last():
+    positions = api._positions(None, 10_000)
+    assert len(positions) == len(set(positions)) == 2048 and (positions[0], positions[-1]) == (0, 9999)
+    assert set(np.diff(positions)) == {4, 5}
+    assert api._positions(None, 3) == [0, 1, 2]

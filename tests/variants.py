@@ -43,14 +43,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gqa8": _llama(num_key_value_heads=1),
     # Sizes and switches.
     "tied": _llama(tie_word_embeddings=True),
-    "head_dim_not_hidden_over_heads": _llama(head_dim=16),
-    "three_heads_to_a_kv_head": _llama(num_attention_heads=6, num_key_value_heads=2, hidden_size=72, head_dim=12),
-    "rms_norm_eps_large": _llama(rms_norm_eps=0.3),
-    "rope_theta_1e6": _llama(rope_theta=1e6),
-    # Every RoPE scaling; those that depend on the length, within and past the original context.
+    "odd_sizes": _llama(
+        num_attention_heads=6, hidden_size=84, head_dim=12, vocab_size=333, rms_norm_eps=0.3, rope_theta=1e6
+    ),
+    # Every RoPE scaling. Those that depend on the length see rows within and past the original context.
     "rope_linear": _llama(rope_scaling=_rope("linear", factor=4.0)),
     "rope_dynamic": _llama(rope_scaling=_rope("dynamic", factor=3.0), max_position_embeddings=64),
-    "rope_dynamic_unused": _llama(rope_scaling=_rope("dynamic", factor=3.0)),
     "rope_llama3": _llama(
         rope_scaling=_rope(
             "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
@@ -76,15 +74,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rope_longrope": _llama(
         rope_scaling=_rope("longrope", factor=4.0, original_max_position_embeddings=64, **_LONGROPE)
     ),
-    "rope_longrope_unused": _llama(
-        rope_scaling=_rope("longrope", factor=4.0, original_max_position_embeddings=256, **_LONGROPE)
-    ),
     # The other families.
-    "mistral": _SMALL | {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
-    "mistral_wide_window": _SMALL | {"model_type": "mistral", "sliding_window": 512},
+    "mistral": _SMALL | {"model_type": "mistral", "sliding_window": 512, "head_dim": 16},
     "qwen2": _SMALL
     | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32, "max_window_layers": 2},
-    "qwen2_tied": _SMALL | {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 8},
     "qwen3": _SMALL | {"model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 4},
     "qwen3_tied_yarn": _SMALL
     | {
@@ -93,7 +86,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rope_scaling": _rope("yarn", factor=4.0, original_max_position_embeddings=64),
     },
-    "phi3": _SMALL | {"model_type": "phi3", "original_max_position_embeddings": 512, "sliding_window": 2047},
     "phi3_longrope": _SMALL
     | {
         "model_type": "phi3",
@@ -101,5 +93,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"type": "longrope", **_LONGROPE},
     },
     "phi3_partial_rotary": _SMALL
-    | {"model_type": "phi3", "head_dim": 16, "original_max_position_embeddings": 512, "partial_rotary_factor": 0.5},
+    | {
+        "model_type": "phi3",
+        "head_dim": 16,
+        "original_max_position_embeddings": 512,
+        "partial_rotary_factor": 0.5,
+        "sliding_window": 2047,
+    },
 }

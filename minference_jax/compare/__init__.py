@@ -1,5 +1,7 @@
 """JAX against PyTorch on the same weights and tokens. PyTorch runs in a process of its own, in any interpreter."""
 
+from minference_jax.compare.api import compare as compare
+from minference_jax.compare.api import run_compare as run_compare
 from minference_jax.compare.comparison import Comparison as Comparison
 from minference_jax.compare.comparison import LayerDifference as LayerDifference
 from minference_jax.compare.comparison import Tolerance as Tolerance

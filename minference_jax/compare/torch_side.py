@@ -10,7 +10,8 @@ The request is
   model directory with random weights; with `keep_config` its config.json is the one given, as a checkpoint written
   by an older transformers has it, instead of what this transformers would write;
 - `{"kind": "run", "model": DIR, "output": DIR, "dtype": "float32" | "bfloat16" | "float16",
-  "attention": "sdpa" | "eager", "device": "cpu" | "cuda", "positions": [int, ...], "new_tokens": int, "chunk": int}`
+  "attention": "sdpa" | "eager", "device": "cpu" | "cuda", "positions": [int, ...], "layers": bool,
+  "new_tokens": int, "chunk": int}`
   runs `tokens.npy` (int [b, t]) of `output`, of which `lengths.npy` (int [b]) are valid, and writes the arrays that
   outputs.py describes.
 
@@ -173,7 +174,11 @@ def run_model(job):
     model = load_model(job)
     seconds = {"load": time.perf_counter() - started, "prefill": 0.0, "decode": 0.0}
     (batch, t), config, positions = tokens.shape, model.config, job["positions"]
-    levels, width, vocabulary = len(model.model.layers) + 2, config.hidden_size, model.lm_head.weight.shape[0]
+    levels, width, vocabulary = (
+        (len(model.model.layers) + 2) * job["layers"],
+        config.hidden_size,
+        model.lm_head.weight.shape[0],
+    )
     arrays = open_arrays(output, batch, t, levels, len(positions), width, vocabulary, job["new_tokens"])
     with torch.inference_mode():
         for row in range(batch):
