@@ -1,0 +1,111 @@
+"""The KV cache: decoding token by token, and prefill in parts, give what one pass over everything gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy_llama import numpy_llama, random_params
+
+from minference_jax.models import LlamaConfig
+from minference_jax.models.cache import KVCache, decode_attention
+from minference_jax.models.llama import Llama
+
+CONFIG = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return Llama.from_params(CONFIG, {name: jnp.asarray(value) for name, value in random_params(CONFIG).items()})
+
+
+def prompt(rng, *shape: int) -> np.ndarray:
+    return rng.integers(0, CONFIG.vocab_size, shape).astype(np.int32)
+
+
+def full_pass(model: Llama, tokens: np.ndarray) -> np.ndarray:
+    return numpy_llama(CONFIG, model.params(), tokens)["logits"]
+
+
+def test_decoding_equals_the_full_pass_for_unequal_lengths(model, rng):
+    tokens, lengths = prompt(rng, 3, 50), np.array([30, 7, 44])
+    cache = model.init_cache(3, 64)
+    logits, cache = model.prefill(jnp.asarray(tokens[:, :44]), jnp.asarray(lengths), cache)
+    expected = [full_pass(model, row) for row in tokens]
+    for step in range(6):
+        now = [expected[row][lengths[row] + step - 1] for row in range(3)]
+        np.testing.assert_allclose(logits, np.stack(now), atol=2e-5)
+        logits, cache = model.decode(jnp.asarray(tokens[np.arange(3), lengths + step]), cache)
+    np.testing.assert_array_equal(cache.lengths, lengths + 6)
+    for row in range(3):
+        np.testing.assert_array_equal(cache.tokens[row, : lengths[row] + 6], tokens[row, : lengths[row] + 6])
+
+
+def test_prefill_in_parts_equals_one_shot(model, rng):
+    tokens, lengths = prompt(rng, 2, 384), np.array([380, 150])
+    whole, one = model.prefill(jnp.asarray(tokens), jnp.asarray(lengths), model.init_cache(2, 384))
+    cache = model.init_cache(2, 384)
+    last = {}
+    for start in (0, 128, 256):
+        logits, cache = model.prefill(
+            jnp.asarray(tokens[:, start : start + 128]), jnp.asarray(lengths), cache, start=jnp.int32(start)
+        )
+        last |= {row: logits[row] for row in range(2) if start < lengths[row]}
+        np.testing.assert_array_equal(cache.lengths, np.minimum(lengths, start + 128))
+    np.testing.assert_allclose(jnp.stack([last[0], last[1]]), whole, atol=2e-5)
+    for row in range(2):
+        np.testing.assert_allclose(cache.k[:, row, : lengths[row]], one.k[:, row, : lengths[row]], atol=2e-5)
+        np.testing.assert_allclose(cache.v[:, row, : lengths[row]], one.v[:, row, : lengths[row]], atol=2e-5)
+
+
+def test_feeding_cached_tokens_again_changes_nothing(model, rng):
+    tokens = prompt(rng, 1, 250)
+    _, cache = model.prefill(jnp.asarray(tokens[:, :200]), None, model.init_cache(1, 256))
+    logits, cache = model.prefill(jnp.asarray(tokens[:, 128:]), jnp.asarray([250]), cache, start=128)
+    np.testing.assert_allclose(logits[0], full_pass(model, tokens[0])[-1], atol=2e-5)
+    assert int(cache.lengths[0]) == 250
+
+
+def test_what_lies_past_the_length_is_never_read(model, rng):
+    tokens = prompt(rng, 1, 20)
+    _, cache = model.prefill(jnp.asarray(tokens), None, model.init_cache(1, 32))
+    poisoned = KVCache(
+        cache.k.at[:, :, 20:].set(1e4), cache.v.at[:, :, 20:].set(1e9), cache.tokens + 0, cache.lengths + 0
+    )
+    clean, _ = model.decode(jnp.asarray([5]), cache)
+    got, _ = model.decode(jnp.asarray([5]), poisoned)
+    np.testing.assert_array_equal(got, clean)
+
+
+def test_a_full_cache_stays_as_it_is(model, rng):
+    _, cache = model.prefill(jnp.asarray(prompt(rng, 2, 16)), jnp.asarray([16, 9]), model.init_cache(2, 16))
+    keys = np.array(cache.k[:, 0])
+    logits, cache = model.decode(jnp.asarray([3, 3]), cache)
+    np.testing.assert_array_equal(cache.lengths, [16, 10])
+    np.testing.assert_array_equal(cache.k[:, 0], keys)
+    assert np.isfinite(np.asarray(logits[1])).all()
+
+
+def test_decode_attention_is_softmax_over_the_valid_keys():
+    # Two query heads share a KV head. Keys 0 and 1 score ln 3 apart for head 0, the same for head 1; key 2 is padding.
+    q = jnp.asarray([[[1.0, 0.0], [0.0, 1.0]]]) * 2**0.5 * jnp.log(3.0)
+    k = jnp.asarray([[[[1.0, 0.0]], [[0.0, 0.0]], [[9.0, 9.0]]]])
+    v = jnp.asarray([[[[1.0, 0.0]], [[0.0, 1.0]], [[7.0, 7.0]]]])
+    got = decode_attention(q, k, v, jnp.asarray([2]))
+    np.testing.assert_allclose(got, [[[0.75, 0.25], [0.5, 0.5]]], rtol=1e-6)
+
+
+def test_growing_keeps_contents_and_is_free_when_there_is_room(model, rng):
+    _, cache = model.prefill(jnp.asarray(prompt(rng, 1, 16)), None, model.init_cache(1, 16))
+    assert cache.grown(10) is cache
+    grown = cache.grown(40)
+    assert grown.capacity == 40 and int(grown.lengths[0]) == 16
+    np.testing.assert_array_equal(grown.k[:, :, :16], cache.k)
+    with pytest.raises(ValueError, match="batch and length"):
+        model.init_cache(0, 5)
+
+
+def test_the_cache_is_a_pytree_of_static_shape(model):
+    cache = model.init_cache(2, 128)
+    assert cache.k.shape == (2, 2, 128, 2, 8) and cache.capacity == 128
+    shapes = jax.eval_shape(lambda tokens, cache: model.decode(tokens, cache)[1], jnp.zeros(2, jnp.int32), cache)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, cache)
