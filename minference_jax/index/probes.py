@@ -1,0 +1,72 @@
+"""The few query rows ("probes") whose attention stands for the whole prompt, and their scores against the keys.
+
+The original looks at the last 64 rows of one unpadded prompt. Here: the last 64 *valid* rows of each sequence, of the
+chunk at hand; or half of them spread evenly over it, since heads differ along a prompt.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+PROBES = 64
+"""Probe rows per head (`last_q` of the original)."""
+
+_HALF = PROBES // 2
+
+
+def probe_rows(valid: Int[Array, " b"], spread: Bool[Array, " n"]) -> Int[Array, "b n p"]:
+    """Row numbers of the probes, ascending; negative where a sequence has fewer valid rows than probes.
+
+    **Arguments:** `valid`: int32 number of valid query rows of each sequence. `spread`: heads that want half of
+    their probes spread over the rows; the others, and sequences of no more than 64 rows, take the last 64.
+    """
+    i = jnp.arange(PROBES, dtype=jnp.int32)
+    valid = valid[:, None, None]
+    last = valid - PROBES + i
+    # The middle of each of 32 equal parts; (2i + 1)(valid − 32) stays below 2³¹ up to 34 million rows.
+    even = (2 * i + 1) * (valid - _HALF) // PROBES
+    return jnp.where(spread[:, None] & (valid > PROBES) & (i < _HALF), even, last)
+
+
+def gather_probes(q: Float[Array, "b t n h"], rows: Int[Array, "b n p"]) -> Float[Array, "b n p h"]:
+    """The probe rows of q; rows out of range give some row of q, to be masked by its position."""
+    rows = jnp.clip(rows, 0, q.shape[1] - 1).swapaxes(1, 2)[..., None]
+    return jnp.take_along_axis(q, rows, axis=1, mode="clip").swapaxes(1, 2)
+
+
+def probe_scores(
+    probes: Float[Array, "b k g p h"], k: Float[Array, "b s k h"], scale: float
+) -> tuple[Float[Array, "b k g p s"], float]:
+    """Unmasked scores in the input's dtype, as the original has them, and the factor that completes their scale.
+
+    One matrix product per KV head serves its whole group of query heads. The power of two nearest to `scale` is
+    taken into the queries, which is exact and keeps float16 in range; the rest of the scale is left to the softmax.
+    """
+    power = 2.0 ** round(math.log2(scale)) if scale > 0 else 1.0
+    exact = jax.lax.Precision.HIGHEST if k.dtype == jnp.float32 else None
+    scores = jnp.einsum(
+        "bkgph,bskh->bkgps", probes * jnp.asarray(power, probes.dtype), k, precision=exact, preferred_element_type=k.dtype
+    )
+    return scores, scale / power
+
+
+def probe_weights(
+    scores: Float[Array, "*heads p s"], factor: float, positions: Int[Array, "*heads p"]
+) -> Float[Array, "*heads p s"]:
+    """Causal softmax over the keys in float32; all zero for a probe at a negative position.
+
+    Written so that a compiler can fuse it into whatever sums it: only the maximum and the normaliser of each row
+    need to be stored.
+    """
+    keys = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    seen = keys <= positions[..., None]
+    scaled = jnp.where(seen, scores.astype(jnp.float32) * jnp.float32(factor), -jnp.inf)
+    top = jnp.max(scaled, axis=-1, keepdims=True)
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    weights = jnp.exp(scaled - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights * jnp.where(total > 0, 1 / total, 0)

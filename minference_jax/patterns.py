@@ -1,0 +1,266 @@
+"""The sparse patterns a head can follow, as frozen (hashable) configuration, and one pattern per head of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+MAX_BUDGET = 1 << 24
+"""Largest accepted budget: sixteen million tokens, longer than any prompt, so a larger number is a mistake."""
+
+
+def _check_budget(owner: str, name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
+    if not low <= value <= MAX_BUDGET:
+        raise ValueError(f"{owner}: {name} must be between {low} and {MAX_BUDGET}, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Causal attention to every earlier key."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AShape:
+    """Attention sinks and a sliding window: the first `sink` keys and the last `window` ones (A-shape, also known
+    as StreamingLLM's mask). Needs no index.
+
+    Source: MInference (arXiv 2407.02490) §3.2; `stream_llm` in the official pattern files.
+    """
+
+    sink: int = 1024
+    window: int = 4096
+
+    def __post_init__(self) -> None:
+        _check_budget("AShape", "sink", self.sink, 0)
+        _check_budget("AShape", "window", self.window, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class VerticalSlash:
+    """A few key columns that every query sees, and a few diagonals at fixed distances, found anew for each prompt.
+
+    **Fields** (budgets are clamped to the prompt's length):
+
+    - `columns`: key positions ("vertical lines").
+    - `slashes`: distances ("slash lines"), as the original counts them. Ignored when `tiles` is given.
+    - `tiles`: 64-key tiles at fixed distances before each 128-query tile. Tiles are what a kernel visits, so this
+      budget has a cost that does not depend on the prompt, and holds more softmax mass at the same cost.
+    - `probes`: the query rows that the estimate looks at: `"last"` (the last 64, the original) or `"spread"` (the
+      last 32 and 32 more spread evenly over the prompt, for attention that changes along the prompt).
+    - `coverage`: if given, each head keeps only its best entries until they hold this share of the estimated
+      mass; the budgets remain upper limits, so shapes and compiled code do not change.
+
+    The defaults are the original's rule and its most frequent budget.
+
+    Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2. `tiles`, `probes="spread"` and `coverage` are ours.
+    """
+
+    columns: int = 1000
+    slashes: int = 6096
+    tiles: int | None = None
+    probes: Literal["last", "spread"] = "last"
+    coverage: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_budget("VerticalSlash", "columns", self.columns, 0)
+        _check_budget("VerticalSlash", "slashes", self.slashes, 0)
+        if self.tiles is not None:
+            _check_budget("VerticalSlash", "tiles", self.tiles, 0)
+        if self.probes not in ("last", "spread"):
+            raise ValueError(f"VerticalSlash: probes must be 'last' or 'spread', got {self.probes!r}")
+        if self.coverage is not None and not 0.0 < self.coverage <= 1.0:
+            raise ValueError(f"VerticalSlash: coverage must be in (0, 1], got {self.coverage}")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSparse:
+    """The `blocks` most promising 64-key tiles of each 128-query tile, found by mean-pooled queries and keys.
+
+    The two tiles of the diagonal and the first tile are always among them.
+
+    Source: MInference (arXiv 2407.02490) §3.2, Algorithm 3 (which uses 64-query tiles).
+    """
+
+    blocks: int = 100
+
+    def __post_init__(self) -> None:
+        _check_budget("BlockSparse", "blocks", self.blocks, 1)
+
+
+Pattern = Dense | AShape | VerticalSlash | BlockSparse
+
+DENSE, A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE = range(4)
+"""Codes of `PatternArrays.kind`."""
+
+_CODES = {Dense: DENSE, AShape: A_SHAPE, VerticalSlash: VERTICAL_SLASH, BlockSparse: BLOCK_SPARSE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What occurs anywhere in a set of head patterns: the static side of `PatternArrays`, which decides shapes and
+    which estimators are compiled. A width is 0 when no head uses that budget."""
+
+    kinds: tuple[int, ...]
+    sink: int = 0
+    window: int = 0
+    columns: int = 0
+    slashes: int = 0
+    tiles: int = 0
+    blocks: int = 0
+    lines: bool = False
+    spread: bool = False
+    adaptive: bool = False
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["kind", "first", "second", "tiles", "spread", "coverage"],
+    meta_fields=["limits"],
+)
+@dataclasses.dataclass(frozen=True)
+class PatternArrays:
+    """Head patterns as arrays, so that they can ride through `jax.lax.scan` over layers or be traced arguments.
+
+    The leaves have shape `[layers, heads]`; scanning over a PatternArrays, or indexing its leaves, gives one
+    layer's, with shape `[heads]`, which `make_plan` and `sparse_attention` accept. All layers share `limits`.
+
+    - `kind`: int32 codes DENSE, A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE.
+    - `first`: int32; sink, columns or blocks. `second`: int32; window or slashes.
+    - `tiles`: int32; −1 where slashes are counted as lines.
+    - `spread`: bool, `probes == "spread"`. `coverage`: float32, `inf` for none.
+    """
+
+    kind: Int[Array, "*layers n"]
+    first: Int[Array, "*layers n"]
+    second: Int[Array, "*layers n"]
+    tiles: Int[Array, "*layers n"]
+    spread: Bool[Array, "*layers n"]
+    coverage: Float[Array, "*layers n"]
+    limits: Limits
+
+    def layer(self, index: int) -> PatternArrays:
+        """Layer `index`, with leaves `[heads]`."""
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadPatterns:
+    """One pattern for each query head of each layer: `layers[layer][head]`. Hashable.
+
+    `scores`, if given, has one number a head, as found by a pattern search (the original's files carry them);
+    nothing in this package acts on it.
+
+    Raises ValueError if there is no layer, no head, or if layers differ in their number of heads; TypeError if an
+    entry is no pattern.
+    """
+
+    layers: tuple[tuple[Pattern, ...], ...]
+    scores: tuple[tuple[float, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(tuple(layer) for layer in self.layers))
+        heads = {len(layer) for layer in self.layers}
+        if not self.layers or heads == {0}:
+            raise ValueError("HeadPatterns needs at least one layer and one head")
+        if len(heads) > 1:
+            counts = [len(layer) for layer in self.layers]
+            odd = next(i for i, count in enumerate(counts) if count != counts[0])
+            raise ValueError(f"HeadPatterns: layer {odd} has {counts[odd]} heads, layer 0 has {counts[0]}")
+        for index, layer in enumerate(self.layers):
+            for head, pattern in enumerate(layer):
+                if type(pattern) not in _CODES:
+                    raise TypeError(f"HeadPatterns: layer {index}, head {head} is {pattern!r}, which is no pattern")
+        if self.scores is not None:
+            object.__setattr__(self, "scores", tuple(tuple(layer) for layer in self.scores))
+            if [len(layer) for layer in self.scores] != [len(layer) for layer in self.layers]:
+                raise ValueError("HeadPatterns: scores and layers differ in shape")
+
+    @classmethod
+    def uniform(cls, pattern: Pattern, layers: int, heads: int) -> HeadPatterns:
+        """The same pattern for every head."""
+        return cls(((pattern,) * heads,) * layers)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return len(self.layers)
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads per layer."""
+        return len(self.layers[0])
+
+    def layer(self, index: int) -> tuple[Pattern, ...]:
+        """The patterns of one layer's heads."""
+        return self.layers[index]
+
+    def __iter__(self) -> Iterator[tuple[Pattern, ...]]:
+        return iter(self.layers)
+
+    def arrays(self) -> PatternArrays:
+        """Kinds and budgets as arrays with a leading layer axis; see `PatternArrays`."""
+        return _arrays(self.layers)
+
+
+def head_arrays(pattern: Pattern | Sequence[Pattern] | PatternArrays, heads: int) -> PatternArrays:
+    """One layer's patterns, given in any accepted form, as arrays `[heads]`.
+
+    Raises TypeError for anything that is no pattern, ValueError for the wrong number of heads.
+    """
+    if isinstance(pattern, PatternArrays):
+        if pattern.kind.shape != (heads,):
+            raise ValueError(f"pattern arrays have shape {pattern.kind.shape}; expected ({heads},), one layer's heads")
+        return pattern
+    if isinstance(pattern, HeadPatterns):
+        raise TypeError("pattern is a HeadPatterns of a whole model; pass one layer's: patterns.layer(l) or .arrays()")
+    if type(pattern) in _CODES:
+        pattern = (pattern,) * heads  # type: ignore[assignment]
+    if not isinstance(pattern, Sequence) or any(type(p) not in _CODES for p in pattern):
+        raise TypeError(f"pattern must be a pattern, one pattern per head or PatternArrays, got {pattern!r}")
+    if len(pattern) != heads:
+        raise ValueError(f"pattern has {len(pattern)} entries; q has {heads} heads")
+    return _arrays((tuple(pattern),)).layer(0)
+
+
+def _arrays(layers: tuple[tuple[Pattern, ...], ...]) -> PatternArrays:
+    shape = (len(layers), len(layers[0]))
+    kind, first, second = (np.zeros(shape, np.int32) for _ in range(3))
+    tiles, spread, coverage = np.full(shape, -1, np.int32), np.zeros(shape, bool), np.full(shape, np.inf, np.float32)
+    patterns = [pattern for layer in layers for pattern in layer]
+    for at, pattern in zip(np.ndindex(shape), patterns, strict=True):
+        kind[at] = _CODES[type(pattern)]
+        if isinstance(pattern, AShape):
+            first[at], second[at] = pattern.sink, pattern.window
+        elif isinstance(pattern, BlockSparse):
+            first[at] = pattern.blocks
+        elif isinstance(pattern, VerticalSlash):
+            first[at], second[at] = pattern.columns, pattern.slashes
+            tiles[at] = -1 if pattern.tiles is None else pattern.tiles
+            spread[at] = pattern.probes == "spread"
+            coverage[at] = np.inf if pattern.coverage is None else pattern.coverage
+    a_shape = [p for p in patterns if isinstance(p, AShape)]
+    vertical_slash = [p for p in patterns if isinstance(p, VerticalSlash)]
+    lines = [p for p in vertical_slash if p.tiles is None]
+    limits = Limits(
+        kinds=tuple(sorted({_CODES[type(p)] for p in patterns})),
+        sink=max((p.sink for p in a_shape), default=0),
+        window=max((p.window for p in a_shape), default=0),
+        columns=max((p.columns for p in vertical_slash), default=0),
+        slashes=max((p.slashes for p in lines), default=0),
+        tiles=max((p.tiles for p in vertical_slash if p.tiles is not None), default=0),
+        blocks=max((p.blocks for p in patterns if isinstance(p, BlockSparse)), default=0),
+        lines=bool(lines),
+        spread=any(p.probes == "spread" for p in vertical_slash),
+        adaptive=any(p.coverage is not None for p in vertical_slash),
+    )
+    leaves = (jnp.asarray(leaf) for leaf in (kind, first, second, tiles, spread, coverage))
+    return PatternArrays(*leaves, limits=limits)

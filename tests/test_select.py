@@ -1,0 +1,76 @@
+"""Selection without a sort: against a plain NumPy sort, on ties, odd widths, traced counts and special values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minference_jax.index import select
+
+
+def numpy_top_k(scores, k):
+    """Positions of the k largest, ties to the lower position, ascending; −inf and NaN are never chosen."""
+    scores = np.where(np.isnan(scores), -np.inf, scores)
+    order = np.argsort(-scores, kind="stable")
+    return np.sort(order[: min(k, np.isfinite(scores).sum() + np.isposinf(scores).sum())])
+
+
+def check(scores, k, width):
+    positions, count = jax.jit(select.top_k, static_argnums=2)(jnp.asarray(scores), jnp.asarray(k, jnp.int32), width)
+    for row, wanted, row_positions, row_count in zip(scores, k, np.asarray(positions), np.asarray(count), strict=True):
+        expected = numpy_top_k(row, min(max(wanted, 0), width))
+        assert row_count == len(expected)
+        np.testing.assert_array_equal(row_positions[:row_count], expected)
+        np.testing.assert_array_equal(row_positions[row_count:], scores.shape[-1])
+
+
+def test_a_row_by_hand():
+    scores = jnp.asarray([[0.5, 2.0, 0.5, -jnp.inf, 1.0, 0.5]], jnp.float32)
+    positions, count = select.top_k(scores, jnp.asarray([4], jnp.int32), 5)
+    # 2.0 and 1.0, then the two lowest positions of the three that tie at 0.5.
+    np.testing.assert_array_equal(positions, [[0, 1, 2, 4, 6]])
+    np.testing.assert_array_equal(count, [4])
+    np.testing.assert_array_equal(select.top_k_mask(scores, jnp.asarray([9], jnp.int32)), scores > -jnp.inf)
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 100, 1000])
+@pytest.mark.parametrize("kind", ["normal", "few values", "all equal", "forced"])
+def test_equals_a_stable_sort(rng, size, kind):
+    rows = 16
+    if kind == "normal":
+        scores = rng.standard_normal((rows, size))
+    elif kind == "few values":
+        scores = rng.integers(-2, 3, (rows, size)) * np.where(rng.random((rows, size)) < 0.5, 1.0, -1.0)
+    elif kind == "all equal":
+        scores = np.full((rows, size), 0.25)
+    else:
+        scores = np.where(rng.random((rows, size)) < 0.3, np.inf, rng.random((rows, size)))
+        scores = np.where(rng.random((rows, size)) < 0.2, -np.inf, scores)
+    check(scores.astype(np.float32), rng.integers(-1, size + 3, rows), max(1, size * 2 // 3))
+
+
+def test_special_values_and_denormals():
+    scores = np.array([[np.nan, 0.0, -0.0, 1e-38, -1e-38, np.inf, -np.inf, np.finfo(np.float32).max]], np.float32)
+    for k in range(9):
+        check(scores, [k], 8)
+
+
+def test_compact_and_bitmaps(rng):
+    mask = rng.random((5, 77)) < 0.3
+    words = select.pack(jnp.asarray(mask))
+    np.testing.assert_array_equal(select.unpack(words, 77), mask)
+    positions, count = select.compact(jnp.asarray(mask), 40)
+    for row in range(5):
+        expected = np.flatnonzero(mask[row])
+        assert count[row] == len(expected)
+        np.testing.assert_array_equal(positions[row, : len(expected)], expected)
+    # A width smaller than the number of flags keeps the first ones.
+    positions, count = select.compact(jnp.asarray(mask), 4)
+    np.testing.assert_array_equal(count, np.minimum(mask.sum(-1), 4))
+
+
+def test_rows_are_independent_and_vmap_agrees(rng):
+    scores, k = rng.random((3, 4, 50)).astype(np.float32), rng.integers(0, 50, (3, 4)).astype(np.int32)
+    together = select.top_k(scores, jnp.asarray(k), 50)
+    mapped = jax.vmap(lambda s, n: select.top_k(s, n, 50))(jnp.asarray(scores), jnp.asarray(k))
+    jax.tree.map(np.testing.assert_array_equal, together, mapped)
