@@ -15,11 +15,13 @@ fallback for what the kernels cannot serve.
 from __future__ import annotations
 
 import dataclasses
+import os
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -34,8 +36,10 @@ from pallas_kernels.plan import (
 )
 from pallas_kernels.plan_builders import compact
 
-STEP = 512
-"""Keys of one online-softmax step: wide for the matrix products, narrow enough to waste little on short lists."""
+UNITS = 4
+"""Key tiles of one online-softmax step: enough for the matrix products, few enough to waste little on short lists."""
+
+STEP = UNITS * KEY_TILE
 
 _MASKED = -1e30
 """Score of a masked cell. Finite, so that a step without a single visible key stays free of NaN; such a step's
@@ -94,7 +98,7 @@ class _Grid:
         pairs = q.shape[0] * k.shape[2]
         # A CPU runs one group's matrix products at full rate, and a loop over groups lets each stop at its own
         # count; an accelerator needs all heads at once to fill the chip.
-        return _Grid(q.shape[0], k.shape[2], 1 if jax.default_backend() == "cpu" else pairs)
+        return _Grid(q.shape[0], k.shape[2], 1 if _on_cpu() else pairs)
 
     def queries(self, x: Array, rows: int) -> Array:
         """[b, t, n, ...] -> [o, p, g, rows, ...], zero-padded from t to `rows`."""
@@ -129,69 +133,109 @@ class _Grid:
 
 @dataclasses.dataclass(frozen=True)
 class _Visit:
-    """What one query tile visits besides its diagonal, as lists of key positions for the online-softmax loop."""
+    """The past keys that one query tile visits, in units of 64: first its key tiles, then tiles of gathered columns."""
 
-    tiles: Int[Array, "p g kt"] | None  # past key tiles, in order; None: every one, contiguous
-    columns: Int[Array, "p g C"] | None
-    tile_steps: Int[Array, ""]
-    column_steps: Int[Array, ""]
-    tile_count: Int[Array, "p g"]
-    column_count: Int[Array, "p g"] | None
+    units: Int[Array, "p g"]
+    tiles: Int[Array, "p g kt"] | None = None  # None: every past key, contiguous
+    tile_count: Int[Array, "p g"] | None = None
+    columns: Int[Array, "p g C"] | None = None
+    keep: Bool[Array, "p g C"] | None = None  # columns that no visited tile holds
 
-    def positions(self, step: Int[Array, ""]) -> tuple[Int[Array, "p g w"], Bool[Array, "p g w"]]:
-        """Key positions of a step in 0..tile_steps + column_steps - 1, and which of them are real."""
-        if self.tiles is None:
-            position = step * STEP + jnp.arange(STEP, dtype=jnp.int32)
-            return position, position < self.tile_count[..., None] * KEY_TILE
-        lane = jnp.arange(STEP, dtype=jnp.int32)
-        slot = step * (STEP // KEY_TILE) + lane // KEY_TILE
-        position = _take(self.tiles, slot) * KEY_TILE + lane % KEY_TILE
-        valid = slot < self.tile_count[..., None]
-        if self.columns is not None and self.column_count is not None:
-            slot = (step - self.tile_steps) * STEP + lane
-            in_columns = step >= self.tile_steps
-            position = jnp.where(in_columns, _take(self.columns, slot), position)
-            valid = jnp.where(in_columns, slot < self.column_count[..., None], valid)
-        return position, valid
+    @property
+    def steps(self) -> Int[Array, ""]:
+        return (self.units.max() + UNITS - 1) // UNITS
 
+    def sources(self, step: Int[Array, ""]) -> tuple[Int[Array, "p g u"], Int[Array, "p g u"] | None]:
+        """Key tile of each unit of a step, and its tile of gathered columns (negative where the key tile counts)."""
+        unit = step * UNITS + jnp.arange(UNITS, dtype=jnp.int32)
+        if self.tiles is None or self.tile_count is None:
+            return unit, None
+        tile = jnp.take(self.tiles, unit, axis=-1, mode="clip")
+        return tile, None if self.columns is None else unit - self.tile_count[..., None]
 
-def _take(lists: Int[Array, "p g w"], slots: Int[Array, " x"]) -> Int[Array, "p g x"]:
-    return jnp.take(lists, slots, axis=-1, mode="clip")
+    def visible(self, step: Int[Array, ""]) -> Bool[Array, "p g w"]:
+        """Which of a step's keys count."""
+        unit = step * UNITS + jnp.arange(UNITS, dtype=jnp.int32)
+        lanes = jnp.broadcast_to((unit < self.units[..., None])[..., None], (*self.units.shape, UNITS, KEY_TILE))
+        if self.keep is not None and self.tile_count is not None:
+            tile = unit - self.tile_count[..., None]
+            keep = self.keep.reshape(*self.units.shape, -1, KEY_TILE)
+            keep = jnp.take_along_axis(keep, tile[..., None], axis=2, mode="clip")
+            lanes = lanes & (keep | (tile < 0)[..., None])
+        return lanes.reshape(*self.units.shape, STEP)
+
+    def positions(self, step: Int[Array, ""]) -> Int[Array, "p g w"]:
+        """Key positions of a step (a dense step's are contiguous and shared: [w])."""
+        tile, column_tile = self.sources(step)
+        lane = jnp.arange(KEY_TILE, dtype=jnp.int32)
+        position = tile[..., None] * KEY_TILE + lane
+        if column_tile is not None and self.columns is not None:
+            index = (column_tile[..., None] * KEY_TILE + lane).reshape(*self.units.shape, STEP)
+            columns = jnp.take_along_axis(self.columns, index, axis=-1, mode="clip")
+            position = jnp.where((column_tile >= 0)[..., None], columns.reshape(position.shape), position)
+        return position.reshape(*position.shape[:-2], STEP)
 
 
 def _visit(
     plan: SparsePlan | None, i: Int[Array, ""], limit: Int[Array, " p"], q_offset: Int[Array, ""], kv_len: int, g: int
 ) -> _Visit:
     q0 = q_offset + i * QUERY_TILE
-    past = q0 // KEY_TILE
     live = (q0 < limit)[:, None]  # a query tile with no valid row visits nothing
     if plan is None:
-        count = jnp.broadcast_to(jnp.where(live, past, 0), (limit.shape[0], g))
-        return _Visit(None, None, _steps(count, STEP // KEY_TILE), jnp.int32(0), count, None)
-    tiles = visited_tiles(plan, i, kv_len, q_offset, (limit.shape[0], g))
-    tile_list, tile_count = compact(tiles & (jnp.arange(tiles.shape[-1]) < past) & live[..., None], tiles.shape[-1])
-    columns = column_count = None
-    column_steps = jnp.int32(0)
-    if plan.columns is not None and plan.column_count is not None:
-        slot = jnp.arange(plan.columns.shape[-1], dtype=jnp.int32)
-        keep = (slot < plan.column_count[..., None]) & (plan.columns >= 0) & (plan.columns < q0) & live[..., None]
-        keep = keep & ~jnp.take_along_axis(tiles, plan.columns // KEY_TILE, axis=-1, mode="clip")
-        keep = keep & ~jnp.pad(plan.columns[..., 1:] == plan.columns[..., :-1], ((0, 0), (0, 0), (1, 0)))
-        order, column_count = compact(keep, keep.shape[-1])
-        columns = jnp.take_along_axis(plan.columns, order, axis=-1, mode="clip")
-        column_steps = _steps(column_count, STEP)
-    return _Visit(tile_list, columns, _steps(tile_count, STEP // KEY_TILE), column_steps, tile_count, column_count)
+        return _Visit(jnp.broadcast_to(jnp.where(live, q0 // KEY_TILE, 0), (limit.shape[0], g)))
+    visited = visited_tiles(plan, i, kv_len, q_offset, (limit.shape[0], g))
+    past = jnp.arange(visited.shape[-1]) < q0 // KEY_TILE
+    tiles, tile_count = compact(visited & past & live[..., None], visited.shape[-1])
+    if plan.columns is None or plan.column_count is None:
+        return _Visit(tile_count, tiles, tile_count)
+    before = (jnp.arange(plan.columns.shape[-1]) < plan.column_count[..., None]) & (plan.columns < q0) & live[..., None]
+    keep = before & (plan.columns >= 0) & ~jnp.take_along_axis(visited, plan.columns // KEY_TILE, axis=-1, mode="clip")
+    keep = keep & ~jnp.pad(plan.columns[..., 1:] == plan.columns[..., :-1], ((0, 0), (0, 0), (1, 0)))
+    # Ascending columns: those before the query tile are a prefix. Where no column of it counts, none is visited.
+    prefix = jnp.where(keep.any(-1), before.sum(-1, dtype=jnp.int32), 0)
+    column_units = (prefix + KEY_TILE - 1) // KEY_TILE
+    return _Visit(tile_count + column_units, tiles, tile_count, plan.columns, keep)
 
 
-def _steps(count: Int[Array, "p g"], per_step: int) -> Int[Array, ""]:
-    return (count.max() + per_step - 1) // per_step
+def _pad_columns(plan: SparsePlan | None) -> SparsePlan | None:
+    """The plan with its column array widened to a multiple of the key tile; the new slots lie past the count."""
+    if plan is None or plan.columns is None:
+        return plan
+    pad = -plan.columns.shape[-1] % KEY_TILE
+    return dataclasses.replace(plan, columns=jnp.pad(plan.columns, ((0, 0), (0, 0), (0, pad))))
 
 
-def _load(x: Float[Array, "p s h"], positions: Array) -> Array:
-    """Rows of keys or values: contiguous for a dense step ([w] -> [p, w, h]), else gathered ([p, g, w] -> [p, g, w, h])."""
-    if positions.ndim == 1:
-        return lax.dynamic_slice_in_dim(x, positions[0], positions.shape[0], axis=1)
+def _gather(x: Float[Array, "p s h"], positions: Int[Array, "p g w"]) -> Float[Array, "p g w h"]:
+    """Rows at positions; out of range ones are clipped (their weight is zero)."""
     return jax.vmap(lambda rows, index: rows.at[index].get(mode="clip"))(x, positions)
+
+
+def _load(
+    x: Float[Array, "p s h"], column_rows: Float[Array, "p g C h"] | None, visit: _Visit, step: Int[Array, ""]
+) -> Array:
+    """Keys or values of a step: [p, w, h] where all heads share them (dense), else [p, g, w, h]."""
+    tile, column_tile = visit.sources(step)
+    if visit.tiles is None:
+        return lax.dynamic_slice_in_dim(x, tile[0] * KEY_TILE, STEP, axis=1)
+    if not _on_cpu():
+        return _gather(x, visit.positions(step))
+    # A CPU copies slices at memory speed; its gathers compute an address for every element.
+    p, g, h = *visit.units.shape, x.shape[-1]
+
+    def unit(a: int, b: int, c: int) -> Array:
+        rows = lax.dynamic_slice(x, (a, tile[a, b, c] * KEY_TILE, 0), (1, KEY_TILE, h))[0]
+        if column_rows is None or column_tile is None:
+            return rows
+        start = (a, b, jnp.maximum(column_tile[a, b, c], 0) * KEY_TILE, 0)
+        from_columns = lax.dynamic_slice(column_rows, start, (1, 1, KEY_TILE, h))[0, 0]
+        return jnp.where(column_tile[a, b, c] >= 0, from_columns, rows)
+
+    units = [unit(a, b, c) for a in range(p) for b in range(g) for c in range(UNITS)]
+    return jnp.concatenate(units).reshape(p, g, STEP, h)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
 
 
 def _scores(q: Float[Array, "p g t h"], keys: Array, scale: float) -> Float[Array, "p g t w"]:
@@ -216,6 +260,10 @@ def _diagonal(k, v, q0, limit):
     return keys, jnp.where(inside[..., None], values, jnp.zeros((), v.dtype)), mask[:, None]
 
 
+def _lanes(tiles: int) -> int:
+    return min(tiles, os.cpu_count() or 1, 4) if _on_cpu() else 1
+
+
 def _padded_lengths(q: Array, k: Array) -> tuple[int, int]:
     rows = num_query_tiles(q.shape[1]) * QUERY_TILE
     # Room for a diagonal that starts in the last key tile, and for a dense step that ends past it.
@@ -224,10 +272,10 @@ def _padded_lengths(q: Array, k: Array) -> tuple[int, int]:
 
 def _forward(q, k, v, plan, limit, q_offset, scale):
     grid, (rows, padded), s = _Grid.of(q, k), _padded_lengths(q, k), k.shape[1]
-    queries = grid.queries(q, rows)
+    plan, queries = _pad_columns(plan), grid.queries(q, rows)
     heads = (queries, grid.keys(k, padded), grid.keys(v, padded), grid.per_head(plan), grid.per_sequence(limit))
 
-    def query_tile(i, head):
+    def query_tile(i, head, column_keys, column_values):
         queries, keys, values, plan, limit = head
         q0 = q_offset + i * QUERY_TILE
         q_tile = lax.dynamic_slice_in_dim(queries, i * QUERY_TILE, QUERY_TILE, axis=2)
@@ -240,21 +288,31 @@ def _forward(q, k, v, plan, limit, q_offset, scale):
 
         def step(j, carry):
             acc, top, total = carry
-            position, valid = visit.positions(j)
-            bias = jnp.where(valid, jnp.float32(0), jnp.float32(_MASKED))[..., None, :]
-            scores = _scores(q_tile, _load(keys, position), scale) + bias
+            bias = jnp.where(visit.visible(j), jnp.float32(0), jnp.float32(_MASKED))[..., None, :]
+            scores = _scores(q_tile, _load(keys, column_keys, visit, j), scale) + bias
             new_top = jnp.maximum(top, scores.max(-1))
             weights, decay = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
-            acc = acc * decay[..., None] + _weighted(weights, _load(values, position))
+            acc = acc * decay[..., None] + _weighted(weights, _load(values, column_values, visit, j))
             return acc, new_top, total * decay + weights.sum(-1)
 
-        acc, top, total = lax.fori_loop(0, visit.tile_steps + visit.column_steps, step, carry)
+        acc, top, total = lax.fori_loop(0, visit.steps, step, carry)
         valid_row = q0 + jnp.arange(QUERY_TILE, dtype=jnp.int32) < limit[:, None, None]
         out = jnp.where(valid_row[..., None], acc / total[..., None], jnp.float32(0)).astype(q.dtype)
         return out, jnp.where(valid_row, top + jnp.log(total), -jnp.inf)
 
     def head_group(head):
-        out, lse = lax.map(lambda i: query_tile(i, head), jnp.arange(rows // QUERY_TILE, dtype=jnp.int32))
+        _, keys, values, plan, _ = head
+        columns = None if plan is None else plan.columns  # gathered once here, read by every query tile
+        column_rows = [None if columns is None else _gather(x, columns) for x in (keys, values)]
+        # XLA runs independent loops on different CPU cores, where the matrix products of one step are too small for
+        # two; lane j takes query tiles j, j + lanes, ...
+        tiles, lanes = rows // QUERY_TILE, _lanes(rows // QUERY_TILE)
+        per_lane = [
+            lax.map(lambda i: query_tile(i, head, *column_rows), jnp.arange(lane, tiles, lanes, dtype=jnp.int32))
+            for lane in range(lanes)
+        ]
+        order = np.argsort(np.concatenate([np.arange(lane, tiles, lanes) for lane in range(lanes)]))
+        out, lse = (jnp.concatenate(parts)[order] for parts in zip(*per_lane, strict=True))
         # [i, p, g, 128, ...] -> [p, g, rows, ...]
         return tuple(jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], rows, *x.shape[4:]) for x in (out, lse))
 
@@ -265,7 +323,7 @@ def _forward(q, k, v, plan, limit, q_offset, scale):
 def _backward(q, k, v, plan, limit, q_offset, scale, out, lse, d_out, d_lse):
     """Gradients by recomputing the weights from the saved log-sum-exp, over the same visits as the forward pass."""
     grid, (rows, padded), s = _Grid.of(q, k), _padded_lengths(q, k), k.shape[1]
-    f32 = jnp.float32
+    plan, f32 = _pad_columns(plan), jnp.float32
     # d score = weight · (d weight − Σ out · d out + d lse): the bracket's row-wise part, once for all visits.
     shift = d_lse - (out.astype(f32) * d_out.astype(f32)).sum(-1)
     shift, lse = jnp.where(jnp.isfinite(lse), shift, f32(0)), jnp.where(jnp.isfinite(lse), lse, f32(0))
@@ -292,6 +350,11 @@ def _backward(q, k, v, plan, limit, q_offset, scale, out, lse, d_out, d_lse):
                 to_keys = "pgts,pgth->psh" if shared else "pgts,pgth->pgsh"
                 return d_q, jnp.einsum(to_keys, d_scores, q_tile.astype(f32)), jnp.einsum(to_keys, weights, d_out)
 
+            def rows_at(x, position):
+                if position.ndim == 1:
+                    return lax.dynamic_slice_in_dim(x, position[0], STEP, axis=1)
+                return _gather(x, position)
+
             def add(total, update, position):
                 if position.ndim == 1:
                     old = lax.dynamic_slice_in_dim(total, position[0], position.shape[0], axis=1)
@@ -302,8 +365,8 @@ def _backward(q, k, v, plan, limit, q_offset, scale, out, lse, d_out, d_lse):
 
             def step(j, carry):
                 d_q, d_k, d_v = carry
-                position, valid = visit.positions(j)
-                update = gradients(_load(keys, position), _load(values, position), valid[..., None, :])
+                position, visible = visit.positions(j), visit.visible(j)[..., None, :]
+                update = gradients(rows_at(keys, position), rows_at(values, position), visible)
                 return d_q + update[0], add(d_k, update[1], position), add(d_v, update[2], position)
 
             d_k, d_v = carry
@@ -311,7 +374,7 @@ def _backward(q, k, v, plan, limit, q_offset, scale, out, lse, d_out, d_lse):
             update = gradients(diagonal_keys, diagonal_values, mask)
             diagonal = q0 + jnp.arange(QUERY_TILE, dtype=jnp.int32)
             carry = update[0], add(d_k, update[1], diagonal), add(d_v, update[2], diagonal)
-            d_q, d_k, d_v = lax.fori_loop(0, visit.tile_steps + visit.column_steps, step, carry)
+            d_q, d_k, d_v = lax.fori_loop(0, visit.steps, step, carry)
             return (d_k, d_v), d_q
 
         zeros = jnp.zeros(keys.shape, f32)
