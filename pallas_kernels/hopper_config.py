@@ -29,21 +29,21 @@ class KernelConfig:
     """How the Hopper kernel is laid out on a multiprocessor. The defaults are the fastest of those measured.
 
     - `stages`: pipeline steps in flight between the memory warpgroup and the compute warpgroups.
-    - `chain`: query tiles that one thread block computes in turn; None means as many as it takes for each multiprocessor
-      to get one thread block.
-    - `lanes`: thread blocks that take turns over neighbouring query tiles; None means one per multiprocessor of the
-      default device.
+    - `chain`: query tiles that one thread block computes in turn; None means all of them in one round of thread blocks.
+      Long chains let thread blocks drift apart, until neighbours no longer find each other's keys in the L2 cache.
+    - `lanes`: thread blocks that take turns over neighbouring query tiles; None means one per multiprocessor.
     - `compute_registers`, `memory_registers`: registers per thread of the two kinds of warpgroup.
+    - `turns`: whether the compute warpgroups start their matrix products strictly in turn; None decides by head_dim.
 
     Raises ValueError for values that no kernel can be built from.
     """
 
     stages: int = 2
-    chain: int | None = None
+    chain: int | None = 4
     lanes: int | None = None
     compute_registers: int = 232
     memory_registers: int = 40
-    unsafe: bool = False
+    turns: bool | None = None
 
     def __post_init__(self) -> None:
         if self.stages < 2:
@@ -67,6 +67,10 @@ class KernelConfig:
         keys = 2 * self.stages * STEP_KEYS * head_dim * 2
         barriers = 8 * (4 * self.stages + 5)
         return queries + keys + 4 * QUERY_TILE + barriers + 2_048  # 2 KiB: alignment of the swizzled buffers
+
+    def takes_turns(self, head_dim: int) -> bool:
+        """Whether the compute warpgroups alternate: not at head_dim 64, where exponentials are the limit."""
+        return head_dim > 64 if self.turns is None else self.turns
 
     def fits(self, head_dim: int) -> bool:
         """Whether a multiprocessor has the shared memory for this configuration."""

@@ -1,0 +1,148 @@
+"""The memory warpgroup: walks the lists of a plan and issues every TMA load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper_tables as tables
+from pallas_kernels.hopper_config import COMPUTE_WARPGROUPS, ROWS
+from pallas_kernels.hopper_launch import Launch, Refs, item_of, share_of, split_head
+from pallas_kernels.plan import KEY_TILE, QUERY_TILE
+
+
+def load(launch: Launch, refs: Refs, *, q_smem, k_smem, v_smem, q_full, q_free, k_full, v_full, k_free, v_free, **_):
+    """Loads the queries of each of this thread block's tiles, then keys and values step by step."""
+    stages = launch.config.stages
+
+    def fill(slot: jax.Array, step: jax.Array, copy: Callable[[Any, Any, Any, Any], None]) -> None:
+        """Loads one step: waits for each buffer, then has `copy` fill its halves."""
+        for source, gathered, smem, free, full in (
+            (refs.k, refs.keys, k_smem, k_free, k_full),
+            (refs.v, refs.values, v_smem, v_free, v_full),
+        ):
+
+            @pl.when(step >= stages)
+            def _(free=free):
+                plgpu.barrier_wait(free.at[slot])
+
+            copy(source, gathered, smem.at[slot], full.at[slot])
+
+    def half(smem, index: int):
+        return smem.at[pl.ds(index * KEY_TILE, KEY_TILE)]
+
+    def query_tile(turn, step0):
+        z, tile = item_of(launch, turn)
+        batch, head, kv_head = split_head(launch, z)
+        no_bias = refs.work[z, tile, tables.STEPS_NO_BIAS]
+        steps = refs.work[z, tile, tables.STEPS]
+        bands = refs.work[z, tile, tables.BANDS]
+        whole = refs.work[z, tile, tables.TILES]
+        diagonal = refs.work[z, tile, tables.DIAGONAL]
+
+        buffer = lax.rem(turn, jnp.int32(2))
+
+        @pl.when(turn >= 2)
+        def _():
+            plgpu.barrier_wait(q_free.at[buffer])
+
+        for w in range(COMPUTE_WARPGROUPS):
+            rows = pl.ds(tile * QUERY_TILE + w * ROWS, ROWS)
+            target = q_smem.at[buffer * COMPUTE_WARPGROUPS + w]
+            plgpu.copy_gmem_to_smem(refs.q.at[batch, rows, head], target, q_full.at[buffer])
+
+        def whole_tile(source, smem, full, key_tile):
+            rows = pl.ds(key_tile * KEY_TILE, KEY_TILE)
+            plgpu.copy_gmem_to_smem(source.at[batch, rows, kv_head], smem, full)
+
+        def next_tile(place, pointer):
+            """Key tile at `place` in the bands and then the blocks, and the next pointer into the blocks."""
+            band = diagonal - refs.bands[z, jnp.minimum(place, refs.bands.shape[1] - 1)]
+            if refs.blocks is None:
+                return band, pointer
+            last = refs.blocks.shape[2] - 1
+
+            def from_blocks():
+                def skipped(p):
+                    return (p < last) & (refs.blocks[z, tile, p] < 0)
+
+                found = lax.while_loop(skipped, lambda p: p + 1, jnp.minimum(pointer, last))
+                return refs.blocks[z, tile, found], found + 1
+
+            return lax.cond((place >= bands) & (place < whole), from_blocks, lambda: (band, pointer))
+
+        def pair(step, pointer):
+            first, pointer = next_tile(2 * step - 2, pointer)
+            second, pointer = next_tile(2 * step - 1, pointer)
+            return first, second, pointer
+
+        def whole_step(step, carry):
+            first, second, pointer = carry
+            ahead = pair(step + 1, pointer)  # read the list one step ahead of its use
+            total = step0 + step
+
+            def copy(source, _, smem, full):
+                whole_tile(source, half(smem, 0), full, first)
+                whole_tile(source, half(smem, 1), full, second)
+
+            fill(lax.rem(total, jnp.int32(stages)), total, copy)
+            return ahead
+
+        def bias_step(step, carry):
+            first, _, _ = carry
+            total = step0 + step
+            place = 2 * step - 2 - whole  # -1: the first half is the last whole tile
+
+            def copy(source, gathered, smem, full):
+                if gathered is None:
+                    # No columns: this is the last whole tile, and a half that the bias hides.
+                    whole_tile(source, half(smem, 0), full, first)
+                    whole_tile(source, half(smem, 1), full, diagonal)
+                    return
+
+                def columns(index, which):
+                    rows = pl.ds(which * KEY_TILE, KEY_TILE)
+                    plgpu.copy_gmem_to_smem(gathered.at[z, rows], half(smem, index), full)
+
+                @pl.when(place < 0)
+                def _():
+                    whole_tile(source, half(smem, 0), full, first)
+
+                @pl.when(place >= 0)
+                def _():
+                    columns(0, place)
+
+                columns(1, place + 1)
+
+            fill(lax.rem(total, jnp.int32(stages)), total, copy)
+            return carry
+
+        @pl.when(steps > 0)
+        def _():
+            # The diagonal is the pair of tiles "first" and "second" of step 0.
+            carry = whole_step(jnp.int32(0), (diagonal, diagonal + 1, jnp.int32(0)))
+            carry = lax.fori_loop(jnp.int32(1), no_bias, whole_step, carry)
+            lax.fori_loop(no_bias, steps, bias_step, carry)
+
+        return step0 + steps
+
+    share = share_of(launch)
+    total = lax.fori_loop(jnp.int32(0), share, query_tile, jnp.int32(0))
+
+    # Leave no arrival behind: every buffer that was filled has been read when the block ends.
+    def drain(step, _):
+        plgpu.barrier_wait(k_free.at[lax.rem(step, jnp.int32(stages))])
+        plgpu.barrier_wait(v_free.at[lax.rem(step, jnp.int32(stages))])
+
+    lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
+
+    def drain_queries(turn, _):
+        plgpu.barrier_wait(q_free.at[lax.rem(turn, jnp.int32(2))])
+
+    lax.fori_loop(jnp.maximum(share - 2, 0), share, drain_queries, None)
