@@ -1,0 +1,70 @@
+"""MInference 1.0 for JAX: dynamic sparse attention for the prefill of long prompts.
+
+Names are loaded when first used, so that `import minference_jax` stays fast and needs no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "Dense": "patterns",
+    "AShape": "patterns",
+    "VerticalSlash": "patterns",
+    "BlockSparse": "patterns",
+    "HeadPatterns": "patterns",
+    "PatternArrays": "patterns",
+    "make_plan": "attention",
+    "sparse_attention": "attention",
+    "AttentionInfo": "attention",
+    "recall": "index.recall",
+    "tile_budget": "index",
+    "load_patterns": "pattern_io",
+    "save_patterns": "pattern_io",
+    "preset": "pattern_io",
+    "Llama": "models.llama",
+    "LlamaConfig": "models.config",
+    "generate": "models.generate",
+    "capture_qkv": "models.capture",
+    "load_checkpoint": "models.convert",
+    "save_checkpoint": "models.save",
+    "load_tokenizer": "models.tokenizer",
+}
+
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from minference_jax.attention import AttentionInfo as AttentionInfo
+    from minference_jax.attention import make_plan as make_plan
+    from minference_jax.attention import sparse_attention as sparse_attention
+    from minference_jax.index import tile_budget as tile_budget
+    from minference_jax.index.recall import recall as recall
+    from minference_jax.models.capture import capture_qkv as capture_qkv
+    from minference_jax.models.config import LlamaConfig as LlamaConfig
+    from minference_jax.models.convert import load_checkpoint as load_checkpoint
+    from minference_jax.models.generate import generate as generate
+    from minference_jax.models.llama import Llama as Llama
+    from minference_jax.models.save import save_checkpoint as save_checkpoint
+    from minference_jax.models.tokenizer import load_tokenizer as load_tokenizer
+    from minference_jax.pattern_io import load_patterns as load_patterns
+    from minference_jax.pattern_io import preset as preset
+    from minference_jax.pattern_io import save_patterns as save_patterns
+    from minference_jax.patterns import AShape as AShape
+    from minference_jax.patterns import BlockSparse as BlockSparse
+    from minference_jax.patterns import Dense as Dense
+    from minference_jax.patterns import HeadPatterns as HeadPatterns
+    from minference_jax.patterns import PatternArrays as PatternArrays
+    from minference_jax.patterns import VerticalSlash as VerticalSlash
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

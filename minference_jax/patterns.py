@@ -119,6 +119,8 @@ class Limits:
     lines: bool = False
     spread: bool = False
     adaptive: bool = False
+    covers: int = 0
+    """Up to this many keys, every head's budget covers every key: the patterns are dense attention."""
 
 
 @partial(
@@ -231,6 +233,18 @@ def head_arrays(pattern: Pattern | Sequence[Pattern] | PatternArrays, heads: int
     return _arrays((tuple(pattern),)).layer(0)
 
 
+def _covers(pattern: Pattern) -> int:
+    if isinstance(pattern, Dense):
+        return MAX_BUDGET
+    if isinstance(pattern, AShape):
+        return max(pattern.sink, pattern.window)
+    if isinstance(pattern, BlockSparse):
+        return 64 * pattern.blocks
+    if pattern.coverage is not None:
+        return 0
+    return max(pattern.columns, pattern.slashes) if pattern.tiles is None else 64 * pattern.tiles
+
+
 def _arrays(layers: tuple[tuple[Pattern, ...], ...]) -> PatternArrays:
     shape = (len(layers), len(layers[0]))
     kind, first, second = (np.zeros(shape, np.int32) for _ in range(3))
@@ -261,6 +275,7 @@ def _arrays(layers: tuple[tuple[Pattern, ...], ...]) -> PatternArrays:
         lines=bool(lines),
         spread=any(p.probes == "spread" for p in vertical_slash),
         adaptive=any(p.coverage is not None for p in vertical_slash),
+        covers=min(map(_covers, patterns)),
     )
     leaves = (jnp.asarray(leaf) for leaf in (kind, first, second, tiles, spread, coverage))
     return PatternArrays(*leaves, limits=limits)

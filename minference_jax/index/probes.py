@@ -7,13 +7,21 @@ chunk at hand; or half of them spread evenly over it, since heads differ along a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.plan import KEY_TILE, QUERY_TILE
+
 PROBES = 64
 """Probe rows per head (`last_q` of the original)."""
+
+SCORE_BYTES = 512 * 2**20
+"""Most memory that probe scores may take at once: with one KV head of a 1M-token prompt at a time (four query heads,
+bfloat16) they just fit."""
 
 _HALF = PROBES // 2
 
@@ -48,9 +56,8 @@ def probe_scores(
     """
     power = 2.0 ** round(math.log2(scale)) if scale > 0 else 1.0
     exact = jax.lax.Precision.HIGHEST if k.dtype == jnp.float32 else None
-    scores = jnp.einsum(
-        "bkgph,bskh->bkgps", probes * jnp.asarray(power, probes.dtype), k, precision=exact, preferred_element_type=k.dtype
-    )
+    probes = probes * jnp.asarray(power, probes.dtype)
+    scores = jnp.einsum("bkgph,bskh->bkgps", probes, k, precision=exact, preferred_element_type=k.dtype)
     return scores, scale / power
 
 
@@ -70,3 +77,50 @@ def probe_weights(
     weights = jnp.exp(scaled - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     return weights * jnp.where(total > 0, 1 / total, 0)
+
+
+def seen_tiles(
+    flags: Bool[Array, "*heads r"], positions: Int[Array, "*heads p"], tiles: int
+) -> Bool[Array, "*heads p tiles"]:
+    """Which key tiles the diagonal and the bands (`flags[r // 64]`) show to the rows at `positions`."""
+    tile = jnp.arange(tiles, dtype=jnp.int32)
+    distance = (positions // QUERY_TILE * (QUERY_TILE // KEY_TILE))[..., None] - tile
+    index = jnp.clip(distance, 0, flags.shape[-1] - 1).reshape(*flags.shape[:-1], -1)
+    banded = jnp.take_along_axis(flags, index, axis=-1, mode="clip").reshape(distance.shape)
+    return (distance <= 0) | banded
+
+
+def map_heads(
+    function: Callable[..., Any],
+    k: Float[Array, "b s k h"],
+    per_head: Any,
+    per_sequence: Any,
+    *,
+    bytes_per_kv_head: int,
+) -> Any:
+    """`function(k, per_head, per_sequence)` over so many KV heads at once that its scores stay within SCORE_BYTES.
+
+    Leaves of `per_head` start with axes `[b, k]`, those of `per_sequence` with `[b]`; so do the slices that
+    `function` gets, and its results must start with `[b, k]`.
+    """
+    b, kv_heads = k.shape[0], k.shape[2]
+    if b * kv_heads * bytes_per_kv_head <= SCORE_BYTES:
+        return function(k, per_head, per_sequence)
+    fitting = max(1, SCORE_BYTES // bytes_per_kv_head)
+    at_once = max(d for d in range(1, kv_heads + 1) if kv_heads % d == 0 and d <= fitting)
+
+    def one(index: Int[Array, ""]) -> Any:
+        row, head = index // (kv_heads // at_once), index % (kv_heads // at_once) * at_once
+
+        def take(x: Array, axis: int, size: int) -> Array:
+            x = jax.lax.dynamic_slice_in_dim(x, row, 1, axis=0)
+            return x if axis == 0 else jax.lax.dynamic_slice_in_dim(x, head, size, axis=axis)
+
+        return function(
+            take(k, 2, at_once),
+            jax.tree.map(lambda x: take(x, 1, at_once), per_head),
+            jax.tree.map(lambda x: take(x, 0, 1), per_sequence),
+        )
+
+    out = jax.lax.map(one, jnp.arange(b * (kv_heads // at_once), dtype=jnp.int32))
+    return jax.tree.map(lambda x: x.reshape(b, kv_heads, *x.shape[3:]), out)

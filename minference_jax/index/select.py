@@ -79,6 +79,31 @@ def kth_largest(keys: UInt32[Array, "*rows s"], k: Int[Array, "*rows"]) -> UInt3
     return jax.lax.fori_loop(0, 32, step, jnp.zeros(k.shape, jnp.uint32))
 
 
+def count_reaching(
+    scores: Float[Array, "*rows s"], mass: Float[Array, "*rows s"], target: Float[Array, "*rows"]
+) -> Int[Array, "*rows"]:
+    """How many of the best-scored entries hold `target` mass together (all of them, if they never do).
+
+    `mass` >= 0 may differ from `scores` (an entry with score +inf is taken first, whatever its mass).
+    """
+    keys = ordered_keys(scores)
+
+    def held(at_least: UInt32[Array, "*rows"]) -> Float[Array, "*rows"]:
+        return jnp.sum(jnp.where(keys >= at_least[..., None], mass, 0), axis=-1)
+
+    def step(i: Int[Array, ""], found: UInt32[Array, "*rows"]) -> UInt32[Array, "*rows"]:
+        trial = found | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(held(trial) >= target, trial, found)
+
+    threshold = jax.lax.fori_loop(0, 32, step, jnp.zeros(target.shape, jnp.uint32))
+    above = keys > threshold[..., None]
+    ties = jnp.sum(keys == threshold[..., None], axis=-1, dtype=jnp.int32)
+    held_above = jnp.sum(jnp.where(above, mass, 0), axis=-1)
+    one_tie = jnp.maximum((held(threshold) - held_above) / jnp.maximum(ties, 1), jnp.float32(1e-30))
+    wanted = jnp.ceil((target - held_above) / one_tie)
+    return jnp.sum(above, axis=-1, dtype=jnp.int32) + jnp.clip(wanted, 0, ties).astype(jnp.int32)
+
+
 def pack(mask: Bool[Array, "*rows s"]) -> UInt32[Array, "*rows w"]:
     """32 flags to a word, lowest position in the lowest bit."""
     mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, -mask.shape[-1] % _WORD)])

@@ -1,0 +1,219 @@
+"""The vertical-slash index: key columns and band tiles for each head, from the attention of a few probe rows.
+
+Counted in lines (`tiles=None`) the choice is the original's: column sums and diagonal sums of the probes' softmax,
+the first 30 columns and the distances 0 … 99 forced. Counted in tiles it is ours: bands by the mass they capture,
+then columns by the mass that the bands leave uncovered.
+
+Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2; the constants are those of its released code.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from minference_jax.index import probes, select, tiles
+from minference_jax.patterns import PatternArrays
+from pallas_kernels.plan import KEY_TILE, num_key_tiles
+
+SINK_COLUMNS, WINDOW_DISTANCES = 30, 100
+"""Columns and distances that the original always takes."""
+
+MIN_COLUMNS, MIN_SLASHES = 30, 50
+"""The original's smallest budgets."""
+
+TILE_SINK_COLUMNS = 4
+"""Columns always taken when slashes are counted in tiles: the attention sink."""
+
+
+class VerticalSlashIndex(NamedTuple):
+    """Parts of a SparsePlan: ascending positions and distances with counts; axes `[b, n]` first."""
+
+    columns: Int[Array, "b n C"]
+    column_count: Int[Array, "b n"]
+    bands: Int[Array, "b n R"]
+    band_count: Int[Array, "b n"]
+
+
+def vertical_slash_index(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    patterns: PatternArrays,
+    *,
+    lengths: Int[Array, " b"],
+    q_offset: Int[Array, ""],
+    scale: float,
+) -> VerticalSlashIndex:
+    """Columns and bands of every head, as if all heads were vertical-slash (budgets in `patterns`).
+
+    **Arguments:** `lengths`: int32 `[b]` in [0, s]. `q_offset`: position of the first query row. Only keys that the
+    last valid query of each sequence can see take part, so padding and a longer cache change nothing.
+
+    Memory: the scores of a few KV heads at a time (`probes.SCORE_BYTES`). Cost: one product of 64 rows a head with
+    all keys, and a few reads of its result.
+    """
+    b, t, n, _ = q.shape
+    s, kv_heads = k.shape[1], k.shape[2]
+    valid = jnp.clip(lengths - q_offset, 0, t)
+    rows = probes.probe_rows(valid, patterns.spread)
+    per_head = {
+        "probes": probes.gather_probes(q, rows),
+        "positions": jnp.where(rows >= 0, rows + q_offset, -1),
+        "first": jnp.broadcast_to(patterns.first, (b, n)),
+        "second": jnp.broadcast_to(patterns.second, (b, n)),
+        "tiles": jnp.broadcast_to(patterns.tiles, (b, n)),
+        "coverage": jnp.broadcast_to(patterns.coverage, (b, n)),
+    }
+    per_head = {name: x.reshape(b, kv_heads, n // kv_heads, *x.shape[2:]) for name, x in per_head.items()}
+    visible = q_offset + valid
+
+    def some_heads(k: Array, per_head: dict[str, Array], visible: Array) -> Any:
+        scores, factor = probes.probe_scores(per_head["probes"], k, scale)
+        weights = probes.probe_weights(scores, factor, per_head["positions"])
+        return _select(weights, per_head, visible[:, None, None], patterns)
+
+    size = n // kv_heads * probes.PROBES * s * k.dtype.itemsize
+    index = probes.map_heads(some_heads, k, per_head, visible, bytes_per_kv_head=size)
+    return VerticalSlashIndex(*(x.reshape(b, n, *x.shape[3:]) for x in index))
+
+
+def _select(
+    weights: Float[Array, "b k g p s"], heads: dict[str, Array], visible: Int[Array, "b 1 1"], patterns: PatternArrays
+) -> VerticalSlashIndex:
+    limits, s = patterns.limits, weights.shape[-1]
+    coverage, mass = heads["coverage"], jnp.sum(heads["positions"] >= 0, axis=-1).astype(jnp.float32)
+    target = coverage * mass if limits.adaptive else None
+    columns, bands = [], []
+    if limits.lines:
+        distances = diagonal_sums(weights, heads["positions"], consecutive=not limits.spread)
+        lines = slash_lines(distances, heads["second"], visible, target)
+        columns.append(column_words(weights.sum(-2), heads["first"], visible, target))
+        bands.append(tiles.bands_of_lines(select.unpack(lines, s)))
+    if limits.tiles or not limits.lines:
+        flags = best_bands(weights, heads["positions"], heads["tiles"], visible, target)
+        rest = uncovered(weights, heads["positions"], flags)
+        left = None if target is None else target - (mass - rest.sum(-1))
+        columns.append(uncovered_words(rest, heads["first"], visible, left))
+        bands.append(flags)
+    counted_in_lines = (heads["tiles"] < 0)[..., None]
+    words = columns[0] if len(columns) == 1 else jnp.where(counted_in_lines, *columns)
+    flags = bands[0] if len(bands) == 1 else jnp.where(counted_in_lines, *bands)
+    nearest = jnp.arange(flags.shape[-1], dtype=jnp.int32) == 0  # the diagonal needs no naming
+    positions, column_count = select.word_positions(words, column_width(patterns, s), s)
+    distances, band_count = select.compact(flags & ~nearest, band_width(patterns, s))
+    return VerticalSlashIndex(positions, column_count, distances * KEY_TILE, band_count)
+
+
+def column_width(patterns: PatternArrays, s: int) -> int:
+    """Static number of column slots."""
+    limits = patterns.limits
+    return min(s, max(limits.columns, MIN_COLUMNS if limits.lines else 0, 1))
+
+
+def band_width(patterns: PatternArrays, s: int) -> int:
+    """Static number of band slots: a line crosses up to three bands."""
+    lines = 3 * max(patterns.limits.slashes, MIN_SLASHES) if patterns.limits.lines else 0
+    return max(1, min(num_key_tiles(s), max(lines, patterns.limits.tiles)))
+
+
+def column_words(
+    column_sums: Float[Array, "*heads s"],
+    budget: Int[Array, "*heads"],
+    visible: Int[Array, "*sequences"],
+    target: Float[Array, "*heads"] | None = None,
+) -> UInt32[Array, "*heads w"]:
+    """The original's columns, as a bitmap: the `max(budget, 30)` largest sums, the first 30 keys among them.
+
+    With `target` mass given, only the best of them that hold it.
+    """
+    return _forced_top_k(column_sums, SINK_COLUMNS, jnp.maximum(budget, MIN_COLUMNS), visible, target)
+
+
+def slash_lines(
+    diagonal_sums: Float[Array, "*heads s"],
+    budget: Int[Array, "*heads"],
+    visible: Int[Array, "*sequences"],
+    target: Float[Array, "*heads"] | None = None,
+) -> UInt32[Array, "*heads w"]:
+    """The original's distances, as a bitmap: the `max(budget, 50)` largest sums, 0 … 99 forced.
+
+    With a budget below 100 the nearest of the forced ones are taken; the original leaves open which.
+    """
+    return _forced_top_k(diagonal_sums, WINDOW_DISTANCES, jnp.maximum(budget, MIN_SLASHES), visible, target)
+
+
+def _forced_top_k(sums: Array, forced: int, budget: Array, visible: Array, target: Array | None) -> Array:
+    position = jnp.arange(sums.shape[-1], dtype=jnp.int32)
+    scores = jnp.where(position < forced, jnp.inf, sums)
+    scores = jnp.where(position < visible[..., None], scores, -jnp.inf)
+    if target is not None:
+        budget = jnp.minimum(budget, jnp.maximum(select.count_reaching(scores, sums, target), forced))
+    return select.top_k_words(scores, budget)
+
+
+def diagonal_sums(
+    weights: Float[Array, "*heads p s"], positions: Int[Array, "*heads p"], *, consecutive: bool
+) -> Float[Array, "*heads s"]:
+    """sums[d] = total weight at distance d (row position − key position).
+
+    `consecutive` (static): the probes' rows follow one another, so the diagonals can be brought under each other by
+    one reshape; otherwise each row is gathered at its own shift.
+    """
+    p, s = weights.shape[-2:]
+    if not consecutive:
+        key = positions[..., None] - jnp.arange(s, dtype=jnp.int32)
+        shifted = jnp.take_along_axis(weights, jnp.clip(key, 0, s - 1), axis=-1, mode="clip")
+        return jnp.where((key >= 0) & (key < s), shifted, 0).sum(-2)
+    lead = [(0, 0)] * (weights.ndim - 2)
+    # by_offset[x] = Σ_r weights[r, x − (p − 1) + r]: laying rows one place further apart shifts row r by r places.
+    sheared = jnp.pad(weights, [*lead, (0, 0), (p - 1, 0)]).reshape(*weights.shape[:-2], p * (s + p - 1))
+    sheared = jnp.pad(sheared, [*lead, (0, p)]).reshape(*weights.shape[:-2], p, s + p)
+    by_offset = sheared[..., :s].sum(-2)
+    offset = positions[..., -1:] - jnp.arange(s, dtype=jnp.int32)
+    sums = jnp.take_along_axis(by_offset, jnp.clip(offset, 0, s - 1), axis=-1, mode="clip")
+    return jnp.where((offset >= 0) & (positions[..., -1:] >= 0), sums, 0)
+
+
+def best_bands(
+    weights: Float[Array, "*heads p s"],
+    positions: Int[Array, "*heads p"],
+    budget: Int[Array, "*heads"],
+    visible: Int[Array, "*sequences"],
+    target: Float[Array, "*heads"] | None = None,
+) -> Bool[Array, "*heads r"]:
+    """The `budget` bands that capture most probe mass; the one next to the diagonal is always among them."""
+    captured = tiles.band_scores(weights, positions, skip=KEY_TILE)
+    band = jnp.arange(captured.shape[-1], dtype=jnp.int32)
+    scores = jnp.where(band == 1, jnp.inf, captured)
+    reached = (band > 0) & (band * KEY_TILE < visible[..., None] + KEY_TILE) & (scores > 0)
+    scores = jnp.where(reached, scores, -jnp.inf)
+    if target is not None:
+        budget = jnp.minimum(budget, select.count_reaching(scores, captured, target))
+    return select.top_k_mask(scores, budget)
+
+
+def uncovered(
+    weights: Float[Array, "*heads p s"], positions: Int[Array, "*heads p"], bands: Bool[Array, "*heads r"]
+) -> Float[Array, "*heads s"]:
+    """Column sums of the probe mass outside the diagonal and the given bands."""
+    s, count = weights.shape[-1], num_key_tiles(weights.shape[-1])
+    seen = probes.seen_tiles(bands, positions, count)
+    seen = jnp.broadcast_to(seen[..., None], (*seen.shape, KEY_TILE)).reshape(*seen.shape[:-1], count * KEY_TILE)
+    return jnp.where(seen[..., :s], 0, weights).sum(-2)
+
+
+def uncovered_words(
+    rest: Float[Array, "*heads s"],
+    budget: Int[Array, "*heads"],
+    visible: Int[Array, "*sequences"],
+    target: Float[Array, "*heads"] | None = None,
+) -> UInt32[Array, "*heads w"]:
+    """The `budget` columns with the largest sums above zero, as a bitmap; the first four keys come first."""
+    position = jnp.arange(rest.shape[-1], dtype=jnp.int32)
+    scores = jnp.where(position < TILE_SINK_COLUMNS, jnp.inf, jnp.where(rest > 0, rest, -jnp.inf))
+    scores = jnp.where(position < visible[..., None], scores, -jnp.inf)
+    if target is not None:
+        budget = jnp.minimum(budget, jnp.maximum(select.count_reaching(scores, rest, target), TILE_SINK_COLUMNS))
+    return select.top_k_words(scores, budget)
