@@ -82,22 +82,9 @@ def test_differences_are_max_and_rms_over_valid_positions(base):
 
 
 def test_kl_of_two_distributions_by_hand():
-    theirs = np.log(np.array([[[0.5, 0.25, 0.25]] * 4] * 2))
-    ours = np.log(np.array([[[0.25, 0.5, 0.25]] * 4] * 2))
-    tokens = np.array([[0, 1, 2, 0], [0, 1, 0, 0]])
-    hidden = np.zeros((2, 3, 4, 6))
-    logits = [dataclasses.replace(outputs(np.zeros((2, 4, 5)), hidden), logits=x) for x in (ours, theirs)]
-    result = compare_outputs(
-        *logits,
-        tokens=tokens,
-        lengths=LENGTHS,
-        positions=range(4),
-        model="m",
-        dtype="float32",
-        patterns=None,
-        versions={},
-        tolerance=Tolerance(),
-    )
+    theirs = np.log([[[0.5, 0.25, 0.125, 0.0625, 0.0625]] * 4] * 2)
+    ours = np.log([[[0.25, 0.5, 0.125, 0.0625, 0.0625]] * 4] * 2)
+    result = compared(*(outputs(logits, np.zeros((2, 3, 4, 6))) for logits in (ours, theirs)))
     assert result.kl == pytest.approx(0.25 * math.log(2), rel=1e-6)
 
 

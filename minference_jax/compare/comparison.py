@@ -150,7 +150,7 @@ def compare_outputs(
         logit_max=logits.max,
         logit_rms=logits.rms,
         logit_scale=logits.scale,
-        kl=_mean_kl(ours, theirs, rows),
+        kl=_mean_kl(ours, theirs, rows, np.asarray(positions)),
         argmax_agreement=float(1 - differs.sum() / valid.sum()),
         largest_lost_margin=float(np.where(differs, theirs.margin, 0).max()),
         greedy_ours=_rows_of(ours.greedy),
@@ -181,9 +181,9 @@ def _difference(name: str, pairs: Sequence[tuple[np.ndarray, np.ndarray, Sequenc
             expected = theirs[chunk]
             difference = ours[chunk] - expected
             # Not max(): Python's would drop a NaN.
-            largest = float(np.maximum(largest, np.abs(difference).max()))
-            squares += float(np.square(difference, dtype=np.float64).sum())
-            scale += float(np.square(expected, dtype=np.float64).sum())
+            largest = float(np.maximum(largest, np.maximum(difference.max(), -difference.min())))
+            squares += float(np.vdot(difference, difference))
+            scale += float(np.vdot(expected, expected))
             count += expected.size
     count = max(count, 1)
     return LayerDifference(name, largest, math.sqrt(squares / count), math.sqrt(scale / count))
@@ -198,17 +198,15 @@ def _layer_differences(ours: Outputs, theirs: Outputs, rows: Sequence[tuple[int,
     )
 
 
-def _mean_kl(ours: Outputs, theirs: Outputs, rows: Sequence[tuple[int, list[int]]]) -> float:
-    def log_softmax(logits):
-        shifted = logits - logits.max(-1, keepdims=True)
-        return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
+def _mean_kl(ours: Outputs, theirs: Outputs, rows: Sequence[tuple[int, list[int]]], positions: np.ndarray) -> float:
     total, count = 0.0, 0
     for row, kept in rows:
         for start in range(0, len(kept), _CHUNK):
             chunk = kept[start : start + _CHUNK]
-            expected = log_softmax(theirs.logits[row][chunk])
-            difference = expected - log_softmax(ours.logits[row][chunk])
-            total += float((np.exp(expected) * difference).sum(dtype=np.float64))
+            expected, actual = (
+                run.logits[row][chunk] - run.logsumexp[row][positions[chunk], None] for run in (theirs, ours)
+            )
+            np.subtract(expected, actual, out=actual)
+            total += float(np.vdot(np.exp(expected, out=expected), actual))
             count += len(chunk)
     return max(total, 0.0) / max(count, 1)

@@ -75,7 +75,7 @@ def create_model(job):
             if name.endswith("norm.weight"):
                 parameter.copy_(1 + 0.2 * noise)
             elif parameter.ndim == 1:
-                parameter.copy_(0.5 * noise)
+                parameter.copy_(0.2 * noise)
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
     model.save_pretrained(job["model"], max_shard_size=job["max_shard_size"])
