@@ -1,6 +1,7 @@
 """Generation: the tokens of step-by-step full passes, one compile per bucket, ends, streams, follow-up turns."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +44,9 @@ def test_greedy_equals_full_passes_for_a_batch_of_unequal_lengths(model, rng):
 def test_one_compile_per_bucket(model, rng):
     compiled = []
 
-    def listen(name: str, _: float, **__) -> None:
-        if "backend_compile" in name:
-            compiled.append(name)
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if "backend_compile" in event:
+            compiled.append((event, duration_secs))
 
     generate(model, prompt(rng, 1, 100), max_new_tokens=7)
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -103,11 +104,12 @@ def test_decoding_stops_early_when_all_have_ended(model, rng):
 
 def test_sampling_is_repeatable_and_does_not_depend_on_batch_or_stream(model, rng):
     tokens = prompt(rng, 2, 50)
-    options = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 0.95, "key": jax.random.key(7)}
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 0.95, "key": jax.random.key(7)}
     both = generate(model, tokens, **options)
     alone = generate(model, tokens[:1], stream=lambda _: None, **options)
     np.testing.assert_array_equal(both.tokens[0], alone.tokens[0])
-    other = generate(model, tokens, **options | {"key": jax.random.key(8)})
+    options["key"] = jax.random.key(8)
+    other = generate(model, tokens, **options)
     assert np.any(other.tokens != both.tokens)
 
 
@@ -201,6 +203,6 @@ def test_longrope_is_computed_anew_when_a_sequence_outgrows_its_context(rng):
     ],
 )
 def test_bad_arguments_are_named(model, change, message):
-    arguments = {"tokens": np.zeros((1, 5), int), "max_new_tokens": 3} | change
+    arguments: dict[str, Any] = {"tokens": np.zeros((1, 5), int), "max_new_tokens": 3} | change
     with pytest.raises(ValueError, match=message):
         generate(model, arguments.pop("tokens"), **arguments)

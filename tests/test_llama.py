@@ -159,7 +159,7 @@ def test_bad_arguments_are_named(rng):
     with pytest.raises(ValueError, match="patterns are for 3 layers of 4 heads; the model has 2 layers of 4 heads"):
         model.with_patterns(HeadPatterns.uniform(Dense(), 3, 4))
     with pytest.raises(TypeError, match="patterns must be"):
-        model.with_patterns(3)
+        model.with_patterns(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"tokens must have shape"):
         model(tokens[0])
     with pytest.raises(TypeError, match="tokens must be integers"):

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 import pallas_kernels
-from minference_jax import attention
 from minference_jax.models.cache import KVCache, decode_attention
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.layers import Layer, finish_layer, map_chunks, project_qkv, rms_norm
@@ -65,8 +64,10 @@ def attend(
     """Attention of one layer's prefill and what is known about it: None when it is dense."""
     where = {"lengths": lengths, "q_offset": q_offset, "implementation": implementation}
     if patterns is None:
-        return pallas_kernels.dense_attention(q, k, v, **where), None
-    return attention.sparse_attention(q, k, v, patterns, **where, return_info=True)
+        return cast(Array, pallas_kernels.dense_attention(q, k, v, **where)), None
+    from minference_jax.attention import sparse_attention  # a dense model needs no index
+
+    return sparse_attention(q, k, v, patterns, **where, return_info=True)
 
 
 def prefill(

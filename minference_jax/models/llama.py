@@ -216,6 +216,8 @@ class Llama(nnx.Module):
 
 @partial(jax.jit, static_argnums=(0, 2))
 def _random_params(config: LlamaConfig, key: Array, dtype: str) -> dict[str, Array]:
+    # Hardware-style random bits: the default generator takes seconds to compile for so many shapes.
+    key = jax.random.wrap_key_data(jax.random.bits(key, (4,), jnp.uint32), impl="rbg")
     params = {}
     for index, (name, shape) in enumerate(param_shapes(config).items()):
         leaf = name.removeprefix("layers.")
