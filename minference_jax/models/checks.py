@@ -31,7 +31,7 @@ def resolve_patterns(config: LlamaConfig, patterns: Patterns) -> HeadPatterns | 
     if isinstance(patterns, str | os.PathLike):
         from minference_jax.pattern_io import load_patterns
 
-        return load_patterns(patterns)
+        return load_patterns(os.fspath(patterns))
     raise TypeError(f"patterns must be None, a pattern, HeadPatterns or the path of a pattern file, got {patterns!r}")
 
 
