@@ -1,0 +1,88 @@
+"""What the commands share: progress on standard error, clean standard output, reading files, the compile cache."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+Update = Callable[[int, int], None]
+
+
+def stdout() -> Console:
+    """For results meant for people. Made anew at each call, as tests replace `sys.stdout`."""
+    return Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def stderr() -> Console:
+    """For everything that is no result."""
+    return Console(file=sys.stderr, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document, and nothing else, on standard output. NaN and infinities become null: JSON has none."""
+    print(json.dumps(_finite(value), ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if hasattr(value, "item") and not isinstance(value, str):  # NumPy's and JAX's scalars
+        value = value.item()
+    return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value
+
+
+@contextlib.contextmanager
+def progress(label: str, *, show: bool = True) -> Iterator[Update]:
+    """A bar on standard error, as `update(done, total)`; a spinner until the first call. Silent without a terminal."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    console = stderr()
+    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as bars:
+        task = bars.add_task(label, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def read_text(name: str) -> str:
+    """The UTF-8 text of a file, or of standard input for "-". Raises `ValueError` naming a file that is no text."""
+    raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def usage_error(message: str) -> typer.BadParameter:
+    """An error that ends the program with status 2."""
+    return typer.BadParameter(message)
+
+
+def cache_directory() -> Path:
+    """Where the program keeps what it can make again: MINFERENCE_CACHE, else a folder of the user's cache."""
+    if named := os.environ.get("MINFERENCE_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minference_jax"
+
+
+def enable_compile_cache() -> None:
+    """Keeps compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where (empty: nowhere)."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))

@@ -1,0 +1,25 @@
+"""`convert`: any checkpoint we read, as a Hugging Face directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minference_jax.cli.console import progress, stdout
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face directory or a .gguf file.")],
+    directory: Annotated[Path, typer.Argument(help="Is made; must not hold anything yet.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+) -> None:
+    """Write a checkpoint as a Hugging Face directory with safetensors, which transformers loads too."""
+    from minference_jax.models.convert import load_checkpoint, save_checkpoint
+
+    with progress("Reading weights") as update:
+        config, params = load_checkpoint(source, dtype=dtype, progress=update)
+    with progress("Writing"):
+        save_checkpoint(config, params, directory, tokenizer_from=source)
+    stdout().print(f"{directory}: {sum(p.size for p in params.values()):,} parameters in {dtype}")

@@ -1,0 +1,123 @@
+"""`generate`: a prompt in, its continuation out as it comes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minference_jax.cli.console import print_json, progress, read_text, stderr, usage_error
+from minference_jax.cli.pattern_option import PATTERN_HELP, describe_patterns, parse_pattern
+
+
+def generate(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face directory or a .gguf file.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")] = "",
+    file: Annotated[list[str] | None, typer.Option(help="Put before the prompt; repeatable; - is stdin.")] = None,
+    question: Annotated[str, typer.Option(help="Put after the files and the prompt.")] = "",
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    reply_prefix: Annotated[str, typer.Option(help="How the reply begins.")] = "",
+    raw: Annotated[bool, typer.Option(help="Continue the text itself, without the chat template.")] = False,
+    pattern: Annotated[str, typer.Option(help=f"How heads attend in prefill: {PATTERN_HELP}")] = "dense",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
+    prefill_chunk: Annotated[
+        int | None, typer.Option(min=128, help="Prefill in parts of so many tokens, a multiple of 128.")
+    ] = None,
+    stats: Annotated[bool, typer.Option(help="Print tokens, times and density on standard error.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
+) -> None:
+    """Answer a prompt, or a question about files, with dense or sparse prefill."""
+    files = file or []
+    if not (prompt or files or question):
+        raise usage_error("give a prompt, --file or --question")
+    if [*files, prompt].count("-") > 1:
+        raise usage_error("standard input can be read once only")
+    if raw and (system or reply_prefix):
+        raise usage_error("--raw takes the text as it is: no --system, no --reply-prefix")
+    text = "\n\n".join(filter(None, [*map(read_text, files), read_text("-") if prompt == "-" else prompt, question]))
+
+    import jax
+
+    from minference_jax.models.generate import generate as continue_tokens
+    from minference_jax.models.tokenizer import load_tokenizer
+
+    network, patterns = load_model(model, pattern, dtype)
+    tokenizer = load_tokenizer(model)
+    ids = tokenizer.encode(text) if raw else _chat(tokenizer, text, system, reply_prefix)
+    decoder = tokenizer.stream()
+
+    def write(new: list[list[int]]) -> None:
+        if not json:
+            print("".join(map(decoder.push, new[0])), end="", flush=True)
+
+    with progress("Reading the prompt") as update:
+        result = continue_tokens(
+            network,
+            [ids],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            key=jax.random.key(seed),
+            eos_token_ids=tokenizer.eos_token_ids,
+            prefill_chunk=prefill_chunk,
+            progress=update,
+            stream=None if json else write,
+            return_info=True,
+        )
+    sequence = result.sequences()[0]
+    if not json:
+        print(decoder.end())
+    figures = _figures(result, describe_patterns(patterns), network.dtype.name)
+    if json:
+        ended = sequence[-1] in tokenizer.eos_token_ids
+        reply = tokenizer.decode(sequence, skip_special_tokens=True)
+        print_json({"text": reply, "tokens": sequence, "finish": "eos" if ended else "length", **figures})
+    elif stats:
+        for name, value in figures.items():
+            stderr().print(f"{name.replace('_', ' ')}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def load_model(path: Path, pattern: str, dtype: str) -> tuple[Any, Any]:
+    """The model and its patterns; the pattern is checked before the weights are read."""
+    import jax
+
+    from minference_jax.models.config import LlamaConfig
+    from minference_jax.models.convert import open_checkpoint
+    from minference_jax.models.llama import Llama
+
+    patterns = parse_pattern(pattern, LlamaConfig.from_hf(open_checkpoint(path).config))
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    with progress("Loading weights") as update:
+        return Llama.from_pretrained(path, dtype=dtype, patterns=patterns, progress=update), patterns
+
+
+def _chat(tokenizer: Any, text: str, system: str, reply_prefix: str) -> list[int]:
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": text})
+    if reply_prefix:
+        messages.append({"role": "assistant", "content": reply_prefix})
+    return tokenizer.apply_chat_template(messages, continue_final_message=bool(reply_prefix))
+
+
+def _figures(result: Any, pattern: str, dtype: str) -> dict[str, Any]:
+    import jax.numpy as jnp
+
+    stats = result.stats
+    known = [info for info in result.info if info is not None]
+    return {
+        "pattern": pattern,
+        "dtype": dtype,
+        "prompt_tokens": stats.prompt_tokens,
+        "generated_tokens": stats.generated_tokens,
+        "prefill_seconds": stats.prefill_seconds,
+        "decode_seconds": stats.decode_seconds,
+        "decode_tokens_per_second": stats.decode_tokens_per_second,
+        "compilation_included": stats.compiled,
+        "density": float(jnp.mean(jnp.stack([jnp.mean(info.density) for info in known]))) if known else 1.0,
+        "estimated_recall": float(jnp.mean(jnp.stack([jnp.mean(info.recall) for info in known]))) if known else 1.0,
+    }

@@ -1,0 +1,264 @@
+"""The demonstration: a real model reads a real book twice, with dense and with sparse prefill, and answers a question.
+
+A sentence with somebody's address is hidden in the opening chapters of Jane Austen's *Persuasion*. Both runs use the
+same weights and tokens; only the attention of the prefill differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+import pallas_kernels
+from minference_jax.attention import make_plan, sparse_attention
+from minference_jax.data import load_text
+from minference_jax.data.needle import NeedlePrompt, needle_prompt
+from minference_jax.index.recall import recall
+from minference_jax.models.buckets import bucket_length
+from minference_jax.models.capture import capture_qkv
+from minference_jax.models.llama import Llama
+from minference_jax.models.tokenizer import Tokenizer, load_tokenizer
+from minference_jax.patterns import HeadPatterns, VerticalSlash
+
+PATTERN = VerticalSlash(columns=128, tiles=14, probes="spread")
+"""For prompts of about 4,096 tokens of SmolLM2."""
+NEW_TOKENS = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One of the two runs. Seconds are wall time of finished results; compilation is counted apart.
+
+    `attention_seconds` is the prefill's attention alone, all layers, measured on the same queries, keys and values in
+    both runs; the sparse one includes finding the index. `reply` ends where the model ends it.
+    """
+
+    name: str
+    reply: str
+    right: bool
+    compile_seconds: float
+    prefill_seconds: float
+    attention_seconds: float
+    decode_tokens_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoResult:
+    """Both runs, and how far the sparse one is from the dense one.
+
+    - `density`: visited / causal cells, mean over layers and heads. `recall`: the share of the dense softmax mass on
+      visited keys, exact, mean over layers and heads; `lowest_recall`: of the worst head.
+    - `logit_difference`, `kl`, `same_first_token`: of the logits after the prompt. KL divergence from dense, in nats.
+    """
+
+    model: str
+    device: str
+    prompt_tokens: int
+    question: str
+    answer: str
+    pattern: str
+    dense: Run
+    sparse: Run
+    density: float
+    recall: float
+    lowest_recall: float
+    logit_difference: float
+    kl: float
+    same_first_token: bool
+
+    @property
+    def same_right_answer(self) -> bool:
+        """Whether both replies hold the hidden answer."""
+        return self.dense.right and self.sparse.right
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and the verdict, of types that `json.dumps` writes."""
+        return dataclasses.asdict(self) | {"same_right_answer": self.same_right_answer}
+
+
+def run_demo(
+    directory: str | Path,
+    *,
+    tokens: int = 4096,
+    depth: float = 0.35,
+    seed: int = 0,
+    pattern: VerticalSlash = PATTERN,
+    dtype: str = "",
+    progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> DemoResult:
+    """Runs the demonstration with the chat model in `directory`.
+
+    **Arguments:**
+
+    - `tokens`: length of the prompt, at most. `depth`: where the fact lies, from 0 (start) to 1. `seed`: which fact.
+    - `pattern`: of every head in the sparse run. `dtype`: default float32 on a CPU, bfloat16 elsewhere.
+    - `progress(done, total)` is called between steps; `say` with a line of news.
+
+    Raises what loading the model raises, and `ValueError` where the text is shorter than `tokens`.
+    """
+    say = say or (lambda line: None)
+    steps = iter(range(1, 8))
+    step = (lambda: progress(next(steps), 7)) if progress else (lambda: None)
+
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    tokenizer = load_tokenizer(directory)
+    model = Llama.from_pretrained(directory, dtype=dtype)
+    prompt = needle_prompt(tokenizer, load_text(), tokens=tokens, depth=depth, seed=seed)
+    step()
+    say(f"{len(prompt.ids):,} tokens of Persuasion, with one sentence hidden in it: {prompt.needle.sentence}")
+
+    rows = bucket_length(len(prompt.ids))
+    padded = jnp.asarray(np.pad(np.asarray(prompt.ids, np.int32), (0, rows - len(prompt.ids)))[None])
+    lengths = jnp.asarray([len(prompt.ids)], jnp.int32)
+    heads = HeadPatterns.uniform(pattern, model.config.num_layers, model.config.num_heads)
+    attention = _measure_attention(model, padded, lengths, pattern)
+    step()
+
+    runs, logits = [], []
+    for name, network in (("dense", model), ("sparse", model.with_patterns(heads))):
+        run, after_prompt = _run(name, network, tokenizer, prompt, padded, lengths, attention[name], step)
+        say(f"{name}: {prompt.needle.prefix} {run.reply.strip()}")
+        runs.append(run)
+        logits.append(after_prompt)
+    p, q = (jax.nn.log_softmax(values) for values in logits)
+    return DemoResult(
+        model=Path(directory).name,
+        device=f"{jax.devices()[0].device_kind}, {dtype}",
+        prompt_tokens=len(prompt.ids),
+        question=prompt.needle.question,
+        answer=prompt.needle.answer,
+        pattern=repr(pattern),
+        dense=runs[0],
+        sparse=runs[1],
+        density=attention["density"],
+        recall=attention["recall"],
+        lowest_recall=attention["lowest_recall"],
+        logit_difference=float(jnp.max(jnp.abs(logits[0] - logits[1]))),
+        kl=float(jnp.sum(jnp.exp(p) * (p - q))),
+        same_first_token=bool(jnp.argmax(p) == jnp.argmax(q)),
+    )
+
+
+def _run(
+    name: str,
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompt: NeedlePrompt,
+    padded: Int32[Array, "1 t"],
+    lengths: Int32[Array, " 1"],
+    attention_seconds: float,
+    step: Callable[[], None],
+) -> tuple[Run, Float[Array, " vocab"]]:
+    """Prefill twice (the first call compiles), then greedy decoding."""
+
+    def prefill() -> tuple[float, Any, Any]:
+        cache = jax.block_until_ready(model.init_cache(1, padded.shape[1] + NEW_TOKENS))
+        started = time.perf_counter()
+        logits, cache = jax.block_until_ready(model.prefill(padded, lengths, cache))
+        return time.perf_counter() - started, logits, cache
+
+    first, _, _ = prefill()
+    step()
+    prefill_seconds, logits, cache = prefill()
+    after_prompt = logits[0]
+    reply: list[int] = []
+    seconds: list[float] = []
+    while len(reply) < NEW_TOKENS:
+        token = int(jnp.argmax(logits[0]))
+        reply.append(token)
+        if token in tokenizer.eos_token_ids:
+            break
+        started = time.perf_counter()
+        logits, cache = jax.block_until_ready(model.decode(jnp.asarray([token], jnp.int32), cache))
+        seconds.append(time.perf_counter() - started)
+    step()
+    text = tokenizer.decode(reply, skip_special_tokens=True)
+    run = Run(
+        name=name,
+        reply=text,
+        right=prompt.found(text),
+        compile_seconds=max(first - prefill_seconds, 0.0),
+        prefill_seconds=prefill_seconds,
+        attention_seconds=attention_seconds,
+        decode_tokens_per_second=1 / float(np.median(seconds)),  # the median leaves the step that compiles out
+    )
+    return run, after_prompt
+
+
+def _measure_attention(
+    model: Llama, padded: Int32[Array, "1 t"], lengths: Int32[Array, " 1"], pattern: VerticalSlash
+) -> dict[str, float]:
+    """Seconds of dense and of sparse attention, density and recall, over all layers' real queries, keys and values."""
+    functions = {
+        "dense": jax.jit(lambda q, k, v: pallas_kernels.dense_attention(q, k, v, lengths=lengths)),
+        "sparse": jax.jit(lambda q, k, v: sparse_attention(q, k, v, pattern, lengths=lengths)),
+    }
+    t = padded.shape[1]
+
+    @jax.jit
+    def quality(q: Array, k: Array) -> tuple[Array, Array]:
+        plan = make_plan(q, k, pattern, lengths=lengths)
+        return plan.density(t, t, lengths=lengths), recall(q, k, plan, lengths=lengths)
+
+    seconds = dict.fromkeys(functions, 0.0)
+    densities, recalls = [], []
+    for layer, (q, k, v) in enumerate(capture_qkv(model, padded, lengths)):
+        jax.block_until_ready((q, k, v))
+        for name, function in functions.items():
+            if layer == 0:
+                jax.block_until_ready(function(q, k, v))  # compiles
+            started = time.perf_counter()
+            jax.block_until_ready(function(q, k, v))
+            seconds[name] += time.perf_counter() - started
+        density, share = quality(q, k)
+        densities.append(np.asarray(density))
+        recalls.append(np.asarray(share))
+    shares = np.stack(recalls)
+    return seconds | {
+        "density": float(np.mean(densities)),
+        "recall": float(shares.mean()),
+        "lowest_recall": float(shares.min()),
+    }
+
+
+def report(result: DemoResult) -> Any:
+    """A rich renderable: question, both answers, the table."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+
+    dense, sparse = result.dense, result.sparse
+    table = Table(box=box.SIMPLE_HEAD, title=f"{result.model}, {result.device}, {result.prompt_tokens:,} prompt tokens")
+    for heading in ("", "dense", "sparse", "sparse / dense"):
+        table.add_column(heading, justify="right" if heading else "left")
+
+    def add(name: str, value: str, field: str) -> None:
+        a, b = getattr(dense, field), getattr(sparse, field)
+        table.add_row(name, value.format(a), value.format(b), f"{b / a:.2f}" if a else "")
+
+    add("prefill, seconds", "{:.2f}", "prefill_seconds")
+    add("  of it attention", "{:.2f}", "attention_seconds")
+    add("compilation, seconds", "{:.1f}", "compile_seconds")
+    add("decoding, tokens / second", "{:.1f}", "decode_tokens_per_second")
+    table.add_row("density", "100 %", f"{result.density:.1%}", "")
+    table.add_row("recall: mean, worst head", "1.000", f"{result.recall:.3f}, {result.lowest_recall:.3f}", "")
+    table.add_row("max |Δlogit| after the prompt", "", f"{result.logit_difference:.2f}", "")
+    table.add_row("KL divergence, nats", "", f"{result.kl:.4f}", "")
+    table.add_row("same most likely token", "", "yes" if result.same_first_token else "no", "")
+    right = {True: "right", False: f"wrong, it is {result.answer}"}
+    return Group(
+        f"\nQuestion: {result.question}",
+        f"Dense:    … {dense.reply.strip()}   ({right[dense.right]})",
+        f"Sparse:   … {sparse.reply.strip()}   ({right[sparse.right]})\n",
+        table,
+        f"Sparse heads: {result.pattern}. Attention was timed apart, layer by layer.",
+    )
