@@ -1,6 +1,7 @@
 """GGUF files: metadata to config, row order, every quantization, and one clear error for each way to be broken."""
 
 import struct
+import sys
 
 import gguf
 import ml_dtypes
@@ -272,6 +273,16 @@ def test_a_quantized_model_loads(tmp_path):
     loaded, params = load(path)
     assert loaded == LlamaConfig.from_hf(config)
     np.testing.assert_allclose(np.asarray(params["lm_head"]), tensors["output.weight"].T, atol=0.02)
+
+
+def test_without_the_gguf_package_only_quantized_tensors_are_out_of_reach(tmp_path, monkeypatch):
+    x = np.ones((2, 32), "float32")
+    tensors = {"plain": x, "quantized": gguf.quantize(x, Type.Q8_0)}
+    file = GGUFFile(write_gguf(tmp_path / "m.gguf", tensors, raw_types={"quantized": Type.Q8_0}))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    np.testing.assert_array_equal(file.read("plain"), x)
+    with pytest.raises(ImportError, match=r"m\.gguf: reading Q8_0 tensors needs the 'gguf' package"):
+        file.read("quantized")
 
 
 # Ways to break a good file: a function of its bytes, and what the error must say.
