@@ -1,0 +1,137 @@
+"""The Hopper kernel's wrapper: what it refuses, and that every shipped configuration lowers for CUDA without a GPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import SparsePlan
+from pallas_kernels.hopper import hopper_attention, unsupported_reason
+from pallas_kernels.hopper_config import SHARED_MEMORY_LIMIT, KernelConfig
+
+
+def avals(b, t, s, n, k, h, *, columns=0, bands=0, blocks=0, dtype="bfloat16"):
+    """Shapes of a call: (q, k, v, plan, lengths, q_offset), nothing allocated."""
+    tiles = -(-t // 128)
+
+    def int32(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    plan = SparsePlan(
+        *((int32(b, n, columns), int32(b, n)) if columns else (None, None)),
+        *((int32(b, n, bands), int32(b, n)) if bands else (None, None)),
+        *((int32(b, n, tiles, blocks), int32(b, n, tiles)) if blocks else (None, None)),
+    )
+    q, keys = (jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in ((b, t, n, h), (b, s, k, h)))
+    return q, keys, keys, plan, int32(b), int32()
+
+
+def attend(q, k, v, plan, lengths, q_offset):
+    return hopper_attention(q, k, v, plan, lengths=lengths, q_offset=q_offset, return_lse=True)
+
+
+def lowered(function, *args) -> str:
+    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+MILLION = 1 << 20
+SHAPES = {
+    "every-part-1M-H32-D128": avals(1, MILLION, MILLION, 32, 8, 128, columns=1024, bands=256, blocks=16),
+    "chunk-of-2M-H32-D128": avals(1, 4096, 2 * MILLION, 32, 8, 128, columns=1024, bands=256),
+    "bands-D64-fp16": avals(2, 1000, 1100, 4, 4, 64, bands=9, dtype="float16"),
+    "blocks-D96": avals(1, 777, 777, 8, 1, 96, blocks=9),
+    "diagonal-only-T1": avals(1, 1, 1, 1, 1, 128),
+}
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
+def test_lowers_for_cuda_without_a_gpu(shapes):
+    assert "mosaic_gpu" in lowered(attend, *shapes)
+
+
+def test_lowers_under_vmap_and_scan():
+    q, k, v, plan, lengths, q_offset = avals(1, 256, 256, 2, 1, 64, columns=16, bands=2)
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), (q, k, v, plan))
+
+    def layers(q, k, v, plan):
+        return jax.lax.scan(
+            lambda total, x: (total + attend(*x, None, 0)[1].sum(), None), jnp.float32(0), (q, k, v, plan)
+        )
+
+    assert "mosaic_gpu" in lowered(layers, *stacked)
+    batched = jax.vmap(attend, in_axes=(0, 0, 0, 0, None, None))
+    assert "mosaic_gpu" in lowered(batched, *stacked, lengths, q_offset)
+
+
+def test_lowers_under_shard_map():
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    heads = jax.sharding.PartitionSpec(None, None, "devices")
+    part = jax.sharding.PartitionSpec(None, "devices")
+    q, k, v, plan, *_ = avals(1, 256, 256, 4, 2, 64, columns=16, bands=2)
+    sharded = jax.shard_map(
+        lambda q, k, v, plan: attend(q, k, v, plan, None, 0)[0],
+        mesh=mesh,
+        in_specs=(heads, heads, heads, part),
+        out_specs=heads,
+        check_vma=False,
+    )
+    assert "mosaic_gpu" in lowered(sharded, q, k, v, plan)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"dtype": "float32"}, "float32"),
+        ({"h": 80}, "head_dim 64, 96, 128; q has 80"),
+    ],
+)
+def test_says_what_it_cannot_serve(change, reason):
+    q, k, v, plan, *_ = avals(**{"b": 1, "t": 128, "s": 128, "n": 2, "k": 1, "h": 64, "bands": 2, **change})
+    assert reason in str(unsupported_reason(q, k, v, plan, platform_check=False))
+    with pytest.raises(ValueError, match=reason):
+        lowered(lambda q, k, v, plan: hopper_attention(q, k, v, plan), q, k, v, plan)
+
+
+def test_names_the_device_that_is_missing():
+    q, k, v, plan, *_ = avals(1, 128, 128, 2, 1, 64)
+    assert unsupported_reason(q, k, v, plan, platform_check=False) is None
+    if jax.default_backend() == "cpu":
+        assert "the default device is cpu" in str(unsupported_reason(q, k, v, plan))
+
+
+def test_differentiating_names_the_path_that_can():
+    q, *_ = avals(1, 128, 128, 1, 1, 64)
+    with pytest.raises(NotImplementedError, match="implementation='xla'"):
+        lowered(jax.grad(lambda q: hopper_attention(q, q, q, SparsePlan()).astype(jnp.float32).sum()), q)
+
+
+def test_scale_must_be_positive():
+    q, k, v, *_ = avals(1, 128, 128, 1, 1, 64)
+    with pytest.raises(ValueError, match="scale must be positive"):
+        lowered(lambda q, k, v: hopper_attention(q, k, v, SparsePlan(), scale=0.0), q, k, v)
+
+
+def test_configurations_that_cannot_run_are_refused():
+    assert all(KernelConfig().fits(h) for h in (64, 96, 128))
+    assert KernelConfig(stages=3).shared_memory_bytes(128) > SHARED_MEMORY_LIMIT
+    q, k, v, *_ = avals(1, 128, 128, 1, 1, 128)
+    with pytest.raises(ValueError, match="shared memory"):
+        lowered(lambda q, k, v: hopper_attention(q, k, v, SparsePlan(), config=KernelConfig(stages=3)), q, k, v)
+    for bad in (
+        {"stages": 1},
+        {"chain": -1},
+        {"compute_registers": 100},
+        {"compute_registers": 240, "memory_registers": 40},
+    ):
+        with pytest.raises(ValueError):
+            KernelConfig(**bad)
+
+
+@pytest.mark.parametrize("work", [1, 131, 132, 133, 527, 528, 529, 5_000])
+@pytest.mark.parametrize("chain", [1, 4, None])
+def test_thread_blocks_share_all_query_tiles(work, chain):
+    lanes, chain, blocks = KernelConfig(chain=chain, lanes=132).blocks_for(work)
+    taken = []
+    for block in range(blocks):
+        first = block // lanes * lanes * chain + block % lanes
+        taken += [first + turn * lanes for turn in range(chain) if first + turn * lanes < work]
+    assert sorted(taken) == list(range(work))
