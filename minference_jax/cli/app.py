@@ -16,7 +16,8 @@ import typer
 from minference_jax.cli import compare, convert, demo, fetch, generate, inspect
 from minference_jax.cli.console import enable_compile_cache
 
-_UsageError = typer.BadParameter.__bases__[0]
+# Typer exports this class's children only.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # pyright: ignore[reportAssignmentType]
 
 app = typer.Typer(
     name="minference-jax",

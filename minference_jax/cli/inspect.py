@@ -27,12 +27,14 @@ def inspect(
     from minference_jax.pattern_io import load_patterns
 
     found: dict[str, Any] = {}
+    heads = None
     if model is not None:
         files = open_checkpoint(model)
         config = LlamaConfig.from_hf(files.config)
+        heads = config.num_heads
         found |= {"format": files.format, "config": dataclasses.asdict(config), "parameters": _parameters(config)}
     if patterns is not None:
-        found["patterns"] = _patterns(load_patterns(patterns, heads=config.num_heads if model is not None else None))
+        found["patterns"] = _patterns(load_patterns(patterns, heads=heads))
     if json:
         print_json(found)
         return
