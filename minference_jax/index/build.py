@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -42,15 +44,17 @@ def make_plan(
     """
     _check(q, k, lengths)
     heads = head_arrays(pattern, q.shape[2])
-    b, _, n, h = q.shape
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _plan(q, k, heads, kv_limit(lengths, q.shape[0], k.shape[1]), jnp.asarray(q_offset, jnp.int32), scale)
+
+
+@partial(jax.jit, static_argnames="scale")
+def _plan(q: Array, k: Array, heads: PatternArrays, limit: Array, q_offset: Array, scale: float) -> SparsePlan:
+    b, _, n, _ = q.shape
     s, limits = k.shape[1], heads.limits
-    limit = kv_limit(lengths, b, s)
-    q_offset = jnp.asarray(q_offset, jnp.int32)
     columns, bands = [], []  # (heads that take it, positions, count), each broadcastable to [b, n, width]
     if VERTICAL_SLASH in limits.kinds:
-        found = vertical_slash_index(
-            q, k, heads, lengths=limit, q_offset=q_offset, scale=h**-0.5 if scale is None else float(scale)
-        )
+        found = vertical_slash_index(q, k, heads, lengths=limit, q_offset=q_offset, scale=scale)
         chosen = heads.kind == VERTICAL_SLASH
         columns.append((chosen, found.columns, found.column_count))
         bands.append((chosen, found.bands, found.band_count))

@@ -99,9 +99,9 @@ def count_reaching(
     above = keys > threshold[..., None]
     ties = jnp.sum(keys == threshold[..., None], axis=-1, dtype=jnp.int32)
     held_above = jnp.sum(jnp.where(above, mass, 0), axis=-1)
-    one_tie = jnp.maximum((held(threshold) - held_above) / jnp.maximum(ties, 1), jnp.float32(1e-30))
+    one_tie = jnp.maximum((held(threshold) - held_above) / jnp.maximum(ties, 1).astype(mass.dtype), 1e-30)
     wanted = jnp.ceil((target - held_above) / one_tie)
-    return jnp.sum(above, axis=-1, dtype=jnp.int32) + jnp.clip(wanted, 0, ties).astype(jnp.int32)
+    return jnp.sum(above, axis=-1, dtype=jnp.int32) + jnp.minimum(jnp.maximum(wanted, 0).astype(jnp.int32), ties)
 
 
 def pack(mask: Bool[Array, "*rows s"]) -> UInt32[Array, "*rows w"]:
