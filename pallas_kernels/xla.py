@@ -248,16 +248,17 @@ def _weighted(weights: Float[Array, "p g t w"], values: Array) -> Float[Array, "
     return jnp.einsum(product, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
 
 
-def _diagonal(k, v, q0, limit):
-    """Keys, values and causal mask [p, 1, 128, 128] of the diagonal tiles.
-
-    Values past the length are zeroed: a weight of 0 would not silence a NaN in the padding.
-    """
-    position = q0 + jnp.arange(QUERY_TILE, dtype=jnp.int32)
-    inside = position < limit[:, None]
-    mask = (position[None, :] <= position[:, None]) & inside[:, None, :]
+def _diagonal(k, v, q0):
+    """Keys, values and causal mask [128, 128] of the diagonal tiles."""
+    row = jnp.arange(QUERY_TILE)
     keys, values = (lax.dynamic_slice_in_dim(x, q0, QUERY_TILE, axis=1) for x in (k, v))
-    return keys, jnp.where(inside[..., None], values, jnp.zeros((), v.dtype)), mask[:, None]
+    return keys, values, row[None, :] <= row[:, None]
+
+
+def _without_padding(x: Float[Array, "b s k h"], limit: Int[Array, " b"]) -> Float[Array, "b s k h"]:
+    """Zeros past each sequence's length: a weight of 0 would not silence a NaN that the padding holds."""
+    inside = jnp.arange(x.shape[1]) < limit[:, None]
+    return jnp.where(inside[:, :, None, None], x, jnp.zeros((), x.dtype))
 
 
 def _lanes(tiles: int) -> int:
@@ -273,6 +274,7 @@ def _padded_lengths(q: Array, k: Array) -> tuple[int, int]:
 def _forward(q, k, v, plan, limit, q_offset, scale):
     grid, (rows, padded), s = _Grid.of(q, k), _padded_lengths(q, k), k.shape[1]
     plan, queries = _pad_columns(plan), grid.queries(q, rows)
+    k, v = (_without_padding(x, limit) for x in (k, v))
     heads = (queries, grid.keys(k, padded), grid.keys(v, padded), grid.per_head(plan), grid.per_sequence(limit))
 
     def query_tile(i, head, column_keys, column_values):
@@ -280,7 +282,7 @@ def _forward(q, k, v, plan, limit, q_offset, scale):
         q0 = q_offset + i * QUERY_TILE
         q_tile = lax.dynamic_slice_in_dim(queries, i * QUERY_TILE, QUERY_TILE, axis=2)
         visit = _visit(plan, i, limit, q_offset, s, q_tile.shape[1])
-        diagonal_keys, diagonal_values, mask = _diagonal(keys, values, q0, limit)
+        diagonal_keys, diagonal_values, mask = _diagonal(keys, values, q0)
         scores = jnp.where(mask, _scores(q_tile, diagonal_keys, scale), _MASKED)
         top = scores.max(-1)
         weights = jnp.exp(scores - top[..., None])
@@ -328,6 +330,7 @@ def _backward(q, k, v, plan, limit, q_offset, scale, out, lse, d_out, d_lse):
     shift = d_lse - (out.astype(f32) * d_out.astype(f32)).sum(-1)
     shift, lse = jnp.where(jnp.isfinite(lse), shift, f32(0)), jnp.where(jnp.isfinite(lse), lse, f32(0))
     per_row = tuple(grid.queries(x, rows) for x in (q, d_out.astype(f32), shift, lse))
+    k, v = (_without_padding(x, limit) for x in (k, v))
     heads = (per_row, grid.keys(k, padded), grid.keys(v, padded), grid.per_head(plan), grid.per_sequence(limit))
 
     def head_group(head):
@@ -370,7 +373,7 @@ def _backward(q, k, v, plan, limit, q_offset, scale, out, lse, d_out, d_lse):
                 return d_q + update[0], add(d_k, update[1], position), add(d_v, update[2], position)
 
             d_k, d_v = carry
-            diagonal_keys, diagonal_values, mask = _diagonal(keys, values, q0, limit)
+            diagonal_keys, diagonal_values, mask = _diagonal(keys, values, q0)
             update = gradients(diagonal_keys, diagonal_values, mask)
             diagonal = q0 + jnp.arange(QUERY_TILE, dtype=jnp.int32)
             carry = update[0], add(d_k, update[1], diagonal), add(d_v, update[2], diagonal)

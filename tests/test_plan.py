@@ -1,0 +1,155 @@
+"""What a plan means, in hand-written pictures of tiles, and the rules for entries that do not count."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import KEY_TILE, QUERY_TILE, SparsePlan
+from pallas_kernels.plan_builders import a_shape_plan, block_sparse_plan, slashes_to_bands, vertical_slash_plan
+from tests.plans import int32, random_plan
+
+
+def tile_picture(plan: SparsePlan, q_len: int, kv_len: int, q_offset: int = 0) -> list[str]:
+    """A row a query tile, a character a 64-key tile: '1' all visited, '/' its causal part, '.' none, 'c' columns."""
+    mask = np.asarray(plan.to_mask(q_len, kv_len, q_offset=q_offset))[0, 0]
+    rows = []
+    for i in range(q_len // QUERY_TILE):
+        row = ""
+        for j in range(kv_len // KEY_TILE):
+            cell = mask[i * QUERY_TILE : (i + 1) * QUERY_TILE, j * KEY_TILE : (j + 1) * KEY_TILE]
+            position = q_offset + i * QUERY_TILE + np.arange(QUERY_TILE)
+            causal = position[:, None] >= j * KEY_TILE + np.arange(KEY_TILE)
+            if not cell.any():
+                row += "."
+            elif (cell == causal).all():
+                row += "1" if causal.all() else "/"
+            else:
+                row += "c"
+        rows.append(row)
+    return rows
+
+
+def one_head(**parts) -> SparsePlan:
+    arrays = {}
+    for name, count in (("columns", "column_count"), ("bands", "band_count"), ("blocks", "block_count")):
+        if name in parts:
+            arrays[name] = int32(parts[name])[None, None]
+            arrays[count] = jnp.full(arrays[name].shape[:-1], arrays[name].shape[-1], jnp.int32)
+    return SparsePlan(**arrays)
+
+
+def test_diagonal_is_always_visited():
+    assert tile_picture(SparsePlan(), 384, 384) == [
+        "//....",
+        "..//..",
+        "....//",
+    ]
+
+
+def test_bands_keep_their_distance_from_the_query_tile():
+    assert tile_picture(one_head(bands=[64, 256]), 512, 512) == [
+        "//......",
+        ".1//....",
+        "1..1//..",
+        "..1..1//",
+    ]
+
+
+def test_blocks_belong_to_one_query_tile():
+    assert tile_picture(one_head(blocks=[[-1, -1], [0, 1], [2, 5], [0, 7]]), 512, 512) == [
+        "//......",
+        "11//....",
+        "..1.//..",
+        "1.....//",
+    ]
+
+
+def test_columns_are_single_keys_for_every_later_query():
+    mask = np.asarray(one_head(columns=[0, 70]).to_mask(256, 256))[0, 0]
+    assert mask[255].nonzero()[0].tolist() == [0, 70, *range(128, 256)]
+    assert mask[130].nonzero()[0].tolist() == [0, 70, *range(128, 131)]
+    assert mask[69].nonzero()[0].tolist() == list(range(70))
+
+
+def test_q_offset_moves_the_queries_and_not_the_keys():
+    plan = one_head(bands=[64, 256])
+    assert tile_picture(plan, 256, 512, q_offset=256) == tile_picture(plan, 512, 512)[2:]
+
+
+def test_a_shape_is_a_sink_and_a_window():
+    mask = np.asarray(a_shape_plan(1, 1, sink=3, window=65).to_mask(384, 384))[0, 0]
+    # Row 300 lies in the query tile at 256; its window of 65 keys reaches back to 236, rounded out to a tile at 192.
+    assert mask[300].nonzero()[0].tolist() == [0, 1, 2, *range(192, 301)]
+    for row in range(384):
+        assert mask[row, max(0, row - 64) : row + 1].all()
+
+
+def test_slash_lines_are_covered_and_cost_at_most_three_tiles():
+    for distance in (0, 1, 63, 64, 65, 127, 128, 200, 639):
+        plan = vertical_slash_plan(int32([[[]]]), int32([[[distance]]]), kv_len=640)
+        mask = np.asarray(plan.to_mask(640, 640))[0, 0]
+        rows = np.arange(distance, 640)
+        assert mask[rows, rows - distance].all()
+        assert int(plan.band_count[0, 0]) <= 3
+    bands, count = slashes_to_bands(int32([[[128, 128, -1, 9999]]]), max_distance=639)
+    assert bands[0, 0, : int(count[0, 0])].tolist() == [64, 128]
+
+
+def test_slash_bands_are_exactly_the_tiles_a_line_crosses():
+    for distance in range(0, 400, 7):
+        crossed = {(row - distance) // KEY_TILE for row in range(1024, 1024 + QUERY_TILE)}
+        wanted = sorted(1024 - KEY_TILE * tile for tile in crossed if tile * KEY_TILE < 1024)
+        bands, count = slashes_to_bands(int32([[[distance]]]), max_distance=2047)
+        assert bands[0, 0, : int(count[0, 0])].tolist() == wanted
+
+
+def test_block_sparse_plan_sorts_and_drops_minus_one():
+    plan = block_sparse_plan(int32([[[[3, -1, 0]]]]))
+    assert plan.block_count is not None and plan.blocks is not None
+    assert plan.block_count.tolist() == [[[2]]] and plan.blocks[0, 0, 0, :2].tolist() == [0, 3]
+
+
+@pytest.mark.parametrize(
+    "bad, good",
+    [
+        ({"columns": [-3, 5, 5, 900]}, {"columns": [5]}),
+        ({"bands": [-64, 0, 64, 64, 100, 6400]}, {"bands": [64]}),
+        ({"blocks": [[-1, 0, 0, 3, 99]] * 3}, {"blocks": [[0]] * 1 + [[0]] * 1 + [[0]] * 1}),
+    ],
+)
+def test_entries_that_do_not_count(bad, good):
+    mask = one_head(**bad).to_mask(384, 384)
+    if "blocks" in good:
+        good = {"blocks": [[0, -1], [0, 3], [0, 3]]}
+    np.testing.assert_array_equal(mask, one_head(**good).to_mask(384, 384))
+
+
+def test_entries_past_the_count_are_ignored():
+    plan = SparsePlan(bands=int32([[[64, 128]]]), band_count=int32([[1]]))
+    np.testing.assert_array_equal(plan.to_mask(384, 384), one_head(bands=[64]).to_mask(384, 384))
+
+
+@pytest.mark.parametrize("q_len, kv_len, q_offset, lengths", [(300, 300, 0, [300, 77]), (130, 517, 384, [500, 0])])
+def test_density_counts_the_mask(rng, q_len, kv_len, q_offset, lengths):
+    plan = random_plan(rng, 2, 3, q_len, kv_len)
+    mask = np.asarray(plan.to_mask(q_len, kv_len, q_offset=q_offset, lengths=int32(lengths)))
+    rows = q_offset + np.arange(q_len)
+    causal = np.array([sum(r + 1 for r in rows if r < length) for length in lengths])
+    wanted = mask.sum((-2, -1)) / np.maximum(causal, 1)[:, None]
+    density = plan.density(q_len, kv_len, q_offset=q_offset, lengths=int32(lengths))
+    np.testing.assert_allclose(density, wanted, rtol=1e-6)
+
+
+def test_a_plan_is_a_pytree_and_works_under_jit():
+    plan = one_head(bands=[64], columns=[0])
+    mask = jax.jit(lambda plan, offset: plan.to_mask(128, 384, q_offset=offset))(plan, int32(256))
+    np.testing.assert_array_equal(mask, plan.to_mask(384, 384)[:, :, 256:])
+
+
+def test_wrong_shapes_name_the_part():
+    plan = SparsePlan(bands=int32([[[64]]]), band_count=int32([[1, 1]]))
+    with pytest.raises(ValueError, match=r"plan\.band_count has shape \(1, 2\); expected \(1, 1\)"):
+        plan.to_mask(128, 128)
+    with pytest.raises(ValueError, match=r"plan\.bands and plan\.band_count must be given together"):
+        SparsePlan(bands=int32([[[64]]])).to_mask(128, 128)
