@@ -2,7 +2,7 @@
 
 Counted in lines (`tiles=None`) the choice is the original's: column sums and diagonal sums of the probes' softmax,
 the first 30 columns and the distances 0 … 99 forced. Counted in tiles it is ours: bands by the mass they capture,
-then columns by the mass that the bands leave uncovered.
+then columns by the mass that the bands leave uncovered (by all their mass with probes="last").
 
 Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2; the constants are those of its released code.
 """
@@ -63,6 +63,7 @@ def vertical_slash_index(
         "positions": jnp.where(rows >= 0, rows + q_offset, -1),
         "first": jnp.broadcast_to(patterns.first, (b, n)),
         "second": jnp.broadcast_to(patterns.second, (b, n)),
+        "spread": jnp.broadcast_to(patterns.spread, (b, n)),
         "tiles": jnp.broadcast_to(patterns.tiles, (b, n)),
         "coverage": jnp.broadcast_to(patterns.coverage, (b, n)),
     }
@@ -93,7 +94,8 @@ def _select(
         bands.append(tiles.bands_of_lines(select.unpack(lines, s)))
     if limits.tiles or not limits.lines:
         flags = best_bands(weights, heads["positions"], heads["tiles"], visible, target)
-        rest = uncovered(weights, heads["positions"], flags)
+        # Under the last rows alone a column looks like a band, and what the bands leave says nothing about it.
+        rest = uncovered(weights, heads["positions"], flags, heads["spread"])
         left = None if target is None else target - (mass - rest.sum(-1))
         columns.append(uncovered_words(rest, heads["first"], visible, left))
         bands.append(flags)
@@ -195,11 +197,14 @@ def best_bands(
 
 
 def uncovered(
-    weights: Float[Array, "*heads p s"], positions: Int[Array, "*heads p"], bands: Bool[Array, "*heads r"]
+    weights: Float[Array, "*heads p s"],
+    positions: Int[Array, "*heads p"],
+    bands: Bool[Array, "*heads r"],
+    apply: Bool[Array, "*heads"],
 ) -> Float[Array, "*heads s"]:
-    """Column sums of the probe mass outside the diagonal and the given bands."""
+    """Column sums of the probe mass outside the diagonal and the given bands; of all of it where `apply` is False."""
     s, count = weights.shape[-1], num_key_tiles(weights.shape[-1])
-    seen = probes.seen_tiles(bands, positions, count)
+    seen = probes.seen_tiles(bands, positions, count) & apply[..., None, None]
     seen = jnp.broadcast_to(seen[..., None], (*seen.shape, KEY_TILE)).reshape(*seen.shape[:-1], count * KEY_TILE)
     return jnp.where(seen[..., :s], 0, weights).sum(-2)
 
