@@ -18,6 +18,10 @@ COMPUTE_WARPGROUPS = 2
 ROWS = QUERY_TILE // COMPUTE_WARPGROUPS
 """Query rows of one compute warpgroup: the M of one wgmma."""
 
+POOL_REGISTERS = (COMPUTE_WARPGROUPS + 1) * 168
+"""Registers per thread of all warpgroups together: what a thread block of 384 threads is launched with. A warpgroup
+that asks for more waits for the others to give theirs up, for ever if there are not enough."""
+
 HEAD_DIMS = (64, 96, 128)
 
 DEFAULT_MULTIPROCESSORS = 132
@@ -42,7 +46,7 @@ class KernelConfig:
     chain: int | None = 4
     lanes: int | None = None
     compute_registers: int = 232
-    memory_registers: int = 48
+    memory_registers: int = 40
     turns: bool | None = None
 
     def __post_init__(self) -> None:
@@ -55,10 +59,10 @@ class KernelConfig:
             count = getattr(self, name)
             if count % 8 or not 24 <= count <= 240:
                 raise ValueError(f"{name} must be a multiple of 8 in [24, 240]; got {count}")
-        if 128 * (COMPUTE_WARPGROUPS * self.compute_registers + self.memory_registers) > 65_536:
+        if COMPUTE_WARPGROUPS * self.compute_registers + self.memory_registers > POOL_REGISTERS:
             raise ValueError(
                 f"compute_registers={self.compute_registers} and memory_registers={self.memory_registers} need more "
-                "than the 65536 registers of a multiprocessor"
+                f"than the {POOL_REGISTERS} registers that three warpgroups start with; the kernel would never start"
             )
 
     def shared_memory_bytes(self, head_dim: int) -> int:
