@@ -1,4 +1,4 @@
-"""Test-wide settings: strict dtype promotion, two CPU devices, full-precision matmuls; pyproject.toml turns warnings into errors."""
+"""Test-wide settings: strict dtype promotion, two CPU devices, full-precision matrix products. Warnings are errors."""
 
 import os
 

@@ -29,6 +29,4 @@ def assert_close(actual, expected, dtype=None) -> None:
 
 def random_qkv(rng, b, t, s, n, k, h, dtype="float32"):
     """Standard-normal q [b, t, n, h], k and v [b, s, k, h]."""
-    return tuple(
-        jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((b, t, n, h), (b, s, k, h), (b, s, k, h))
-    )
+    return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((b, t, n, h), (b, s, k, h), (b, s, k, h)))
