@@ -136,7 +136,8 @@ def _time_peers(arrays: others.Arrays, repeats: int) -> dict[str, float | str]:
 
 def _row(pattern, layout, length, arrays, cells, dense, extra, repeats) -> Row:
     plan = bench_plan(pattern, layout, length)
-    choice = choose_implementation(*arrays, plan)
+    q, k, v = arrays
+    choice = choose_implementation(q, k, v, plan)
     # The arrays are arguments, never closed over: constants of this size would be copied into the program.
     attend = jax.jit(lambda q, k, v, plan: sparse_attention(q, k, v, plan))
     out = attend(*arrays, plan)
