@@ -64,19 +64,33 @@ def probe_scores(
 def probe_weights(
     scores: Float[Array, "*heads p s"], factor: float, positions: Int[Array, "*heads p"]
 ) -> Float[Array, "*heads p s"]:
-    """Causal softmax over the keys in float32; all zero for a probe at a negative position.
+    """Causal softmax over the keys in float32; all zero for a probe at a negative position."""
+    return lazy_weights(scores, factor, positions)()
 
-    Written so that a compiler can fuse it into whatever sums it: only the maximum and the normaliser of each row
-    need to be stored.
+
+def lazy_weights(
+    scores: Float[Array, "*heads p s"], factor: float, positions: Int[Array, "*heads p"]
+) -> Callable[[], Float[Array, "*heads p s"]]:
+    """`probe_weights` to be written out anew for each sum over it.
+
+    Every call is behind a barrier of its own. Without them a compiler may see one array of float32 weights with many
+    readers and store it, at twice the size of the scores; this way each sum fuses its own exponentials.
     """
     keys = jnp.arange(scores.shape[-1], dtype=jnp.int32)
     seen = keys <= positions[..., None]
-    scaled = jnp.where(seen, scores.astype(jnp.float32) * jnp.float32(factor), -jnp.inf)
-    top = jnp.max(scaled, axis=-1, keepdims=True)
+
+    def scaled(scores: Array) -> Array:
+        return jnp.where(seen, scores.astype(jnp.float32) * jnp.float32(factor), -jnp.inf)
+
+    top = jnp.max(scaled(scores), axis=-1, keepdims=True)
     top = jnp.where(jnp.isfinite(top), top, 0)
-    weights = jnp.exp(scaled - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights * jnp.where(total > 0, 1 / total, 0)
+    total = jnp.sum(jnp.exp(scaled(jax.lax.optimization_barrier(scores)) - top), axis=-1, keepdims=True)
+    inverse = jnp.where(total > 0, 1 / total, 0)
+
+    def weights() -> Array:
+        return jnp.exp(scaled(jax.lax.optimization_barrier(scores)) - top) * inverse
+
+    return weights
 
 
 def seen_tiles(

@@ -9,6 +9,7 @@ Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2; the constants are thos
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -72,8 +73,8 @@ def vertical_slash_index(
 
     def some_heads(k: Array, per_head: dict[str, Array], visible: Array) -> Any:
         scores, factor = probes.probe_scores(per_head["probes"], k, scale)
-        weights = probes.probe_weights(scores, factor, per_head["positions"])
-        return _select(weights, per_head, visible[:, None, None], patterns)
+        weights = probes.lazy_weights(scores, factor, per_head["positions"])
+        return _select(weights, per_head, visible[:, None, None], patterns, s)
 
     size = n // kv_heads * probes.PROBES * s * k.dtype.itemsize
     index = probes.map_heads(some_heads, k, per_head, visible, bytes_per_kv_head=size)
@@ -81,21 +82,25 @@ def vertical_slash_index(
 
 
 def _select(
-    weights: Float[Array, "b k g p s"], heads: dict[str, Array], visible: Int[Array, "b 1 1"], patterns: PatternArrays
+    weights: Callable[[], Float[Array, "b k g p s"]],
+    heads: dict[str, Array],
+    visible: Int[Array, "b 1 1"],
+    patterns: PatternArrays,
+    s: int,
 ) -> VerticalSlashIndex:
-    limits, s = patterns.limits, weights.shape[-1]
+    limits = patterns.limits
     coverage, mass = heads["coverage"], jnp.sum(heads["positions"] >= 0, axis=-1).astype(jnp.float32)
     target = coverage * mass if limits.adaptive else None
     columns, bands = [], []
     if limits.lines:
-        distances = diagonal_sums(weights, heads["positions"], consecutive=not limits.spread)
+        distances = diagonal_sums(weights(), heads["positions"], consecutive=not limits.spread)
         lines = slash_lines(distances, heads["second"], visible, target)
-        columns.append(column_words(weights.sum(-2), heads["first"], visible, target))
+        columns.append(column_words(weights().sum(-2), heads["first"], visible, target))
         bands.append(tiles.bands_of_lines(select.unpack(lines, s)))
     if limits.tiles or not limits.lines:
-        flags = best_bands(weights, heads["positions"], heads["tiles"], visible, target)
+        flags = best_bands(weights(), heads["positions"], heads["tiles"], visible, target)
         # Under the last rows alone a column looks like a band, and what the bands leave says nothing about it.
-        rest = uncovered(weights, heads["positions"], flags, heads["spread"])
+        rest = uncovered(weights(), heads["positions"], flags, heads["spread"])
         left = None if target is None else target - (mass - rest.sum(-1))
         columns.append(uncovered_words(rest, heads["first"], visible, left))
         bands.append(flags)
