@@ -29,7 +29,7 @@ def demo(
             depth=depth,
             seed=seed,
             progress=update,
-            say=lambda line: stderr().print(line),
+            say=lambda line: stderr().print(line, soft_wrap=True),
         )
     if json:
         print_json(result.to_dict())
