@@ -13,7 +13,7 @@ ifneq ($(shell cat .venv/.folder 2>/dev/null) $(shell $(BIN)/python -c 'import p
 $(shell rm -f .venv/.folder .venv/.runtime .venv/.dev)
 endif
 
-.PHONY: help venv demo test check lint format clean
+.PHONY: help venv demo test check lint format clean compile-h100
 
 help:
 	@echo "make demo     a real Llama reads a book chapter with dense and with sparse prefill, and answers a question"
@@ -35,6 +35,10 @@ check: lint
 lint: .venv/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+# Needs an environment with the CUDA compiler wheels; tests/compile_h100.py names them.
+compile-h100:
+	$(or $(PYTHON),$(BIN)/python) tests/compile_h100.py
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix

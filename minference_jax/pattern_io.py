@@ -30,7 +30,7 @@ _NAMES: dict[str, type] = {
 _OFFICIAL_DEFAULT = ("vertical_and_slash", 1000, 6096, 1)
 _OFFICIAL_BLOCKS = 100  # hard-coded in the original, whatever its files say
 
-_PRESETS: dict[str, Pattern] = {
+PRESETS: dict[str, Pattern] = {
     "llama-3.1-8b": VerticalSlash(columns=512, slashes=2048),
     "paper-table-7": VerticalSlash(columns=500, slashes=1500),
     "streaming-llm": AShape(sink=1024, window=4096),
@@ -46,9 +46,9 @@ def preset(name: str, layers: int, heads: int) -> HeadPatterns:
 
     Raises ValueError for another name.
     """
-    if name not in _PRESETS:
-        raise ValueError(f"unknown preset {name!r}; there are {', '.join(sorted(_PRESETS))}")
-    return HeadPatterns.uniform(_PRESETS[name], layers, heads)
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; there are {', '.join(sorted(PRESETS))}")
+    return HeadPatterns.uniform(PRESETS[name], layers, heads)
 
 
 def load_patterns(path: str | Path, *, heads: int | None = None) -> HeadPatterns:

@@ -85,7 +85,8 @@ def dense_attention(
     """Causal attention over every key: what the sparse functions are compared with, and their choice for short prompts.
 
     Arguments, results and errors as `sparse_attention`, without a plan. `implementation` (static): None (the best for
-    this call), "cudnn" (a GPU's fused kernel), "xla" (blockwise jnp) or "reference".
+    this call), "cudnn" (a GPU's fused kernel; its log-sum-exp carries q's precision only), "xla" (blockwise jnp) or
+    "reference".
     """
     check_qkv(q, k, v)
     check_lengths(lengths, q.shape[0])
@@ -115,6 +116,7 @@ def _cudnn_attention(q, k, v, lengths, scale):
     out, lse = jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, implementation="cudnn", return_residual=True
     )
+    lse = lse.astype(jnp.float32)  # already rounded to q's dtype inside JAX
     if lengths is None:
         return out, lse
     valid = jnp.arange(q.shape[1]) < kv_limit(lengths, q.shape[0], k.shape[1])[:, None]

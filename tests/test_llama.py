@@ -10,6 +10,7 @@ from flax import nnx
 from numpy_llama import numpy_llama, random_params
 
 from minference_jax.models import LlamaConfig, RopeConfig, forward
+from minference_jax.models.checks import resolve_patterns
 from minference_jax.models.llama import Llama
 from minference_jax.patterns import AShape, Dense, HeadPatterns, VerticalSlash
 
@@ -175,3 +176,8 @@ def test_bad_arguments_are_named(rng):
         model.prefill(tokens, None, model.init_cache(3, 256))
     with pytest.raises(ValueError, match="start needs the cache"):
         model.prefill(tokens, start=128)
+
+
+def test_patterns_by_preset_name():
+    patterns = resolve_patterns(BASE, "streaming-llm")
+    assert patterns == HeadPatterns.uniform(AShape(sink=1024, window=4096), BASE.num_layers, BASE.num_heads)

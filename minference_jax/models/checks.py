@@ -29,9 +29,12 @@ def resolve_patterns(config: LlamaConfig, patterns: Patterns) -> HeadPatterns | 
     if isinstance(patterns, Dense | AShape | VerticalSlash | BlockSparse):
         return HeadPatterns.uniform(patterns, config.num_layers, config.num_heads)
     if isinstance(patterns, str | os.PathLike):
-        from minference_jax.pattern_io import load_patterns
+        from minference_jax.pattern_io import PRESETS, load_patterns, preset
 
-        return load_patterns(os.fspath(patterns))
+        name = os.fspath(patterns)
+        if name in PRESETS:
+            return preset(name, config.num_layers, config.num_heads)
+        return load_patterns(name, heads=config.num_heads)
     raise TypeError(f"patterns must be None, a pattern, HeadPatterns or the path of a pattern file, got {patterns!r}")
 
 
