@@ -109,6 +109,13 @@ def test_chunks_equal_one_shot(rng):
     assert_close(jnp.concatenate(parts, 1), whole)
 
 
+def test_a_traced_offset_is_rounded_down_to_a_query_tile(rng):
+    q, k, v = random_qkv(rng, 1, 64, 256, 2, 1, 64)
+    plan = a_shape_plan(1, 2, sink=1, window=64)
+    at = lambda offset: sparse_attention(q, k, v, plan, q_offset=jnp.int32(offset), implementation="reference")  # noqa: E731
+    np.testing.assert_array_equal(at(130), at(128))
+
+
 def test_gradients_equal_those_of_the_oracle(rng):
     q, k, v = random_qkv(rng, 2, 300, 430, 4, 2, 64)
     plan, lengths = random_plan(rng, 2, 4, 300, 430), int32([428, 200])

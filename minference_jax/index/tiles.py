@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +48,8 @@ def band_scores(
     taps = np.array([captured_share(GROUP * i) for i in range(first, QUERY_TILE // GROUP)], np.float32)
     bands = count // per_tile + 1
     padded = jnp.pad(binned, [(0, 0)] * (binned.ndim - 1) + [(-first, per_tile + len(taps))])
-    return sum(taps[i] * padded[..., i : i + per_tile * bands : per_tile] for i in range(len(taps)))  # type: ignore
+    terms = (taps[i] * padded[..., i : i + per_tile * bands : per_tile] for i in range(len(taps)))
+    return functools.reduce(operator.add, terms)
 
 
 def bands_of_lines(lines: Bool[Array, "*heads s"]) -> Bool[Array, "*heads r"]:
