@@ -1,6 +1,7 @@
-"""Head patterns in files: this package's JSON, and the original's (MInference's `*_best_pattern.json`).
+"""Head patterns in files: this package's JSON, the original's (MInference's `*_best_pattern.json`), and presets.
 
-Reading parses JSON and nothing else; every defect of a file ends in one ValueError that names the place.
+Reading parses JSON and nothing else; every defect of a file ends in one ValueError that names the place. Writing
+replaces a file at once or not at all.
 """
 
 from __future__ import annotations
@@ -8,18 +9,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, Pattern, VerticalSlash
 
-FORMAT, VERSION = "minference_jax.patterns", 1
+FORMAT, VERSION = "minference_jax.patterns", 2
 
 MAX_FILE_BYTES = 64 * 2**20
 """Largest accepted file; the largest official one (80 layers of 64 heads) has 0.3 MB."""
 
-MAX_HEADS = 4096
+MAX_LAYERS, MAX_HEADS, MAX_ALL_HEADS = 1024, 1024, 1 << 17
+"""More than any model has: a small file must not ask for the memory of millions of heads."""
 
 _NAMES: dict[str, type] = {
     "dense": Dense,
@@ -27,10 +30,11 @@ _NAMES: dict[str, type] = {
     "vertical_slash": VerticalSlash,
     "block_sparse": BlockSparse,
 }
+_FIGURES = {"score": "scores", "density": "densities", "recall": "recalls"}  # of a head → of HeadPatterns
 _OFFICIAL_DEFAULT = ("vertical_and_slash", 1000, 6096, 1)
 _OFFICIAL_BLOCKS = 100  # hard-coded in the original, whatever its files say
 
-PRESETS: dict[str, Pattern] = {
+PRESETS: dict[str, Pattern | Path] = {
     "llama-3.1-8b": VerticalSlash(columns=512, slashes=2048),
     "paper-table-7": VerticalSlash(columns=500, slashes=1500),
     "streaming-llm": AShape(sink=1024, window=4096),
@@ -38,95 +42,178 @@ PRESETS: dict[str, Pattern] = {
 
 
 def preset(name: str, layers: int, heads: int) -> HeadPatterns:
-    """Patterns known by name, the same for every head.
+    """Patterns known by name, for a model of so many layers and query heads per layer.
 
-    - `"llama-3.1-8b"`: 512 columns and 2,048 slashes, the official setting of Llama-3.1-8B-Instruct.
+    - `"llama-3.1-8b"`: 512 columns and 2,048 slashes in every head, the official setting of Llama-3.1-8B-Instruct.
     - `"paper-table-7"`: 500 columns and 1,500 slashes, the middle entry of MInference's search space (Table 7).
     - `"streaming-llm"`: 1,024 sinks and a window of 4,096, its A-shape entry.
 
-    Raises ValueError for another name.
+    Raises ValueError for another name, or where a preset of one model is wanted for a model of another shape.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; there are {', '.join(sorted(PRESETS))}")
-    return HeadPatterns.uniform(PRESETS[name], layers, heads)
+    found = PRESETS[name]
+    if isinstance(found, Path):
+        return load_patterns(found, heads=heads, layers=layers)
+    return HeadPatterns.uniform(found, layers, heads)
 
 
-def load_patterns(path: str | Path, *, heads: int | None = None) -> HeadPatterns:
+def load_patterns(path: str | Path, *, heads: int | None = None, layers: int | None = None) -> HeadPatterns:
     """Reads a pattern file, ours or the original's.
 
     **Arguments:** `path`: a JSON file. `heads`: query heads per layer; default: as many as the file names. In an
     official file a head that is not named has the original's default, ("vertical_and_slash", 1000, 6096).
+    `layers`: how many there must be; default: any number.
 
     Official entries become `VerticalSlash(columns, slashes)`, `AShape(sink, window)` ("stream_llm") and
     `BlockSparse(100)` (the original ignores the numbers); their scores are kept in `HeadPatterns.scores`.
 
     **Raises:** OSError if the file cannot be read; ValueError, with file, layer and head, for anything else.
     """
-    path = Path(path)
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{path}: larger than {MAX_FILE_BYTES} bytes, so no pattern file")
-    try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-        return _from_official(content, heads) if isinstance(content, list) else _from_ours(content, heads)
-    except RecursionError:
-        raise ValueError(f"{path}: not a pattern file: nested too deeply") from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a pattern file: {error}") from None
+    return _read(path, lambda content: _parse(content, heads, layers))
 
 
-def save_patterns(patterns: HeadPatterns, path: str | Path, *, official: bool = False) -> None:
+def load_about(path: str | Path) -> dict[str, Any]:
+    """What a file of ours says about its search (model, date, samples, objective, …); empty for other files.
+
+    Raises what `load_patterns` raises.
+    """
+
+    def about(content: Any) -> dict[str, Any]:
+        _parse(content, None, None)
+        return content.get("about", {}) if isinstance(content, dict) else {}
+
+    return _read(path, about)
+
+
+def save_patterns(
+    patterns: HeadPatterns, path: str | Path, *, official: bool = False, about: dict[str, Any] | None = None
+) -> None:
     """Writes patterns as JSON; `official=True` in the original's format, so that it can use them.
+
+    `about`: what to remember of where they come from, of types that JSON has; not kept in the original's format.
 
     Raises ValueError with `official=True` for a pattern that the original does not know: `Dense`, tile budgets,
     spread probes, coverage, or block budgets other than 100.
     """
-    content = _to_official(patterns) if official else _to_ours(patterns)
-    Path(path).write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+    text = json.dumps(_to_official(patterns), allow_nan=False) if official else _lines(_to_ours(patterns, about))
+    write_atomically(path, text)
 
 
-def _to_ours(patterns: HeadPatterns) -> dict[str, Any]:
+def write_atomically(path: str | Path, text: str) -> None:
+    """Replaces a file in one step: whoever reads it, or interrupts this, finds the old content or the new one."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _read(path: str | Path, parse: Callable[[Any], Any]) -> Any:
+    path = Path(path)
+    with path.open("rb") as file:
+        raw = file.read(MAX_FILE_BYTES + 1)
+    if len(raw) > MAX_FILE_BYTES:
+        raise ValueError(f"{path}: larger than {MAX_FILE_BYTES} bytes, so no pattern file")
+    try:
+        return parse(json.loads(raw, object_pairs_hook=_unique_keys, parse_constant=_no_constant))
+    except RecursionError:
+        raise ValueError(f"{path}: not a pattern file: nested too deeply") from None
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{path}: not a pattern file: {error}") from None
+
+
+def _parse(content: Any, heads: int | None, layers: int | None) -> HeadPatterns:
+    official = isinstance(content, list)
+    patterns = _from_official(content, heads) if official else _from_ours(content)
+    if heads is not None and patterns.num_heads != heads:
+        raise ValueError(f"the file has {patterns.num_heads} heads per layer; expected {heads}")
+    if layers is not None and patterns.num_layers != layers:
+        raise ValueError(f"the file has {patterns.num_layers} layers; expected {layers}")
+    return patterns
+
+
+def _to_ours(patterns: HeadPatterns, about: dict[str, Any] | None) -> dict[str, Any]:
     names = {kind: name for name, kind in _NAMES.items()}
-    layers = [[{"pattern": names[type(p)], **dataclasses.asdict(p)} for p in layer] for layer in patterns.layers]
-    content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "layers": layers}
-    if patterns.scores is not None:
-        content["scores"] = [list(layer) for layer in patterns.scores]
-    return content
+    layers = []
+    for i, layer in enumerate(patterns.layers):
+        row = []
+        for j, pattern in enumerate(layer):
+            fields = {name: value for name, value in dataclasses.asdict(pattern).items() if value is not None}
+            tables = {name: getattr(patterns, table) for name, table in _FIGURES.items()}
+            figures = {name: table[i][j] for name, table in tables.items() if table is not None}
+            row.append({"pattern": names[type(pattern)], **fields, **figures})
+        layers.append(row)
+    return {"format": FORMAT, "version": VERSION, **({"about": about} if about else {}), "layers": layers}
 
 
-def _from_ours(content: Any, heads: int | None) -> HeadPatterns:
+def _lines(content: dict[str, Any]) -> str:
+    """JSON with one head a line, so that two files can be compared by eye."""
+    layers = content.pop("layers")
+    head = json.dumps(content, indent=1, allow_nan=False)[:-2]
+    rows = [",\n  ".join(json.dumps(entry, allow_nan=False) for entry in layer) for layer in layers]
+    return head + ',\n "layers": [\n [' + "],\n [".join(rows) + "]\n ]\n}\n"
+
+
+def _from_ours(content: Any) -> HeadPatterns:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f'expected a list (the official format) or an object with "format": "{FORMAT}"')
-    if content.get("version") != VERSION:
-        raise ValueError(f"version {content.get('version')!r} is not known; this package reads version {VERSION}")
-    unknown = set(content) - {"format", "version", "layers", "scores"}
+    version = content.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise ValueError(f"version {version!r} is not known; this package reads versions up to {VERSION}")
+    unknown = set(content) - {"format", "version", "layers", "scores" if version == 1 else "about"}
     if unknown:
         raise ValueError(f"unknown entries {sorted(unknown)}")
-    layers = _table(content.get("layers"), "layers", _pattern)
-    scores = None if "scores" not in content else _table(content["scores"], "scores", _score)
-    _check_heads(len(layers[0]), heads)
-    return HeadPatterns(layers, scores)
+    if not isinstance(content.get("about", {}), dict):
+        raise ValueError('"about" must be an object')
+    entries = _table(content.get("layers"), "layers", lambda entry, where: _entry(entry, where, version))
+    layers = tuple(tuple(pattern for pattern, _ in row) for row in entries)
+    if version == 1:
+        return HeadPatterns(layers, _table(content["scores"], "scores", _number) if "scores" in content else None)
+    figures: dict[str, Any] = {}
+    for name, table in _FIGURES.items():
+        given = {name in found for row in entries for _, found in row}
+        if len(given) > 1:
+            raise ValueError(f'some heads have a "{name}" and some have none')
+        if True in given:
+            figures[table] = tuple(tuple(found[name] for _, found in row) for row in entries)
+    return HeadPatterns(layers, **figures)
 
 
 def _table(rows: Any, name: str, convert: Callable[[Any, str], Any]) -> tuple[tuple[Any, ...], ...]:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, list) for row in rows):
         raise ValueError(f'"{name}" must be a list of layers, each a list of heads')
+    _check_size(len(rows), max(map(len, rows)))
     return tuple(
         tuple(convert(entry, f"layer {i}, head {j}") for j, entry in enumerate(row)) for i, row in enumerate(rows)
     )
 
 
-def _pattern(entry: Any, where: str) -> Pattern:
+def _entry(entry: Any, where: str, version: int) -> tuple[Pattern, dict[str, float]]:
+    """A head's pattern, and its figures (score, density, recall)."""
     if not isinstance(entry, dict) or not isinstance(entry.get("pattern"), str):
         raise ValueError(f'{where}: expected an object with "pattern", got {_short(entry)}')
     fields = dict(entry)
     name = fields.pop("pattern")
     if name not in _NAMES:
         raise ValueError(f"{where}: unknown pattern {_short(name)}; known are {', '.join(_NAMES)}")
+    figures = {}
+    for figure in _FIGURES if version > 1 else ():
+        if figure in fields:
+            figures[figure] = _number(fields.pop(figure), f"{where}: {figure}")
+    for figure in ("density", "recall"):
+        if not 0 <= figures.get(figure, 0) <= 1:
+            raise ValueError(f"{where}: {figure} must be in [0, 1], got {figures[figure]}")
     unknown = set(fields) - {field.name for field in dataclasses.fields(_NAMES[name])}
     if unknown:
         raise ValueError(f"{where}: {name} has no {sorted(unknown)}")
     try:
-        return _NAMES[name](**fields)
+        return _NAMES[name](**fields), figures
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -160,6 +247,7 @@ def _from_official(content: list[Any], heads: int | None) -> HeadPatterns:
         raise ValueError(f"the file names head {count - 1}; expected {heads} heads")
     if not heads:
         raise ValueError("no layer names a head")
+    _check_size(len(named), heads)
     rows = [
         [_official_entry(layer.get(j, _OFFICIAL_DEFAULT), f"layer {i}, head {j}") for j in range(heads)]
         for i, layer in enumerate(named)
@@ -184,24 +272,24 @@ def _official_entry(entry: Any, where: str) -> tuple[Pattern, float]:
             raise ValueError(f"unknown pattern {_short(name)}; known are vertical_and_slash, stream_llm, block_sparse")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
-    return pattern, _score(score, where)
+    return pattern, _number(score, f"{where}: the score")
 
 
 def _head_number(key: str, layer: int) -> int:
-    if not (key.isascii() and key.isdigit() and str(int(key)) == key and int(key) < MAX_HEADS):
+    if not (key.isascii() and key.isdigit() and len(key) <= 4 and str(int(key)) == key and int(key) < MAX_HEADS):
         raise ValueError(f'layer {layer}: head keys are the strings "0", "1", …; got {_short(key)}')
     return int(key)
 
 
-def _score(value: Any, where: str) -> float:
+def _number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{where}: the score must be a finite number, got {_short(value)}")
+        raise ValueError(f"{what} must be a finite number, got {_short(value)}")
     return value
 
 
-def _check_heads(found: int, heads: int | None) -> None:
-    if heads is not None and found != heads:
-        raise ValueError(f"the file has {found} heads per layer; expected {heads}")
+def _check_size(layers: int, heads: int) -> None:
+    if layers > MAX_LAYERS or heads > MAX_HEADS or layers * heads > MAX_ALL_HEADS:
+        raise ValueError(f"{layers} layers of {heads} heads are more than any model has")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -158,8 +158,9 @@ class PatternArrays:
 class HeadPatterns:
     """One pattern for each query head of each layer: `layers[layer][head]`. Hashable.
 
-    `scores`, if given, has one number a head, as found by a pattern search (the original's files carry them);
-    nothing in this package acts on it.
+    `scores`, `densities` and `recalls`, if given, have one number a head, as found by a pattern search: the relative
+    error of the head's output (in the original's files, whatever its search wrote), visited / causal cells, and the
+    share of the dense softmax mass on visited keys. Nothing in this package acts on them.
 
     Raises ValueError if there is no layer, no head, or if layers differ in their number of heads; TypeError if an
     entry is no pattern.
@@ -167,6 +168,8 @@ class HeadPatterns:
 
     layers: tuple[tuple[Pattern, ...], ...]
     scores: tuple[tuple[float, ...], ...] | None = None
+    densities: tuple[tuple[float, ...], ...] | None = None
+    recalls: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(tuple(layer) for layer in self.layers))
@@ -181,10 +184,13 @@ class HeadPatterns:
             for head, pattern in enumerate(layer):
                 if type(pattern) not in _CODES:
                     raise TypeError(f"HeadPatterns: layer {index}, head {head} is {pattern!r}, which is no pattern")
-        if self.scores is not None:
-            object.__setattr__(self, "scores", tuple(tuple(layer) for layer in self.scores))
-            if [len(layer) for layer in self.scores] != [len(layer) for layer in self.layers]:
-                raise ValueError("HeadPatterns: scores and layers differ in shape")
+        for name in ("scores", "densities", "recalls"):
+            table = getattr(self, name)
+            if table is None:
+                continue
+            object.__setattr__(self, name, tuple(tuple(layer) for layer in table))
+            if [len(layer) for layer in table] != [len(layer) for layer in self.layers]:
+                raise ValueError(f"HeadPatterns: {name} and layers differ in shape")
 
     @classmethod
     def uniform(cls, pattern: Pattern, layers: int, heads: int) -> HeadPatterns:

@@ -1,10 +1,16 @@
 """Pattern files: both formats there and back, presets, and a table of broken files."""
 
 import json
+import os
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from minference_jax.pattern_io import load_patterns, preset, save_patterns
+from minference_jax import Llama, LlamaConfig
+from minference_jax.pattern_io import MAX_FILE_BYTES, PRESETS, load_about, load_patterns, preset, save_patterns
 from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, VerticalSlash
 
 OFFICIAL = [
@@ -31,10 +37,14 @@ def test_official_there_and_back(tmp_path):
 
 def test_ours_there_and_back(tmp_path):
     layer = (Dense(), AShape(4, 64), VerticalSlash(8, tiles=3, probes="spread", coverage=0.9), BlockSparse(7))
-    for scores in (None, ((0.5, 1, 2, 3),) * 2):
-        patterns = HeadPatterns((layer, layer), scores)
-        save_patterns(patterns, tmp_path / "p.json")
+    table = ((0.5, 1, 0, 0.25),) * 2
+    for figures in ({}, {"scores": table}, {"scores": table, "densities": table, "recalls": table}):
+        patterns = HeadPatterns((layer, layer), **figures)
+        save_patterns(patterns, tmp_path / "p.json", about={"model": "x", "tokens": 3})
         assert load_patterns(tmp_path / "p.json") == patterns
+        assert load_about(tmp_path / "p.json") == {"model": "x", "tokens": 3}
+    save_patterns(patterns, tmp_path / "p.json")
+    assert load_about(tmp_path / "p.json") == {}
     with pytest.raises(ValueError, match="layer 0, head 0: Dense"):
         save_patterns(patterns, tmp_path / "p.json", official=True)
 
@@ -46,9 +56,49 @@ def test_presets():
         preset("nothing", 1, 1)
 
 
+def test_first_version_of_our_files_is_still_read(tmp_path):
+    old = ours(version=1, layers=[[{"pattern": "a_shape", "sink": 4, "window": 64}]], scores=[[0.5]])
+    (tmp_path / "p.json").write_text(old)
+    assert load_patterns(tmp_path / "p.json") == HeadPatterns(((AShape(4, 64),),), ((0.5,),))
+
+
+def test_writing_replaces_a_file_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "p.json"
+    save_patterns(HeadPatterns.uniform(Dense(), 1, 1), path)
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        save_patterns(HeadPatterns.uniform(AShape(), 9, 9), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_model_takes_patterns_by_file_and_by_preset(name, tmp_path, rng):
+    config = LlamaConfig(61, 32, 40, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8)
+    if isinstance(PRESETS[name], Path):
+        with pytest.raises(ValueError, match="heads per layer; expected 2"):
+            preset(name, 2, 2)
+        return
+    model = Llama.random(config, jax.random.key(0), patterns=name)
+    assert model.patterns is not None
+    save_patterns(model.patterns, tmp_path / "p.json", official=True)
+    again = model.with_patterns(tmp_path / "p.json")
+    assert again.patterns is not None and again.patterns.layers == model.patterns.layers
+    tokens = jnp.asarray(rng.integers(0, 61, (1, 40)))
+    np.testing.assert_array_equal(again(tokens), model(tokens))
+    save_patterns(HeadPatterns(model.patterns.layers[:1]), tmp_path / "p.json")
+    with pytest.raises(ValueError, match=r"p\.json: not a pattern file: the file has 1 layers; expected 2"):
+        model.with_patterns(str(tmp_path / "p.json"))
+
+
 def ours(**changes):
     layers = [[{"pattern": "dense"}]]
-    return json.dumps({"format": "minference_jax.patterns", "version": 1, "layers": layers} | changes)
+    return json.dumps({"format": "minference_jax.patterns", "version": 2, "layers": layers} | changes)
 
 
 BROKEN = {
@@ -69,11 +119,25 @@ BROKEN = {
     "three entries": ('[{"0": ["vertical_and_slash", 10, 10]}]', "expected"),
     "head name": ('[{"head": ["vertical_and_slash", 10, 10, 1]}]', "head keys"),
     "absurd head": ('[{"99999999": ["vertical_and_slash", 10, 10, 1]}]', "head keys"),
-    "version": (ours(version=2), "version 2"),
+    "absurd layers": ("[" + "{}," * 2000 + '{"999": ["stream_llm", 1, 2, 3]}]', "more than any model"),
+    "absurd integer": ('[{"0": ["stream_llm", 1, 2, 1' + "0" * 400 + "]}]", "not a pattern file"),
+    "no text": ("\xff\xfe\x00", "not a pattern file"),
+    "list budget": ('[{"0": ["stream_llm", [1], 2, 3]}]', "sink must be an int"),
+    "boolean budget": ('[{"0": ["stream_llm", true, 2, 3]}]', "sink must be an int"),
+    "word as score": ('[{"0": ["stream_llm", 1, 2, "good"]}]', "score must be a finite number"),
+    "version": (ours(version=3), "version 3"),
+    "version in words": (ours(version="two"), "version 'two'"),
+    "about": (ours(about=[1]), '"about" must be'),
+    "infinite score": (ours(layers=[[{"pattern": "dense", "score": float("inf")}]]), "Infinity"),
+    "density": (ours(layers=[[{"pattern": "dense", "density": 1.5}]]), "density must be in"),
+    "some scores": (ours(layers=[[{"pattern": "dense", "score": 1}, {"pattern": "dense"}]]), "some have none"),
+    "coverage": (ours(layers=[[{"pattern": "vertical_slash", "coverage": "all"}]]), "layer 0, head 0"),
+    "no pattern": (ours(layers=[[{"sink": 1}]]), "expected an object with"),
+    "layers in a string": (ours(layers="dense"), "list of layers"),
     "unknown entry": (ours(extra=1), "extra"),
     "unknown field": (ours(layers=[[{"pattern": "dense", "sink": 1}]]), "no .*sink"),
     "ragged": (ours(layers=[[{"pattern": "dense"}], [{"pattern": "dense"}] * 2]), "layer 1 has 2 heads"),
-    "score shape": (ours(scores=[[1, 2]]), "differ in shape"),
+    "score shape": (ours(version=1, scores=[[1, 2]]), "differ in shape"),
 }
 
 
@@ -85,6 +149,22 @@ def test_broken_files_give_one_clear_error(tmp_path, name):
     with pytest.raises(ValueError, match=message) as error:
         load_patterns(path)
     assert str(path) in str(error.value)
+
+
+def test_huge_files_are_not_read(tmp_path):
+    with (tmp_path / "p.json").open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(ValueError, match="larger than"):
+        load_patterns(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("size", range(0, 280, 23))
+def test_truncated_files_are_refused(size, tmp_path):
+    path = tmp_path / "p.json"
+    save_patterns(HeadPatterns.uniform(AShape(), 2, 2), path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match="not a pattern file"):
+        load_patterns(path)
 
 
 def test_wrong_number_of_heads(tmp_path):

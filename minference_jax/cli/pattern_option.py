@@ -28,7 +28,7 @@ def parse_pattern(text: str, config: LlamaConfig) -> HeadPatterns | None:
         dense = isinstance(pattern, Dense)
         return None if dense else HeadPatterns.uniform(pattern, config.num_layers, config.num_heads)
     if Path(text).exists():
-        return load_patterns(text, heads=config.num_heads)
+        return load_patterns(text, heads=config.num_heads, layers=config.num_layers)
     try:
         return preset(text, config.num_layers, config.num_heads)
     except ValueError as error:

@@ -34,7 +34,7 @@ def resolve_patterns(config: LlamaConfig, patterns: Patterns) -> HeadPatterns | 
         name = os.fspath(patterns)
         if name in PRESETS:
             return preset(name, config.num_layers, config.num_heads)
-        return load_patterns(name, heads=config.num_heads)
+        return load_patterns(name, heads=config.num_heads, layers=config.num_layers)
     raise TypeError(f"patterns must be None, a pattern, HeadPatterns or the path of a pattern file, got {patterns!r}")
 
 
