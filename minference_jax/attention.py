@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 import pallas_kernels
 from minference_jax.index.build import make_plan as make_plan
 from minference_jax.index.recall import estimated_recall
-from minference_jax.patterns import DENSE, Pattern, PatternArrays, head_arrays
+from minference_jax.patterns import DENSE, Pattern, PatternArrays, PlanBuilder, head_arrays
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
 from pallas_kernels.dispatch import choose_dense_implementation, choose_implementation
 from pallas_kernels.plan import kv_limit
@@ -44,7 +44,7 @@ def sparse_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
     v: Float[Array, "b s k h"],
-    pattern: Pattern | Sequence[Pattern] | PatternArrays,
+    pattern: Pattern | Sequence[Pattern] | PatternArrays | PlanBuilder,
     *,
     lengths: Int[Array, " b"] | None = None,
     q_offset: int | Int[Array, ""] = 0,
@@ -57,7 +57,7 @@ def sparse_attention(
     **Arguments:**
 
     - `q`: `[b, t, n, h]`; `k`, `v`: `[b, s, k, h]`, after position embedding; n a multiple of k.
-    - `pattern`: as `make_plan`. Static, except for the leaves of `PatternArrays`.
+    - `pattern`: as `make_plan`. Static, except for the leaves of `PatternArrays` and plan builders.
     - `lengths`: int32 `[b]` (right padding). `q_offset`: int32 scalar, may be traced; a multiple of 128.
     - `scale`, `implementation`, `return_info`: static. `implementation` as in `pallas_kernels.sparse_attention`.
 
@@ -81,7 +81,7 @@ def _attend(
     q: Array,
     k: Array,
     v: Array,
-    heads: PatternArrays,
+    heads: PatternArrays | PlanBuilder,
     lengths: Array | None,
     q_offset: Array,
     scale: float,
@@ -112,7 +112,7 @@ def _attend(
         out: Any = pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **where)
         return out, everything, everything
 
-    if DENSE in heads.limits.kinds:
+    if isinstance(heads, PatternArrays) and DENSE in heads.limits.kinds:
         # One scanned program serves all layers; those without a sparse head skip the index.
         out, density, held = jax.lax.cond(jnp.all(heads.kind == DENSE), dense, sparse)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.plan import SparsePlan
 
 MAX_BUDGET = 1 << 24
 """Largest accepted budget: sixteen million tokens, longer than any prompt, so a larger number is a mistake."""
@@ -123,6 +126,29 @@ class Limits:
     """Up to this many keys, every head's budget covers every key: the patterns are dense attention."""
 
 
+class PlanBuilder(abc.ABC):
+    """What makes one layer's plan where no pattern of this package does: a baseline, an oracle, an index kept from
+    another prompt. `make_plan`, `sparse_attention` and the models accept it in place of a pattern, for all heads.
+
+    A subclass is a frozen dataclass and a registered pytree. Its array leaves have a leading layer axis in a model,
+    which scans over them, and none where it is used for one layer; its other fields are static (hashable).
+    """
+
+    limits = Limits(kinds=())
+
+    @abc.abstractmethod
+    def build(
+        self,
+        q: Float[Array, "b t n h"],
+        k: Float[Array, "b s k h"],
+        *,
+        lengths: Int[Array, " b"],
+        q_offset: Int[Array, ""],
+        scale: float,
+    ) -> SparsePlan:
+        """The plan for these queries and keys: arguments as `make_plan` checks and completes them."""
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["kind", "first", "second", "tiles", "spread", "coverage"],
@@ -219,11 +245,15 @@ class HeadPatterns:
         return _arrays(self.layers)
 
 
-def head_arrays(pattern: Pattern | Sequence[Pattern] | PatternArrays, heads: int) -> PatternArrays:
-    """One layer's patterns, given in any accepted form, as arrays `[heads]`.
+def head_arrays(
+    pattern: Pattern | Sequence[Pattern] | PatternArrays | PlanBuilder, heads: int
+) -> PatternArrays | PlanBuilder:
+    """One layer's patterns, given in any accepted form, as arrays `[heads]`; a plan builder as it is.
 
     Raises TypeError for anything that is no pattern, ValueError for the wrong number of heads.
     """
+    if isinstance(pattern, PlanBuilder):
+        return pattern
     if isinstance(pattern, PatternArrays):
         if pattern.kind.shape != (heads,):
             raise ValueError(f"pattern arrays have shape {pattern.kind.shape}; expected ({heads},), one layer's heads")

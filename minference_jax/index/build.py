@@ -11,14 +11,23 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minference_jax.index.block_sparse import block_sparse_index
 from minference_jax.index.vertical_slash import vertical_slash_index
-from minference_jax.patterns import A_SHAPE, BLOCK_SPARSE, DENSE, VERTICAL_SLASH, Pattern, PatternArrays, head_arrays
+from minference_jax.patterns import (
+    A_SHAPE,
+    BLOCK_SPARSE,
+    DENSE,
+    VERTICAL_SLASH,
+    Pattern,
+    PatternArrays,
+    PlanBuilder,
+    head_arrays,
+)
 from pallas_kernels.plan import KEY_TILE, SparsePlan, kv_limit, num_key_tiles
 
 
 def make_plan(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
-    pattern: Pattern | Sequence[Pattern] | PatternArrays,
+    pattern: Pattern | Sequence[Pattern] | PatternArrays | PlanBuilder,
     *,
     lengths: Int[Array, " b"] | None = None,
     q_offset: int | Int[Array, ""] = 0,
@@ -30,7 +39,7 @@ def make_plan(
 
     - `q`: `[b, t, n, h]`, after position embedding; `k`: `[b, s, k, h]`, same dtype; n a multiple of k.
     - `pattern`: one pattern for all heads, one per head, or `PatternArrays` with leaves `[n]` (budgets may then be
-      traced; which kinds occur, and the widths, are static).
+      traced; which kinds occur, and the widths, are static), or a `PlanBuilder`, which then makes the plan.
     - `lengths`: int32 `[b]`, keys of each sequence (right padding), clamped to [0, s]; default all s.
     - `q_offset`: int32 scalar, position of the first query row, a multiple of 128; may be traced. In chunked prefill
       and follow-up turns each chunk is estimated from its own last rows, over the keys up to them.
@@ -44,8 +53,11 @@ def make_plan(
     """
     _check(q, k, lengths)
     heads = head_arrays(pattern, q.shape[2])
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _plan(q, k, heads, kv_limit(lengths, q.shape[0], k.shape[1]), jnp.asarray(q_offset, jnp.int32), scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    limit, q_offset = kv_limit(lengths, q.shape[0], k.shape[1]), jnp.asarray(q_offset, jnp.int32)
+    if isinstance(heads, PlanBuilder):
+        return heads.build(q, k, lengths=limit, q_offset=q_offset, scale=factor)
+    return _plan(q, k, heads, limit, q_offset, factor)
 
 
 @partial(jax.jit, static_argnames="scale")

@@ -6,25 +6,26 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.params import param_shapes
-from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, Pattern, VerticalSlash
+from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, Pattern, PlanBuilder, VerticalSlash
 
-Patterns = Pattern | HeadPatterns | str | os.PathLike | None
+Patterns = Pattern | HeadPatterns | PlanBuilder | str | os.PathLike | None
 QUERY_TILE = 128
 _FLOATS = ("float32", "bfloat16", "float16")
 
 
-def resolve_patterns(config: LlamaConfig, patterns: Patterns) -> HeadPatterns | None:
-    """`patterns` in any accepted form as one pattern per head of this model, or None.
+def resolve_patterns(config: LlamaConfig, patterns: Patterns) -> HeadPatterns | PlanBuilder | None:
+    """`patterns` in any accepted form as one pattern per head of this model, a plan builder, or None.
 
     Raises `TypeError` for anything else, and what `load_patterns` raises for a file.
     """
-    if patterns is None or isinstance(patterns, HeadPatterns):
+    if patterns is None or isinstance(patterns, HeadPatterns | PlanBuilder):
         return patterns
     if isinstance(patterns, Dense | AShape | VerticalSlash | BlockSparse):
         return HeadPatterns.uniform(patterns, config.num_layers, config.num_heads)
@@ -38,9 +39,14 @@ def resolve_patterns(config: LlamaConfig, patterns: Patterns) -> HeadPatterns | 
     raise TypeError(f"patterns must be None, a pattern, HeadPatterns or the path of a pattern file, got {patterns!r}")
 
 
-def check_patterns(config: LlamaConfig, patterns: HeadPatterns | None) -> None:
+def check_patterns(config: LlamaConfig, patterns: HeadPatterns | PlanBuilder | None) -> None:
     """Raises `ValueError` when patterns are of another number of layers or heads."""
     if patterns is None:
+        return
+    if isinstance(patterns, PlanBuilder):
+        wrong = [leaf.shape for leaf in jax.tree.leaves(patterns) if jnp.shape(leaf)[:1] != (config.num_layers,)]
+        if wrong:
+            raise ValueError(f"plan builder has arrays {wrong}; the model has {config.num_layers} layers")
         return
     have, want = (patterns.num_layers, patterns.num_heads), (config.num_layers, config.num_heads)
     if have != want:

@@ -33,7 +33,7 @@ from minference_jax.models.checks import (
 )
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.params import param_shapes as param_shapes
-from minference_jax.patterns import Dense, HeadPatterns, PatternArrays
+from minference_jax.patterns import Dense, HeadPatterns, PatternArrays, PlanBuilder
 
 
 class Layers(nnx.Module):
@@ -48,7 +48,8 @@ class Llama(nnx.Module):
     """A decoder of the Llama family whose prefill can be sparse.
 
     - `config`: what it is (static).
-    - `patterns`: the pattern of each head in prefill, or None for dense attention (static). Decoding is dense.
+    - `patterns`: the pattern of each head in prefill, or None for dense attention (static), and where a `PlanBuilder`
+      takes the patterns' place. Decoding is dense.
     - `embed`, `layers`, `final_norm`, `lm_head`: parameters, named and shaped as in `param_shapes(config)`.
 
     Every method is jitted and can be called inside other transformations. Tokens are int32, padded on the right;
@@ -56,7 +57,9 @@ class Llama(nnx.Module):
     The weights' dtype is that of all activations; norms, RoPE, softmax and logits are float32 inside.
     """
 
-    def __init__(self, config: LlamaConfig, params: Mapping[str, Array], patterns: HeadPatterns | None = None):
+    def __init__(
+        self, config: LlamaConfig, params: Mapping[str, Array], patterns: HeadPatterns | PlanBuilder | None = None
+    ):
         check_params(config, params)
         self.config = config
         self.embed = nnx.Param(params["embed"])
@@ -65,6 +68,9 @@ class Llama(nnx.Module):
         if not config.tie_embeddings:
             self.lm_head = nnx.Param(params["lm_head"])
         check_patterns(config, patterns)
+        if isinstance(patterns, PlanBuilder):
+            self.patterns, self._pattern_arrays = None, nnx.data(patterns)
+            return
         self.patterns = patterns
         dense = patterns is None or all(type(p) is Dense for layer in patterns.layers for p in layer)
         self._pattern_arrays = nnx.data(None if dense else cast(HeadPatterns, patterns).arrays())
@@ -117,8 +123,8 @@ class Llama(nnx.Module):
         return self.embed[...].dtype
 
     @property
-    def pattern_arrays(self) -> PatternArrays | None:
-        """The patterns as arrays with leading axes `[layers, heads]`; None when every head is dense."""
+    def pattern_arrays(self) -> PatternArrays | PlanBuilder | None:
+        """The patterns as arrays with leading axes `[layers, heads]`, or the plan builder; None when all is dense."""
         return self._pattern_arrays
 
     def init_cache(self, batch: int, length: int) -> KVCache:

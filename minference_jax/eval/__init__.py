@@ -1,0 +1,1 @@
+"""Quality: tasks, a batched runner, the methods to compare, and reports."""
