@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from minference_jax.cli import compare, convert, demo, fetch, generate, inspect
+from minference_jax.cli import bench, compare, convert, demo, fetch, generate, inspect
 from minference_jax.cli.console import enable_compile_cache
 
 # Typer exports this class's children only.
@@ -33,6 +33,7 @@ app.command("fetch-demo-model")(fetch.fetch_demo_model)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("compare")(compare.compare)
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

@@ -37,6 +37,14 @@ def parse_pattern(text: str, config: LlamaConfig) -> HeadPatterns | None:
         ) from None
 
 
+def parse_uniform(text: str) -> Pattern:
+    """One pattern, for all heads, by kind and fields. Raises `ValueError` that says what was expected."""
+    name, _, fields = text.partition(":")
+    if name not in _KINDS:
+        raise ValueError(f"{text!r} is no pattern ({', '.join(_KINDS)})")
+    return _with_fields(_KINDS[name], name, fields)
+
+
 def format_pattern(pattern: Pattern) -> str:
     """The text that `parse_pattern` reads back as `pattern`; fields that hold their default are left out."""
     name = next(name for name, kind in _KINDS.items() if type(pattern) is kind)

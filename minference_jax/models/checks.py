@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from minference_jax.models import fp8
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.params import param_shapes
@@ -56,8 +57,14 @@ def check_patterns(config: LlamaConfig, patterns: HeadPatterns | PlanBuilder | N
 
 
 def check_params(config: LlamaConfig, params: Mapping[str, Array]) -> None:
-    """Raises `ValueError` that lists every missing, unexpected or wrongly shaped parameter, and mixed dtypes."""
+    """Raises `ValueError` that lists every missing, unexpected or wrongly shaped parameter, and mixed dtypes.
+
+    The projections may be in FP8, all of them, as `fp8.quantize_params` makes them.
+    """
     expected = param_shapes(config)
+    narrow = [name for name, value in params.items() if value.dtype == fp8.DTYPE]
+    if narrow:
+        expected = fp8.fp8_shapes(expected)
     problems = [f"{name} is missing" for name in expected if name not in params]
     problems += [f"{name} is unexpected" for name in params if name not in expected]
     problems += [
@@ -65,7 +72,8 @@ def check_params(config: LlamaConfig, params: Mapping[str, Array]) -> None:
         for name, shape in expected.items()
         if name in params and tuple(params[name].shape) != shape
     ]
-    dtypes = sorted({jnp.dtype(value.dtype).name for value in params.values()})
+    others = (name for name in params if name not in narrow and not name.endswith("_scale"))
+    dtypes = sorted({jnp.dtype(params[name].dtype).name for name in others})
     if len(dtypes) > 1 or not set(dtypes) <= set(_FLOATS):
         problems.append(f"dtypes must be one of {', '.join(_FLOATS)} for all, got {', '.join(dtypes)}")
     if problems:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from minference_jax.models import fp8
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.rope import apply_rope
 
@@ -22,6 +23,16 @@ def matmul(equation: str, x: Array, weight: Array) -> Array:
     """einsum in x's dtype. float32 stays float32: GPUs would otherwise round its inputs to 10 bits (TF32)."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(equation, x, weight, precision=precision)
+
+
+def project(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"]) -> list[Array]:
+    """x times each of the named weights `[*in, *out]`, or their FP8 form, for which x is quantized once."""
+    if f"{names[0]}_scale" in layer:
+        rows = fp8.quantize(x.reshape(*x.shape[:2], -1))
+        return [fp8.product(rows, layer[name], layer[f"{name}_scale"], x.dtype) for name in names]
+    inside = "abc"[: x.ndim - 2]
+    outs = ("uvw"[: layer[name].ndim - len(inside)] for name in names)
+    return [matmul(f"st{inside},{inside}{o}->st{o}", x, layer[n]) for n, o in zip(names, outs, strict=True)]
 
 
 def rms_norm(x: Float[Array, "*rows d"], weight: Float[Array, " d"], eps: float) -> Float[Array, "*rows d"]:
@@ -40,7 +51,7 @@ def project_qkv(
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]:
     """Normalised input → queries and keys after RoPE, and values."""
     x = rms_norm(x, layer["attn_norm"], config.rms_norm_eps)
-    q, k, v = (matmul("btd,dnh->btnh", x, layer[name]) for name in ("wq", "wk", "wv"))
+    q, k, v = project(layer, ("wq", "wk", "wv"), x)
     if config.qkv_bias:
         q, k, v = q + layer["bq"], k + layer["bk"], v + layer["bv"]
     if config.qk_norm:
@@ -53,10 +64,9 @@ def finish_layer(
     config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], attended: Float[Array, "b t n h"]
 ) -> Float[Array, "b t d"]:
     """Output projection and SwiGLU MLP, each added to the residual stream."""
-    x = x + matmul("btnh,nhd->btd", attended, layer["wo"])
-    y = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
-    y = jax.nn.silu(matmul("btd,df->btf", y, layer["w_gate"])) * matmul("btd,df->btf", y, layer["w_up"])
-    return x + matmul("btf,fd->btd", y, layer["w_down"])
+    x = x + project(layer, ("wo",), attended)[0]
+    gate, up = project(layer, ("w_gate", "w_up"), rms_norm(x, layer["mlp_norm"], config.rms_norm_eps))
+    return x + project(layer, ("w_down",), jax.nn.silu(gate) * up)[0]
 
 
 def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *, in_place: bool = False) -> Any:

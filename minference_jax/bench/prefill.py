@@ -1,0 +1,233 @@
+"""Times the prefill of whole models, dense and sparse, and its pieces; random token ids, so no input is needed.
+
+Every row is one compiled program, run after a warm-up. The pieces of a layer are timed one by one at the same shape,
+with the arrays that the model itself makes of the prompt. Compare rows of one run only: a GPU at its power limit slows
+down as it warms up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from minference_jax.bench.kernels import environment
+from minference_jax.bench.prefill_pieces import Pieces, time_pieces
+from minference_jax.index import tile_budget
+from minference_jax.models import llama
+from minference_jax.models.forward import CHUNK
+from minference_jax.models.llama import Llama
+from minference_jax.patterns import AShape, Pattern, VerticalSlash
+
+VERTICAL_SLASH = VerticalSlash(columns=1000, tiles=tile_budget(6096))
+"""The paper's largest budget, (1000, 6096), with the slashes counted in tiles: of random weights and tokens, lines
+scatter over all distances, and would visit most of the matrix."""
+
+METHODS: dict[str, tuple[Pattern | None, bool]] = {
+    "dense": (None, False),
+    "a-shape": (AShape(sink=1024, window=4096), False),
+    "minference": (VERTICAL_SLASH, False),
+    "minference-fp8": (VERTICAL_SLASH, True),
+}
+"""Name → the pattern of all heads (None: dense) and whether projections run in FP8."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    - `seconds`: of one prefill of one prompt, to the logits of its last token. `estimated`: not run; the sum of the
+      pieces.
+    - `attention`, `index`, `projections`: seconds of all layers, each piece timed by itself.
+    - `memory_gib`: weights, arguments and temporary buffers of the program as compiled; `device_peak_gib`: the most
+      that the process has had allocated so far (NaN where the device does not say).
+    - `density`: mean visited share of the causal cells.
+    """
+
+    tokens: int
+    method: str
+    seconds: float
+    tokens_per_second: float
+    speedup: float
+    attention: float
+    index: float
+    projections: float
+    density: float
+    memory_gib: float
+    device_peak_gib: float
+    compile_seconds: float
+    estimated: bool = False
+
+
+def bench_prefill(
+    model: Llama,
+    lengths: Sequence[int],
+    methods: Mapping[str, tuple[Pattern | None, bool]] = METHODS,
+    *,
+    repeats: int = 3,
+    dense_limit: int = 1 << 17,
+    say: Callable[[str], None] | None = None,
+) -> Iterator[Row]:
+    """Yields one row for each length and method.
+
+    **Arguments:**
+
+    - `methods`: name → (pattern of all heads, FP8 projections). "dense" comes first, so that others can be compared.
+    - `repeats`: runs of which the median is taken; a run of more than three seconds is not repeated.
+    - `dense_limit`: beyond it, dense attention is timed in one layer only, and its row estimated (at a million tokens
+      an 8B model would take ten minutes).
+    """
+    say = say or (lambda line: None)
+    models: dict[bool, Llama] = {False: model}
+    for tokens in lengths:
+        dense_seconds = float("nan")
+        for name, (pattern, fp8) in methods.items():
+            if fp8 not in models:
+                say("quantizing the projections")
+                models[fp8] = model.with_fp8_projections()
+            network = models[fp8].with_patterns(pattern)
+            say(f"{tokens:,} tokens, {name}")
+            estimated = pattern is None and tokens > dense_limit
+            compile_seconds, memory, seconds = float("nan"), float("nan"), float("nan")
+            prompt = jax.random.randint(jax.random.key(tokens), (1, tokens), 0, model.config.vocab_size, jnp.int32)
+            if not estimated:
+                program, compile_seconds = compile_prefill(network, prompt)
+                memory = program_bytes(program) / 2**30
+                seconds = median_seconds(lambda p=program, n=network, t=prompt: p(*arguments(n, t)), repeats)
+                del program
+            pieces = time_pieces(network, prompt, pattern, lambda run: median_seconds(run, repeats))
+            if estimated:
+                seconds = pieces.attention + pieces.indexing + pieces.projections
+            if name == "dense":
+                dense_seconds = seconds
+            yield _row(tokens, name, seconds, dense_seconds, pieces, memory, compile_seconds, estimated)
+
+
+def arguments(model: Llama, tokens: Any) -> tuple:
+    """The traced arguments of a prefill without a cache."""
+    lengths = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
+    return model.params(), model.pattern_arrays, tokens, lengths, lengths, None, None
+
+
+def compile_prefill(model: Llama, tokens: Any, **static: Any) -> tuple[Any, float]:
+    """The compiled program of a prefill without a cache, to be called with `arguments(...)`; and seconds it took."""
+    settings = {"chunk": CHUNK, "implementation": None, "return_info": False} | static
+    started = time.perf_counter()
+    program = llama._prefill.lower(model.config, *arguments(model, tokens), **settings).compile()
+    return program, time.perf_counter() - started
+
+
+def program_bytes(program: Any) -> int:
+    """What a compiled program holds at once: arguments (the weights), results and temporary buffers."""
+    memory = program.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return held + memory.temp_size_in_bytes
+
+
+def median_seconds(run: Callable[[], Any], repeats: int, *, long: float = 3.0) -> float:
+    """Median wall-clock seconds of `run` after a warm-up, waiting for the device; of the first run if it is long."""
+    times = []
+    for _ in range(1 + repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - started)
+        if times[0] > long:
+            break
+    return statistics.median(times[1:] or times)
+
+
+def _row(
+    tokens: int,
+    method: str,
+    seconds: float,
+    dense: float,
+    pieces: Pieces,
+    memory: float,
+    compile_seconds: float,
+    estimated: bool,
+) -> Row:
+    device = jax.devices()[0].memory_stats() or {}
+    return Row(
+        tokens=tokens,
+        method=method,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        speedup=dense / seconds,
+        attention=pieces.attention,
+        index=pieces.indexing,
+        projections=pieces.projections,
+        density=pieces.density,
+        memory_gib=memory,
+        device_peak_gib=device.get("peak_bytes_in_use", float("nan")) / 2**30,
+        compile_seconds=compile_seconds,
+        estimated=estimated,
+    )
+
+
+def table(rows: Sequence[Row]) -> Any:
+    """A rich table of the rows."""
+    from rich import box
+    from rich.table import Table
+
+    facts = "  ".join(f"{name}={value}" for name, value in environment().items())
+    result = Table(box=box.SIMPLE_HEAD, title=facts, title_justify="left")
+    headings = ("tokens", "method", "seconds", "tokens/s", "speed-up", "attention", "index", "projections")
+    for heading in (*headings, "density", "GiB", "compile, s"):
+        result.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    for r in rows:
+        shares = (f"{share / r.seconds:.0%}" for share in (r.attention, r.index, r.projections))
+        result.add_row(
+            f"{r.tokens:,}",
+            r.method,
+            f"{'~' if r.estimated else ''}{r.seconds:.3g}",
+            f"{r.tokens_per_second:,.0f}",
+            f"{r.speedup:.2f}",
+            *shares,
+            f"{r.density:.3f}",
+            f"{r.memory_gib:.1f}",
+            f"{r.compile_seconds:.1f}",
+        )
+    return result
+
+
+def to_json(rows: Sequence[Row], **facts: Any) -> dict[str, Any]:
+    """The environment, `facts` and all rows."""
+    return {"environment": environment(), **facts, "rows": [dataclasses.asdict(r) for r in rows]}
+
+
+def plot(rows: Sequence[Row], path: Any, title: str = "") -> None:
+    """Latency and speed-up over dense against length, both axes logarithmic, as an image file.
+
+    Raises `ImportError` where matplotlib is missing.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    latency, speedup = figure.subplots(1, 2)
+    for method in dict.fromkeys(r.method for r in rows):
+        mine = [r for r in rows if r.method == method]
+        lengths = [r.tokens for r in mine]
+        (line,) = latency.plot(lengths, [r.seconds for r in mine], marker="o", label=method)
+        guessed = [r for r in mine if r.estimated]
+        latency.plot(
+            [r.tokens for r in guessed], [r.seconds for r in guessed], "o", mfc="white", color=line.get_color()
+        )
+        speedup.plot(lengths, [r.speedup for r in mine], marker="o", label=method)
+    for axes, name in ((latency, "prefill, seconds"), (speedup, "speed-up over dense")):
+        axes.set(xscale="log", yscale="log", xlabel="prompt, tokens", ylabel=name)
+        axes.set_xscale("log", base=2)
+        axes.grid(True, which="both", alpha=0.3)
+    latency.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+
+
+def dumps(rows: Sequence[Row], **facts: Any) -> str:
+    """`to_json` as text."""
+    return json.dumps(to_json(rows, **facts), indent=1)

@@ -1,0 +1,105 @@
+"""`bench`: measurements on this machine, one sub-command each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minference_jax.cli.console import print_json, stderr, stdout, usage_error
+from minference_jax.cli.pattern_option import PATTERN_HELP
+
+app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
+
+
+@app.command()
+def prefill(
+    model: Annotated[Path | None, typer.Argument(help="A Hugging Face directory or a .gguf file.")] = None,
+    random_weights: Annotated[
+        str, typer.Option(help="Instead of a model: a config.json, or llama-3-8b, llama-3.1-8b, qwen2-7b, smollm2.")
+    ] = "",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens; K and M count 1,024 and its square.")] = "8K",
+    methods: Annotated[
+        str, typer.Option(help="Any of dense, a-shape, minference, minference-fp8.")
+    ] = "dense,a-shape,minference",
+    pattern: Annotated[str, typer.Option(help=f"What minference means, for all heads: {PATTERN_HELP}")] = "",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs, of which the median is shown.")] = 3,
+    dense_limit: Annotated[
+        str, typer.Option(help="Beyond this length dense rows are estimated from one layer, and marked ~.")
+    ] = "128K",
+    plot: Annotated[
+        Path | None, typer.Option(help="Write latency and speed-up as an image (needs matplotlib).")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time prefill: lengths times methods, with the share of attention, index and projections.
+
+    Compiled programs are kept (see JAX_COMPILATION_CACHE_DIR in the README), so the compile column of a second run
+    shows what loading them takes.
+    """
+    if (model is None) == (not random_weights):
+        raise usage_error("give a model, or --random-weights")
+    from minference_jax.bench import prefill as bench
+
+    chosen = _methods(methods, pattern)
+    sizes = [parse_length(text) for text in lengths.split(",")]
+    network = _network(model, random_weights, dtype)
+    rows = []
+    for row in bench.bench_prefill(
+        network,
+        sizes,
+        chosen,
+        repeats=repeats,
+        dense_limit=parse_length(dense_limit),
+        say=lambda line: stderr().print(line),
+    ):
+        rows.append(row)
+        seconds = f"{row.seconds:.3g} s{' (estimated)' if row.estimated else ''}"
+        stderr().print(f"  {seconds}, {row.tokens_per_second:,.0f} tokens/s, compiled in {row.compile_seconds:.1f} s")
+    name = random_weights or str(model)
+    if plot is not None:
+        bench.plot(rows, plot, title=name)
+    if json:
+        print_json(bench.to_json(rows, model=name, dtype=network.dtype.name))
+    else:
+        console = stdout()
+        console.width = max(console.width, 120)
+        console.print(bench.table(rows))
+
+
+def parse_length(text: str) -> int:
+    """A number of tokens: `8192`, `8K` or `1M`. Raises a usage error for anything else."""
+    number, factor = text.strip(), 1
+    if number[-1:].upper() in ("K", "M"):
+        number, factor = number[:-1], 1 << (10 if number[-1:].upper() == "K" else 20)
+    if not number.isdecimal() or int(number) == 0:
+        raise usage_error(f"{text!r} is no length; write 8192, 8K or 1M")
+    return int(number) * factor
+
+
+def _methods(names: str, pattern: str) -> dict:
+    from minference_jax.bench.prefill import METHODS
+    from minference_jax.cli.pattern_option import parse_uniform
+
+    unknown = [name for name in names.split(",") if name not in METHODS]
+    if unknown:
+        raise usage_error(f"unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    chosen = {name: METHODS[name] for name in METHODS if name in names.split(",")}
+    if pattern:
+        mine = parse_uniform(pattern)
+        chosen = {name: (mine if name.startswith("minference") else p, fp8) for name, (p, fp8) in chosen.items()}
+    return chosen
+
+
+def _network(model: Path | None, random_weights: str, dtype: str):
+    import jax
+
+    from minference_jax.models.llama import Llama
+    from minference_jax.models.presets import known_config
+
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if model is not None:
+        return Llama.from_pretrained(model, dtype=dtype)
+    return Llama.random(known_config(random_weights), jax.random.key(0), dtype)

@@ -1,0 +1,110 @@
+"""Projections in FP8 (e4m3): weights with a scale for each output channel, activations with one for each token.
+
+A product of quantized rows x̂ = x / s and weights ŵ = w / c is s · c · (x̂ ŵᵀ): the scales leave the sum, so the matrix
+product itself runs on plain e4m3 numbers (XLA hands it to cuBLASLt, at twice the rate of bfloat16 on Hopper and
+later GPUs), and the rescaling joins the elementwise work that follows.
+
+e4m3 has three bits of mantissa: each number is rounded by up to 6 %, 2.6 % in the mean. The errors of the two sides
+are independent, so a projection ends 3.6 % from the exact one (as a ratio of norms): logits move a little.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float8e4m3fn
+
+DTYPE = jnp.float8_e4m3fn
+LARGEST = 448.0
+"""Largest finite e4m3 number."""
+
+CONTRACTED = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_gate": 1, "w_up": 1, "w_down": 1}
+"""The projections of a layer, and how many leading axes of their weights (after the layer axis) are summed over."""
+
+
+def quantize(
+    x: Float[Array, "*rows i"],
+) -> tuple[Float8e4m3fn[Array, "*rows i"], Float[Array, "*rows"]]:
+    """x as e4m3 numbers and float32 scales, one for each row: x ≈ numbers · scale. A row of zeros has scale 0."""
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1) / LARGEST
+    inverse = jnp.where(scale > 0, 1 / scale, 0)
+    return (x * inverse[..., None]).astype(DTYPE), scale
+
+
+def product(
+    rows: tuple[Float8e4m3fn[Array, "*rows i"], Float[Array, "*rows"]],
+    weight: Float8e4m3fn[Array, "*out *in"],
+    channel_scale: Float[Array, "*out"],
+    dtype: Any,
+) -> Float[Array, "*rows *out"]:
+    """Quantized rows times quantized weights, scales applied, in `dtype`; i is the product of the weight's `in` axes.
+
+    On a GPU an e4m3 matrix product; elsewhere the same numbers in float32. Sums of e4m3 products exceed float16, so a
+    float16 model has them in float32 until they are scaled.
+    """
+    x, row_scale = rows
+    flat_x, flat_w = x.reshape(-1, x.shape[-1]), weight.reshape(-1, x.shape[-1])
+    contract = (((1,), (1,)), ((), ()))
+    wide = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+
+    def narrow_product(x: Array, w: Array) -> Array:
+        return jax.lax.dot_general(x, w, contract, preferred_element_type=wide)
+
+    def wide_product(x: Array, w: Array) -> Array:
+        return jax.lax.dot_general(x.astype(jnp.float32), w.astype(jnp.float32), contract).astype(wide)
+
+    y = jax.lax.platform_dependent(flat_x, flat_w, cuda=narrow_product, default=wide_product)
+    y = y.astype(jnp.float32) * row_scale.reshape(-1, 1) * channel_scale.reshape(1, -1)
+    return y.astype(dtype).reshape(*row_scale.shape, *channel_scale.shape)
+
+
+@partial(jax.jit, static_argnames="contracted")
+def quantize_weight(
+    weight: Float[Array, layers * shape], contracted: int
+) -> tuple[Float8e4m3fn[Array, "layers ..."], Float[Array, layers * out]]:
+    """Stacked weights `[layers, *in, *out]` as e4m3 `[layers, *out, *in]` and scales `[layers, *out]`, layer by layer.
+
+    The summed axes come last: FP8 matrix products want both operands so.
+    """
+    shape = weight.shape[1:]
+    inside, out = shape[:contracted], shape[contracted:]
+
+    def one(w: Array) -> tuple[Array, Array]:
+        numbers, scale = quantize(w.reshape(math.prod(inside), -1).T)
+        return numbers.reshape(*out, *inside), scale.reshape(out)
+
+    return jax.lax.map(one, weight)
+
+
+def quantize_params(params: Mapping[str, Array]) -> dict[str, Array]:
+    """All parameters with the layers' projections in FP8, each with its scales as `<name>_scale`.
+
+    Embeddings, head, norms and biases stay as they are (and are shared). Already quantized parameters pass unchanged.
+    """
+    result = {}
+    for name, value in params.items():
+        leaf = name.removeprefix("layers.")
+        if leaf in CONTRACTED and value.dtype != DTYPE:
+            result[name], result[f"{name}_scale"] = quantize_weight(value, CONTRACTED[leaf])
+        else:
+            result[name] = value
+    return result
+
+
+def fp8_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """What `quantize_params` makes of parameters of these shapes."""
+    result = {}
+    for name, shape in shapes.items():
+        leaf = name.removeprefix("layers.")
+        result[name] = shape
+        if leaf in CONTRACTED:
+            inside, out = shape[1 : 1 + CONTRACTED[leaf]], shape[1 + CONTRACTED[leaf] :]
+            result[name] = (shape[0], *out, *inside)
+            result[f"{name}_scale"] = (shape[0], *out)
+    return result

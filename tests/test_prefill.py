@@ -1,0 +1,64 @@
+"""`bench prefill`: its rows, its table and JSON, and the configs that random weights can have."""
+
+import json
+import math
+
+import jax
+import pytest
+
+from minference_jax.bench.prefill import bench_prefill, median_seconds
+from minference_jax.cli import main
+from minference_jax.models.config import LlamaConfig
+from minference_jax.models.llama import Llama
+from minference_jax.models.params import param_shapes
+from minference_jax.models.presets import CONFIGS, known_config
+from minference_jax.patterns import VerticalSlash
+
+TINY = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+
+
+def test_rows_say_what_ran_and_what_was_estimated():
+    methods = {"dense": (None, False), "minference": (VerticalSlash(columns=4, tiles=1), False)}
+    model = Llama.random(TINY, jax.random.key(0))
+    dense, sparse = bench_prefill(model, [640], methods, repeats=1, dense_limit=512)
+    assert (dense.tokens, dense.method, dense.estimated) == (640, "dense", True)
+    assert dense.seconds == dense.attention + dense.projections and dense.density == 1.0 and dense.speedup == 1.0
+    assert not sparse.estimated and sparse.seconds > 0 and sparse.index > 0 and 0 < sparse.density < 0.6
+    assert sparse.speedup == pytest.approx(dense.seconds / sparse.seconds)
+    weights = 4 * sum(parameter.size for parameter in model.params().values())
+    assert weights / 2**30 < sparse.memory_gib < (weights + 4e7) / 2**30
+
+
+def test_the_command_prints_json_and_draws(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    config, image = tmp_path / "config.json", tmp_path / "plot.png"
+    config.write_text(json.dumps(TINY.to_hf()))
+    arguments = ["bench", "prefill", "--random-weights", str(config), "--lengths", "128", "--repeats", "1", "--json"]
+    assert main([*arguments, "--methods", "dense", "--plot", str(image)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(row["tokens"], row["method"]) for row in found["rows"]] == [(128, "dense")]
+    assert found["rows"][0]["tokens_per_second"] == pytest.approx(128 / found["rows"][0]["seconds"])
+    assert image.read_bytes()[:4] == b"\x89PNG"
+    assert main(["bench", "prefill", "--random-weights", str(config), "--lengths", "8Q"]) == 2
+    assert "8Q" in capsys.readouterr().err
+
+
+def test_a_long_run_is_not_repeated():
+    runs = []
+    median_seconds(lambda: runs.append(1), repeats=4)
+    median_seconds(lambda: runs.append(2), repeats=4, long=-1.0)
+    assert runs == [1] * 5 + [2]
+
+
+@pytest.mark.parametrize(("name", "billions"), [("llama-3-8b", 8.03), ("llama-3.1-8b", 8.03), ("qwen2-7b", 7.62)])
+def test_presets_have_the_published_number_of_parameters(name, billions):
+    total = sum(map(math.prod, param_shapes(CONFIGS[name]).values()))
+    assert total / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_a_config_is_known_by_name_file_or_directory(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
+    assert known_config(tmp_path) == known_config(tmp_path / "config.json") == LlamaConfig.from_hf(TINY.to_hf())
+    assert known_config("smollm2").tie_embeddings
+    with pytest.raises(ValueError, match="llama-3-8b"):
+        known_config("llama-4")
