@@ -66,8 +66,8 @@ def product(
 
 @partial(jax.jit, static_argnames="contracted")
 def quantize_weight(
-    weight: Float[Array, layers * shape], contracted: int
-) -> tuple[Float8e4m3fn[Array, "layers ..."], Float[Array, layers * out]]:
+    weight: Float[Array, "layers ..."], contracted: int
+) -> tuple[Float8e4m3fn[Array, "layers ..."], Float[Array, "layers ..."]]:
     """Stacked weights `[layers, *in, *out]` as e4m3 `[layers, *out, *in]` and scales `[layers, *out]`, layer by layer.
 
     The summed axes come last: FP8 matrix products want both operands so.
