@@ -7,7 +7,7 @@ import pytest
 from numpy_llama import numpy_llama, random_params
 
 from minference_jax.models import LlamaConfig
-from minference_jax.models.cache import KVCache, decode_attention
+from minference_jax.models.cache import KVCache
 from minference_jax.models.llama import Llama
 
 CONFIG = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
@@ -83,15 +83,6 @@ def test_a_full_cache_stays_as_it_is(model, rng):
     np.testing.assert_array_equal(cache.lengths, [16, 10])
     np.testing.assert_array_equal(cache.k[:, 0], keys)
     assert np.isfinite(np.asarray(logits[1])).all()
-
-
-def test_decode_attention_is_softmax_over_the_valid_keys():
-    # Two query heads share a KV head. Keys 0 and 1 score ln 3 apart for head 0, the same for head 1; key 2 is padding.
-    q = jnp.asarray([[[1.0, 0.0], [0.0, 1.0]]]) * 2**0.5 * jnp.log(3.0)
-    k = jnp.asarray([[[[1.0, 0.0]], [[0.0, 0.0]], [[9.0, 9.0]]]])
-    v = jnp.asarray([[[[1.0, 0.0]], [[0.0, 1.0]], [[7.0, 7.0]]]])
-    got = decode_attention(q, k, v, jnp.asarray([2]))
-    np.testing.assert_allclose(got, [[[0.75, 0.25], [0.5, 0.5]]], rtol=1e-6)
 
 
 def test_growing_keeps_contents_and_is_free_when_there_is_room(model, rng):

@@ -1,43 +1,67 @@
-"""The KV cache: one static buffer for all layers, filled up to each sequence's length."""
+"""The KV cache: one static buffer for all layers, filled up to each sequence's length, in 16 or 8 bits a number."""
 
 from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from minference_jax.models.config import LlamaConfig
+from pallas_kernels.decode import decode_attention, dequantize
+
+QUANTIZED: dict[str, float] = {"float8_e4m3fn": 448.0, "int8": 127.0}
+"""Cache dtypes of one byte, and the largest number of each."""
+
+SCALE_DTYPE = jnp.bfloat16
+"""Of the factors of quantized rows: numbers are divided by the rounded factor, so its rounding costs nothing."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "tokens", "lengths"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["k", "v", "tokens", "lengths", "k_scale", "v_scale"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class KVCache:
     """Keys (after RoPE) and values of every layer, and the tokens they belong to. A frozen pytree of static shape.
 
-    - `k`, `v`: `[layers, b, s, k, h]` in the model's dtype.
+    - `k`, `v`: `[layers, b, s, k, h]` in the model's dtype, float8_e4m3fn or int8.
     - `tokens`: int32 `[b, s]`, so that a later turn can tell how much of its prompt is cached already.
     - `lengths`: int32 `[b]`, how many positions are filled. What lies at or past a length is never read.
+    - `k_scale`, `v_scale`: `[layers, b, s, k]`, the factor of each head's row; None unless quantized.
+
+    A quantized row is rounded to 3 bits of mantissa (float8_e4m3fn) or to 1/127 of its largest number (int8), with a
+    factor for each token and head: no calibration, and what was written never has to change.
     """
 
     k: Float[Array, "layers b s k h"]
     v: Float[Array, "layers b s k h"]
     tokens: Int32[Array, "b s"]
     lengths: Int32[Array, " b"]
+    k_scale: Float[Array, "layers b s k"] | None = None
+    v_scale: Float[Array, "layers b s k"] | None = None
 
     @classmethod
     def empty(cls, config: LlamaConfig, batch: int, length: int, dtype: jax.typing.DTypeLike) -> KVCache:
-        """A cache for `batch` sequences of up to `length` tokens: 2 · layers · batch · length · k · h numbers."""
+        """A cache for `batch` sequences of up to `length` tokens: 2 · layers · batch · length · k · h numbers.
+
+        `dtype`: a floating dtype, or float8_e4m3fn or int8 for a quantized cache.
+        """
         if batch <= 0 or length <= 0:
             raise ValueError(f"a cache needs batch and length of at least 1, got {batch} and {length}")
         shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+        scale = partial(jnp.zeros, shape[:-1], SCALE_DTYPE) if jnp.dtype(dtype).name in QUANTIZED else lambda: None
         return cls(
             k=jnp.zeros(shape, dtype),
             v=jnp.zeros(shape, dtype),
             tokens=jnp.zeros((batch, length), jnp.int32),
             lengths=jnp.zeros((batch,), jnp.int32),
+            k_scale=scale(),
+            v_scale=scale(),
         )
 
     @property
@@ -50,26 +74,75 @@ class KVCache:
         extra = length - self.capacity
         if extra <= 0:
             return self
-        pad = partial(jnp.pad, mode="constant")
-        room = ((0, 0), (0, 0), (0, extra), (0, 0), (0, 0))
-        return KVCache(pad(self.k, room), pad(self.v, room), pad(self.tokens, room[1:3]), self.lengths)
+
+        def pad(x: Array, axis: int) -> Array:
+            return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)])
+
+        stacked = jax.tree.map(lambda x: pad(x, 2), self._rows())
+        return dataclasses.replace(self, tokens=pad(self.tokens, 1), **stacked)
+
+    def write(self, layer: Array, start: Array, k: Float[Array, "b t k h"], v: Float[Array, "b t k h"]) -> KVCache:
+        """With the rows of one layer at positions start, start + 1, … replaced; tokens and lengths stay."""
+        new = self._encoded(k, v)
+        return dataclasses.replace(
+            self,
+            **{
+                name: jax.lax.dynamic_update_slice(x, new[name][None], (layer, 0, start, *(0,) * (x.ndim - 3)))
+                for name, x in self._rows().items()
+            },
+        )
+
+    def append(
+        self, layer: Array, positions: Int32[Array, " b"], k: Float[Array, "b k h"], v: Float[Array, "b k h"]
+    ) -> KVCache:
+        """With one row of each sequence replaced; a position past the end writes nothing."""
+        new, rows = self._encoded(k, v), jnp.arange(positions.shape[0], dtype=jnp.int32)
+        return dataclasses.replace(
+            self,
+            **{name: x.at[layer, rows, positions].set(new[name], mode="drop") for name, x in self._rows().items()},
+        )
+
+    def read(self, layer: Array, dtype: Any) -> tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]]:
+        """Keys and values of one layer in `dtype`."""
+        rows = {n: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for n, x in self._rows().items()}
+        if self.k_scale is None:
+            return rows["k"], rows["v"]
+        return dequantize(rows["k"], rows["k_scale"], dtype), dequantize(rows["v"], rows["v_scale"], dtype)
+
+    def attend(self, layer: Array, q: Float[Array, "b n h"], lengths: Int32[Array, " b"]) -> Float[Array, "b n h"]:
+        """Dense attention of one query per sequence to the first `lengths` positions of a layer."""
+        return decode_attention(q, self.k, self.v, layer, lengths, k_scale=self.k_scale, v_scale=self.v_scale)
+
+    def _rows(self) -> dict[str, Array]:
+        """What is stored of each layer and position."""
+        rows = {"k": self.k, "v": self.v, "k_scale": self.k_scale, "v_scale": self.v_scale}
+        return {name: x for name, x in rows.items() if x is not None}
+
+    def _encoded(self, k: Array, v: Array) -> dict[str, Array]:
+        if self.k_scale is None:
+            return {"k": k, "v": v}
+        (k, k_scale), (v, v_scale) = quantize_rows(k, self.k.dtype), quantize_rows(v, self.v.dtype)
+        return {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
 
 
-def decode_attention(
-    q: Float[Array, "b n h"], k: Float[Array, "b s k h"], v: Float[Array, "b s k h"], lengths: Int32[Array, " b"]
-) -> Float[Array, "b n h"]:
-    """Dense attention of one query per sequence to its first `lengths` keys, with a float32 softmax.
+def quantize_rows(x: Float[Array, "*rows h"], dtype: Any) -> tuple[Array, Float[Array, "*rows"]]:
+    """Each row divided by its factor and rounded to `dtype` (float8_e4m3fn or int8), and the factors."""
+    largest = QUANTIZED[jnp.dtype(dtype).name]
+    x = x.astype(jnp.float32)
+    scale = (jnp.max(jnp.abs(x), axis=-1) / largest).astype(SCALE_DTYPE)
+    divisor = scale.astype(jnp.float32)[..., None]
+    x = jnp.clip(jnp.where(divisor > 0, x / divisor, 0), -largest, largest)
+    return (jnp.round(x) if jnp.dtype(dtype) == jnp.int8 else x).astype(dtype), scale
 
-    Decoding reads each key once for one query: it is bound by memory, so there is nothing for sparsity to win that
-    a plain matrix-vector product does not have.
+
+def cache_dtype(name: Any, model_dtype: Any) -> jnp.dtype:
+    """The dtype of a cache by its name: None or "model" for the model's, "fp8", "int8", or any of these dtypes.
+
+    Raises `ValueError` for another one.
     """
-    b, n, h = q.shape
-    groups = n // k.shape[2]
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    q = q.reshape(b, k.shape[2], groups, h)
-    scores = jnp.einsum("bkgh,bskh->bkgs", q, k, precision=precision, preferred_element_type=jnp.float32) * h**-0.5
-    valid = jnp.arange(k.shape[1])[None] < lengths[:, None]
-    scores = jnp.where(valid[:, None, None, :], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgs,bskh->bkgh", weights, v, precision=precision, preferred_element_type=jnp.float32)
-    return out.reshape(b, n, h).astype(q.dtype)
+    if name is None or name == "model":
+        return jnp.dtype(model_dtype)
+    dtype = jnp.dtype(jnp.float8_e4m3fn if name == "fp8" else name)
+    if dtype.name not in QUANTIZED and dtype != jnp.dtype(model_dtype):
+        raise ValueError(f"a cache is in the model's dtype ({jnp.dtype(model_dtype)}), fp8 or int8; got {name}")
+    return dtype

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 import pallas_kernels
-from minference_jax.models.cache import KVCache, decode_attention
+from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.layers import Layer, finish_layer, map_chunks, project_qkv, rms_norm
 from minference_jax.models.rope import inverse_frequencies, rope_tables
@@ -97,29 +97,25 @@ def prefill(
     frequencies = inverse_frequencies(config, rope_lengths)
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, Any]:
-        x, cached = carry
+        x, cache = carry
         index, layer, layer_patterns = inputs
         q, k, v = layer_qkv(config, layer, x, frequencies, q_offset, chunk)
-        if cached is not None:
-            place = (index, 0, q_offset, 0, 0)
-            cached = tuple(
-                jax.lax.dynamic_update_slice(c, new[None], place) for c, new in zip(cached, (k, v), strict=True)
-            )
+        if cache is not None:
+            cache = cache.write(index, q_offset, k, v)
             if start is not None:
-                k, v = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in cached)
+                k, v = cache.read(index, q.dtype)
         out, info = attend(
             q, k, v, layer_patterns, lengths=seen, q_offset=0 if start is None else start, implementation=implementation
         )
         x = map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), chunk, in_place=True)
-        return (x, cached), {"nothing": None, "info": info, "hidden": x}[keep]
+        return (x, cache), {"nothing": None, "info": info, "hidden": x}[keep]
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
-    cached = None if cache is None else (cache.k, cache.v)
-    carry = (embed(params, tokens), cached)
-    (x, cached), kept = jax.lax.scan(step, carry, (indices, stacked_layers(params), patterns))
-    if cache is not None and cached is not None:
+    carry = (embed(params, tokens), cache)
+    (x, cache), kept = jax.lax.scan(step, carry, (indices, stacked_layers(params), patterns))
+    if cache is not None:
         written = jax.lax.dynamic_update_slice(cache.tokens, tokens, (jnp.int32(0), q_offset))
-        cache = KVCache(cached[0], cached[1], written, seen)
+        cache = dataclasses.replace(cache, tokens=written, lengths=seen)
     return x, cache, kept
 
 
@@ -147,24 +143,18 @@ def decode(
     cos, sin = rope_tables(config, inverse_frequencies(config, positions + 1), positions[:, None])
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
-        x, cached = carry
+        x, cache = carry
         index, layer = inputs
         q, k, v = project_qkv(config, layer, x, cos, sin)
-        cached = tuple(
-            c.at[index, rows, positions].set(new[:, 0], mode="drop") for c, new in zip(cached, (k, v), strict=True)
-        )
-        keys, values = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in cached)
-        out = decode_attention(q[:, 0], keys, values, positions + 1)
-        return (finish_layer(config, layer, x, out[:, None]), cached), None
+        cache = cache.append(index, positions, k[:, 0], v[:, 0])
+        out = cache.attend(index, q[:, 0], positions + 1)
+        return (finish_layer(config, layer, x, out[:, None]), cache), None
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
-    carry = (embed(params, tokens[:, None]), (cache.k, cache.v))
-    (x, cached), _ = jax.lax.scan(step, carry, (indices, stacked_layers(params)))
+    (x, cache), _ = jax.lax.scan(step, (embed(params, tokens[:, None]), cache), (indices, stacked_layers(params)))
     written = cache.tokens.at[rows, positions].set(tokens, mode="drop")
     longer = positions + (1 if active is None else active.astype(jnp.int32))
-    cache = dataclasses.replace(
-        cache, k=cached[0], v=cached[1], tokens=written, lengths=jnp.minimum(longer, cache.capacity)
-    )
+    cache = dataclasses.replace(cache, tokens=written, lengths=jnp.minimum(longer, cache.capacity))
     return logits(config, params, x)[:, 0], cache
 
 

@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from minference_jax.models import forward, fp8
-from minference_jax.models.cache import KVCache
+from minference_jax.models.cache import KVCache, cache_dtype
 from minference_jax.models.checks import (
     Patterns,
     check_lengths,
@@ -144,9 +144,12 @@ class Llama(nnx.Module):
         """The patterns as arrays with leading axes `[layers, heads]`, or the plan builder; None when all is dense."""
         return self._pattern_arrays
 
-    def init_cache(self, batch: int, length: int) -> KVCache:
-        """An empty KV cache for `batch` sequences of up to `length` tokens."""
-        return KVCache.empty(self.config, batch, length, self.dtype)
+    def init_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
+        """An empty KV cache for `batch` sequences of up to `length` tokens.
+
+        `dtype`: None for the model's; "fp8" (float8_e4m3fn) or "int8" for half the memory of 16-bit numbers.
+        """
+        return KVCache.empty(self.config, batch, length, cache_dtype(dtype, self.dtype))
 
     def __call__(
         self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None

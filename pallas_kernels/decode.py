@@ -1,0 +1,192 @@
+"""Decode attention: one query a sequence against a long cache, split over the keys so that a whole GPU reads it.
+
+Each thread block takes one KV head of one sequence and a share of its keys, and multiplies them with all query heads of
+the group at once: every key and value is read once, straight from the stacked cache of all layers (no copy of a layer,
+no dequantized copy). The shares' results are merged by their log-sum-exp, as in FlashDecoding.
+
+Cost: the bytes of the valid keys and values; arithmetic hides behind them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
+
+BLOCKS = 528
+"""Thread blocks to aim at: four for each multiprocessor of an H100 or H200, of which two run at a time."""
+
+MIN_ROWS = 16
+"""Rows of the smallest tensor-core product; groups of fewer query heads are padded to it."""
+
+DecodeImplementation = Literal["triton", "xla"]
+
+
+def decode_attention(
+    q: Float[Array, "b n h"],
+    k: Array,
+    v: Array,
+    layer: int | Int[Array, ""],
+    lengths: Int[Array, " b"],
+    *,
+    k_scale: Float[Array, "layers b s k"] | None = None,
+    v_scale: Float[Array, "layers b s k"] | None = None,
+    scale: float | None = None,
+    implementation: DecodeImplementation | None = None,
+    interpret: bool = False,
+) -> Float[Array, "b n h"]:
+    """Dense attention of one query per sequence to the first `lengths` keys of one layer's cache.
+
+    **Arguments:**
+
+    - `q`: `[b, n, h]`; `k`, `v`: `[layers, b, s, k, h]` in q's dtype, or in any narrower one (float8_e4m3fn, int8) with
+      `k_scale`, `v_scale` `[layers, b, s, k]`: the factor of each row.
+    - `layer`: int32 scalar, may be traced. `lengths`: int32 `[b]`, clamped to [0, s]; a sequence without keys gives
+      zeros.
+    - `scale` (static): by default 1/sqrt(h). `implementation` (static): "triton" (an NVIDIA GPU; 16-bit q, h a power
+      of two from 16 on, s >= 128), "xla" (jnp, everywhere), or None, the best for the call. `interpret`: run the
+      kernel on a CPU.
+
+    **Returns:** `[b, n, h]` in q's dtype; softmax in float32.
+
+    **Raises:** ValueError for shapes that do not fit, or an implementation that cannot serve the call.
+    """
+    if k.ndim != 5 or k.shape != v.shape or q.ndim != 3 or q.shape[::2] != k.shape[1::3] or q.shape[1] % k.shape[3]:
+        raise ValueError(f"decode_attention: q {q.shape} does not fit k {k.shape} and v {v.shape}")
+    if (k_scale is None) != (v_scale is None) or (k_scale is not None and k_scale.shape != k.shape[:-1]):
+        raise ValueError(f"decode_attention: k_scale and v_scale must both have shape {k.shape[:-1]}, or be None")
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    lengths = jnp.clip(lengths, 0, k.shape[2])
+    layer = jnp.asarray(layer, jnp.int32)
+    reason = _unsupported(q, k)
+    if implementation == "triton" and reason is not None:
+        raise ValueError(f'implementation="triton" cannot serve this call: {reason}')
+    arguments = (q, k, v, k_scale, v_scale, layer, lengths)
+    kernel = partial(_split_attention, scale=factor, interpret=interpret)
+    plain = partial(_plain_attention, scale=factor)
+    if implementation == "triton":
+        return kernel(*arguments)
+    if implementation == "xla" or reason is not None:
+        return plain(*arguments)
+    if implementation is not None:
+        raise ValueError(f'implementation must be None, "triton" or "xla", got {implementation!r}')
+    return jax.lax.platform_dependent(*arguments, cuda=kernel, default=plain)
+
+
+def _unsupported(q: Array, k: Array) -> str | None:
+    h = q.shape[-1]
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the kernel computes in bfloat16 or float16; q is {q.dtype}"
+    if h < MIN_ROWS or h & (h - 1):
+        return f"the kernel needs a head_dim that is a power of two from 16 on; it is {h}"
+    if k.shape[2] < _tile(k):
+        return f"the kernel needs a cache of at least {_tile(k)} keys; it has {k.shape[2]}"
+    return None
+
+
+def _tile(k: Array) -> int:
+    """Keys that a thread block loads at a time: 16 KB for head_dim 128."""
+    return 128 if k.dtype.itemsize == 1 else 64
+
+
+def _plain_attention(q, k, v, k_scale, v_scale, layer, lengths, *, scale: float) -> Array:
+    b, n, h = q.shape
+    k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
+    if k_scale is not None:
+        k_scale, v_scale = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k_scale, v_scale))
+        k, v = (dequantize(x, s, q.dtype) for x, s in ((k, k_scale), (v, v_scale)))
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    q = q.reshape(b, k.shape[2], n // k.shape[2], h)
+    scores = jnp.einsum("bkgh,bskh->bkgs", q, k, precision=precision, preferred_element_type=jnp.float32) * scale
+    valid = (jnp.arange(k.shape[1], dtype=jnp.int32) < lengths[:, None])[:, None, None]
+    top = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min, where=valid)
+    weights = jnp.where(valid, jnp.exp(scores - top), 0)
+    total = jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    weights = (weights / total).astype(v.dtype)
+    # Padding may hold anything; 0 times it must be 0.
+    v = jnp.where(valid[:, 0, 0, :, None, None], v, jnp.zeros_like(v))
+    out = jnp.einsum("bkgs,bskh->bkgh", weights, v, precision=precision, preferred_element_type=jnp.float32)
+    return out.reshape(b, n, h).astype(q.dtype)
+
+
+def dequantize(x: Array, scale: Float[Array, "*rows"], dtype: Any) -> Float[Array, "*rows h"]:
+    """x times the factor of each row, in `dtype`."""
+    return (x.astype(jnp.float32) * scale[..., None].astype(jnp.float32)).astype(dtype)
+
+
+def _split_attention(q, k, v, k_scale, v_scale, layer, lengths, *, scale: float, interpret: bool) -> Array:
+    b, n, h = q.shape
+    s, kv_heads = k.shape[2:4]
+    group = n // kv_heads
+    rows = max(MIN_ROWS, pl.next_power_of_2(group))
+    q = jnp.pad(q.reshape(b, kv_heads, group, h), ((0, 0), (0, 0), (0, rows - group), (0, 0)))
+    tile = _tile(k)
+    splits = max(1, min(BLOCKS // (b * kv_heads), s // tile))
+    scales = [] if k_scale is None else [k_scale, v_scale]
+    out, top, total = pl.pallas_call(
+        partial(_kernel, scale=scale, tile=tile, quantized=bool(scales)),
+        grid=(kv_heads, splits, b),
+        out_shape=[
+            jax.ShapeDtypeStruct((b, kv_heads, splits, rows, h), jnp.float32),
+            jax.ShapeDtypeStruct((b, kv_heads, splits, rows), jnp.float32),
+            jax.ShapeDtypeStruct((b, kv_heads, splits, rows), jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="decode_attention",
+    )(layer[None], lengths, q, k, v, *scales)
+    best = jnp.max(top, axis=2, keepdims=True)
+    weight = jnp.where(total > 0, jnp.exp(top - best), 0)
+    whole = jnp.maximum(jnp.sum(total * weight, axis=2), jnp.finfo(jnp.float32).tiny)
+    merged = jnp.sum(out * weight[..., None], axis=2) / whole[..., None]
+    return merged[:, :, :group].reshape(b, n, h).astype(q.dtype)
+
+
+def _kernel(layer_ref, lengths_ref, q_ref, k_ref, v_ref, *refs, scale: float, tile: int, quantized: bool) -> None:
+    scale_refs, (out_ref, top_ref, total_ref) = refs[:-3], refs[-3:]
+    head, split, batch = (pl.program_id(axis) for axis in range(3))
+    layer, length, s = layer_ref[0], lengths_ref[batch], k_ref.shape[2]
+    tiles = pl.cdiv(length, tile)
+    share = pl.cdiv(tiles, pl.num_programs(1))
+    q = q_ref[batch, head]
+    lowest = jnp.finfo(jnp.float32).min
+
+    def step(index, state):
+        out, top, total = state
+        # The last tile of a cache that is no multiple of it begins early; rows seen before are masked.
+        intended = index * tile
+        first = jnp.minimum(intended, s - tile)
+        position = first + jnp.arange(tile, dtype=jnp.int32)
+        seen = (position >= intended) & (position < length)
+        keys = k_ref[layer, batch, pl.ds(first, tile), head].astype(q.dtype)
+        scores = plgpu.dot(q, keys.T) * scale
+        if quantized:
+            scores *= scale_refs[0][layer, batch, pl.ds(first, tile), head].astype(jnp.float32)[None]
+        scores = jnp.where(seen[None], scores, lowest)
+        higher = jnp.maximum(top, scores.max(axis=1))
+        weights = jnp.where(seen[None], jnp.exp(scores - higher[:, None]), 0)
+        keep = jnp.exp(top - higher)
+        total = total * keep + weights.sum(axis=1)
+        values = v_ref[layer, batch, pl.ds(first, tile), head]
+        values = jnp.where(seen[:, None], values.astype(q.dtype), jnp.zeros((), q.dtype))
+        if quantized:
+            factor = scale_refs[1][layer, batch, pl.ds(first, tile), head].astype(jnp.float32)
+            weights = weights * jnp.where(seen, factor, 0)[None]
+        out = out * keep[:, None] + plgpu.dot(weights.astype(q.dtype), values)
+        return out, higher, total
+
+    rows = q.shape[0]
+    state = (
+        jnp.zeros(q.shape, jnp.float32),
+        jnp.full((rows,), lowest, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+    )
+    out, top, total = jax.lax.fori_loop(split * share, jnp.minimum((split + 1) * share, tiles), step, state)
+    out_ref[batch, head, split] = out
+    top_ref[batch, head, split] = top
+    total_ref[batch, head, split] = total
