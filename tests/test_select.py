@@ -55,6 +55,36 @@ def test_special_values_and_denormals():
         check(scores, [k], 8)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sixteen_bit_scores(rng, dtype):
+    scores = jnp.asarray(rng.standard_normal((12, 300)), dtype).at[:, 7].set(jnp.nan).at[:, 9].set(-jnp.inf)
+    k = rng.integers(0, 310, 12)
+    positions, count = jax.jit(select.top_k, static_argnums=2)(scores, jnp.asarray(k, jnp.int32), 200)
+    for row in range(12):
+        expected = numpy_top_k(np.asarray(scores[row], np.float32), min(k[row], 200))
+        np.testing.assert_array_equal(positions[row, : count[row]], expected)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_threshold_by_digits_of_any_size(rng, bits, monkeypatch):
+    monkeypatch.setattr(select, "DIGIT_BITS", bits)
+    keys = rng.integers(0, 2**32, (3, 2500), dtype=np.uint32) >> np.uint32(rng.integers(0, 30))
+    for k in (1, 17, 2500):
+        found = select.kth_largest(jnp.asarray(keys), jnp.full(3, k, jnp.int32))
+        np.testing.assert_array_equal(found, np.sort(keys, axis=-1)[:, -k])
+
+
+def test_count_reaching_a_mass(rng):
+    scores = rng.random((20, 300)).astype(np.float32)
+    mass = (scores * rng.random((20, 300))).astype(np.float32)
+    target = mass.sum(-1) * rng.random(20).astype(np.float32)
+    count = jax.jit(select.count_reaching)(jnp.asarray(scores), jnp.asarray(mass), jnp.asarray(target))
+    for row in range(20):
+        held = np.cumsum(mass[row, np.argsort(-scores[row])].astype(np.float64))
+        assert held[count[row] - 1] >= target[row] * (1 - 1e-5)
+        assert count[row] == 1 or held[count[row] - 2] <= target[row] * (1 + 1e-5)
+
+
 def test_compact_and_bitmaps(rng):
     mask = rng.random((5, 77)) < 0.3
     words = select.pack(jnp.asarray(mask))

@@ -74,9 +74,12 @@ def lazy_weights(
     """`probe_weights` to be written out anew for each sum over it.
 
     Every call is behind a barrier of its own. Without them a compiler may see one array of float32 weights with many
-    readers and store it, at twice the size of the scores; this way each sum fuses its own exponentials.
+    readers and store it, at twice the size of the scores; this way each sum fuses its own exponentials. Rows are one
+    axis here: with several axes, one of them of size 1, XLA prefers a layout that makes it copy all scores.
     """
-    keys = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    shape = scores.shape
+    scores, positions = scores.reshape(-1, shape[-1]), positions.reshape(-1)
+    keys = jnp.arange(shape[-1], dtype=jnp.int32)
     seen = keys <= positions[..., None]
 
     def scaled(scores: Array) -> Array:
@@ -88,7 +91,7 @@ def lazy_weights(
     inverse = jnp.where(total > 0, 1 / total, 0)
 
     def weights() -> Array:
-        return jnp.exp(scaled(jax.lax.optimization_barrier(scores)) - top) * inverse
+        return (jnp.exp(scaled(jax.lax.optimization_barrier(scores)) - top) * inverse).reshape(shape)
 
     return weights
 

@@ -1,9 +1,10 @@
 """Exact top-k without a sort, in position order, with a static width and a traced k per row.
 
 `jax.lax.top_k` sorts whole rows on GPU (k above a few hundred), returns them by score, and takes one static k. A
-kernel wants positions in ascending order, and heads differ in k. So: find the k-th largest score by bisection on
-order-preserving integers (32 counting passes, each one fused reduction), then compact the chosen positions through a
-bitmap of one word per 32 scores, so that everything after one last pass over the scores is 32 times smaller.
+kernel wants positions in ascending order, and heads differ in k. So: find the k-th largest score on order-preserving
+integers, three bits a pass (each pass counts the scores above seven thresholds in one fused reduction), then compact
+the chosen positions through a bitmap of one word per 32 scores, so that everything after one last pass over the scores
+is 32 times smaller.
 
 Equal scores go to the lower position. NaN counts as −inf, and −inf is never chosen: it marks entries out of range.
 """
@@ -12,20 +13,26 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt, UInt32
 
 _WORD = 32
+
+DIGIT_BITS = 3
+"""Bits of the threshold that one pass over the scores finds. More would take fewer passes, but the sums of one pass
+must fit one kernel's registers."""
+
+_BLOCK = 1024
 
 
 def top_k(scores: Float[Array, "*rows s"], k: Int[Array, "*rows"], width: int) -> tuple[Array, Array]:
     """Positions of the k largest scores of each row, ascending.
 
-    **Arguments:** `scores`: float32. `k`: int32, traced; clamped to [0, width] and to the number of scores above
-    −inf. `width`: static number of output slots.
+    **Arguments:** `scores`: float32, or a 16-bit float (half the passes). `k`: int32, traced; clamped to [0, width]
+    and to the number of scores above −inf. `width`: static number of output slots.
 
     **Returns:** positions int32 `[*rows, width]` (slots at or past the count hold s) and count int32 `[*rows]`.
 
-    Cost: 33 reads of `scores` (from cache where they fit).
+    Cost: 13 reads of `scores`, 8 of 16-bit ones (from cache where they fit).
     """
     words = top_k_words(scores, jnp.minimum(k, width))
     return word_positions(words, width, scores.shape[-1])
@@ -39,7 +46,7 @@ def top_k_mask(scores: Float[Array, "*rows s"], k: Int[Array, "*rows"]) -> Bool[
 def top_k_words(scores: Float[Array, "*rows s"], k: Int[Array, "*rows"]) -> UInt32[Array, "*rows w"]:
     """`top_k_mask` as a bitmap: bit p % 32 of word p // 32 is position p."""
     keys = ordered_keys(scores)
-    eligible = jnp.sum(keys > _LOWEST, axis=-1, dtype=jnp.int32)
+    eligible = jnp.sum(keys > _lowest(scores.dtype), axis=-1, dtype=jnp.int32)
     k = jnp.clip(k.astype(jnp.int32), 0, eligible)
     threshold = kth_largest(keys, k)
     above, ties = pack(keys > threshold[..., None]), pack(keys == threshold[..., None])
@@ -53,30 +60,52 @@ def compact(mask: Bool[Array, "*rows s"], width: int) -> tuple[Int[Array, "*rows
     return word_positions(pack(mask), width, mask.shape[-1])
 
 
-def ordered_keys(scores: Float[Array, "*rows s"]) -> UInt32[Array, "*rows s"]:
-    """uint32 in the order of the float32 scores; NaN maps to the value of −inf, −0 to that of +0.
+def ordered_keys(scores: Float[Array, "*rows s"]) -> UInt[Array, "*rows s"]:
+    """Unsigned integers of the same size in the order of the scores; NaN maps to the value of −inf, −0 to that of +0.
 
     Integer operations only: comparing floats would flush denormals to zero on some platforms and not on others.
     """
-    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    is_nan = (bits & ~sign) > jnp.uint32(0x7F800000)
+    unsigned = jnp.dtype(f"uint{8 * scores.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(scores, unsigned)
+    sign = jnp.asarray(1 << (8 * unsigned.itemsize - 1), unsigned)
+    infinity = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, scores.dtype), unsigned)
     keys = jnp.where(bits > sign, ~bits, bits | sign)
-    return jnp.where(is_nan, jnp.uint32(_LOWEST), keys)
+    return jnp.where((bits & ~sign) > infinity, _lowest(scores.dtype), keys)
 
 
-_LOWEST = 0x007FFFFF  # ordered_keys(-inf)
+def _lowest(dtype: jnp.dtype) -> Array:
+    """ordered_keys(−inf)."""
+    return ~jax.lax.bitcast_convert_type(jnp.asarray(-jnp.inf, dtype), jnp.dtype(f"uint{8 * dtype.itemsize}"))
 
 
-def kth_largest(keys: UInt32[Array, "*rows s"], k: Int[Array, "*rows"]) -> UInt32[Array, "*rows"]:
-    """The largest value that at least k keys of each row reach (uint32's largest where k is 0)."""
+def kth_largest(keys: UInt[Array, "*rows s"], k: Int[Array, "*rows"]) -> UInt[Array, "*rows"]:
+    """The largest value that at least k keys of each row reach (the type's largest where k is 0)."""
+    return _largest_reaching(keys, None, k)
 
-    def step(i: Int[Array, ""], found: UInt32[Array, "*rows"]) -> UInt32[Array, "*rows"]:
-        trial = found | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        reached = jnp.sum(keys >= trial[..., None], axis=-1, dtype=jnp.int32)
-        return jnp.where(reached >= k, trial, found)
 
-    return jax.lax.fori_loop(0, 32, step, jnp.zeros(k.shape, jnp.uint32))
+def _largest_reaching(keys: UInt[Array, "*rows s"], mass: Float[Array, "*rows s"] | None, target: Array) -> Array:
+    """The largest v for which the keys >= v hold `target` together: so many of them, or so much of their mass."""
+    kind, bits = keys.dtype, 8 * keys.dtype.itemsize
+    padding = [(0, 0)] * (keys.ndim - 1) + [(0, -keys.shape[-1] % min(_BLOCK, keys.shape[-1]))]
+
+    def blocks(x: Array) -> Array:
+        # Sums within blocks first: one kernel computes those of all thresholds, a second one finishes them.
+        return jnp.pad(x, padding).reshape(*x.shape[:-1], -1, min(_BLOCK, x.shape[-1]))
+
+    keys = blocks(keys)
+    share = jnp.ones((), jnp.int32) if mass is None else blocks(mass)
+    digits = jnp.arange(1, 1 << DIGIT_BITS, dtype=kind)
+
+    def step(i: Int[Array, ""], found: Array) -> Array:
+        shift = bits - DIGIT_BITS * (i + 1)
+        # The last digit may have fewer bits left: its trials then come in equal pairs or fours.
+        left, right = jnp.maximum(shift, 0).astype(kind), jnp.maximum(-shift, 0).astype(kind)
+        trials = found[..., None] | ((digits >> right) << left)
+        held = (jnp.where(keys >= trials[..., d, None, None], share, 0).sum(-1) for d in range(digits.size))
+        reached = jnp.stack(list(held), axis=-2).sum(-1) >= target[..., None]
+        return found | ((jnp.sum(reached, axis=-1, dtype=kind) >> right) << left)
+
+    return jax.lax.fori_loop(0, -(-bits // DIGIT_BITS), step, jnp.zeros(target.shape, kind))
 
 
 def count_reaching(
@@ -87,19 +116,12 @@ def count_reaching(
     `mass` >= 0 may differ from `scores` (an entry with score +inf is taken first, whatever its mass).
     """
     keys = ordered_keys(scores)
-
-    def held(at_least: UInt32[Array, "*rows"]) -> Float[Array, "*rows"]:
-        return jnp.sum(jnp.where(keys >= at_least[..., None], mass, 0), axis=-1)
-
-    def step(i: Int[Array, ""], found: UInt32[Array, "*rows"]) -> UInt32[Array, "*rows"]:
-        trial = found | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        return jnp.where(held(trial) >= target, trial, found)
-
-    threshold = jax.lax.fori_loop(0, 32, step, jnp.zeros(target.shape, jnp.uint32))
-    above = keys > threshold[..., None]
-    ties = jnp.sum(keys == threshold[..., None], axis=-1, dtype=jnp.int32)
+    threshold = _largest_reaching(keys, mass, target)[..., None]
+    above, tied = keys > threshold, keys == threshold
+    ties = jnp.sum(tied, axis=-1, dtype=jnp.int32)
     held_above = jnp.sum(jnp.where(above, mass, 0), axis=-1)
-    one_tie = jnp.maximum((held(threshold) - held_above) / jnp.maximum(ties, 1).astype(mass.dtype), 1e-30)
+    held_tied = jnp.sum(jnp.where(tied, mass, 0), axis=-1)
+    one_tie = jnp.maximum(held_tied / jnp.maximum(ties, 1).astype(mass.dtype), 1e-30)
     wanted = jnp.ceil((target - held_above) / one_tie)
     return jnp.sum(above, axis=-1, dtype=jnp.int32) + jnp.minimum(jnp.maximum(wanted, 0).astype(jnp.int32), ties)
 

@@ -209,9 +209,10 @@ def uncovered(
 ) -> Float[Array, "*heads s"]:
     """Column sums of the probe mass outside the diagonal and the given bands; of all of it where `apply` is False."""
     s, count = weights.shape[-1], num_key_tiles(weights.shape[-1])
-    seen = probes.seen_tiles(bands, positions, count) & apply[..., None, None]
-    seen = jnp.broadcast_to(seen[..., None], (*seen.shape, KEY_TILE)).reshape(*seen.shape[:-1], count * KEY_TILE)
-    return jnp.where(seen[..., :s], 0, weights).sum(-2)
+    seen = (probes.seen_tiles(bands, positions, count) & apply[..., None, None]).reshape(-1, count)
+    seen = jnp.broadcast_to(seen[..., None], (*seen.shape, KEY_TILE)).reshape(-1, count * KEY_TILE)
+    rest = jnp.where(seen[:, :s], 0, weights.reshape(-1, s))  # rows as one axis: see probes.lazy_weights
+    return rest.reshape(weights.shape).sum(-2)
 
 
 def uncovered_words(
