@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from minference_jax.cli import bench, compare, convert, demo, fetch, generate, inspect
+from minference_jax.cli import bench, compare, convert, demo, fetch, generate, inspect, search
 from minference_jax.cli.console import enable_compile_cache
 
 # Typer exports this class's children only.
@@ -34,6 +34,7 @@ app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("compare")(compare.compare)
 app.add_typer(bench.app, name="bench")
+app.command("search")(search.search)
 
 
 def _print_version(wanted: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from pathlib import Path
 
 from minference_jax.models.config import LlamaConfig
@@ -22,9 +23,8 @@ def parse_pattern(text: str, config: LlamaConfig) -> HeadPatterns | None:
 
     Raises `ValueError` that says what was expected, and what `load_patterns` raises for a file.
     """
-    name, _, fields = text.partition(":")
-    if name in _KINDS:
-        pattern = _with_fields(_KINDS[name], name, fields)
+    if text.partition(":")[0] in _KINDS:
+        pattern = parse_uniform(text)
         dense = isinstance(pattern, Dense)
         return None if dense else HeadPatterns.uniform(pattern, config.num_layers, config.num_heads)
     if Path(text).exists():
@@ -43,6 +43,11 @@ def parse_uniform(text: str) -> Pattern:
     if name not in _KINDS:
         raise ValueError(f"{text!r} is no pattern ({', '.join(_KINDS)})")
     return _with_fields(_KINDS[name], name, fields)
+
+
+def count_kinds(patterns: HeadPatterns) -> list[tuple[str, int]]:
+    """How many heads follow each kind of pattern, the most frequent first."""
+    return Counter(format_pattern(p).partition(":")[0] for layer in patterns for p in layer).most_common()
 
 
 def format_pattern(pattern: Pattern) -> str:

@@ -1,0 +1,183 @@
+"""`search`: each head's pattern and budgets, found on texts, into a file; and the check on texts held out."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minference_jax.cli.console import print_json, progress, read_text, stderr, stdout, usage_error
+from minference_jax.cli.pattern_option import parse_uniform
+
+
+def search(
+    texts: Annotated[list[str] | None, typer.Argument(help="More texts, after --text.", show_default=False)] = None,
+    model: Annotated[Path | None, typer.Option(help="A Hugging Face directory or a .gguf file.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A text to search on; repeatable; - is stdin.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The pattern file to write.")] = None,
+    tokens: Annotated[int, typer.Option(min=128, help="Of each sample.")] = 4096,
+    samples: Annotated[int, typer.Option(min=1, help="Of each text, one after the other.")] = 1,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="What a layer may cost: a density such as 0.25, 'a-shape:sink=1024,window=4096', or a time such as"
+            " 2.5ms with --cost measured. Default: that A-shape, scaled down for samples shorter than 32,768 tokens."
+        ),
+    ] = "",
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(help="Such as 'vertical-slash:columns=512,tiles=64'; repeatable. Default: all known ones."),
+    ] = None,
+    paper: Annotated[bool, typer.Option(help="The original's candidates only (MInference, Table 7).")] = False,
+    cost: Annotated[str, typer.Option(help="visited (keys that the kernel visits) or measured (seconds).")] = "visited",
+    objective: Annotated[str, typer.Option(help="Over several samples: mean or worst.")] = "mean",
+    budgets: Annotated[str, typer.Option(help="per-head, or equal in all heads.")] = "per-head",
+    query_tiles: Annotated[int, typer.Option(min=1, help="Tiles of 128 queries whose rows are scored.")] = 16,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
+    restart: Annotated[bool, typer.Option(help="Forget what an interrupted search has kept.")] = False,
+    patterns: Annotated[str, typer.Option(help="Verify these instead of searching: a file or a preset.")] = "",
+    verify: Annotated[list[str] | None, typer.Option(help="A held-out text to compare on; repeatable.")] = None,
+    verify_tokens: Annotated[
+        list[int] | None, typer.Option(min=128, help="Prompt length to compare at; repeatable. Default: --tokens.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Find the pattern and the budgets of each head, by the error of its output at equal kernel cost.
+
+    An interrupted search goes on where it was when it is started again. With --verify the result is compared with
+    every candidate given to all heads alike, at equal total visited keys.
+    """
+    texts = [*(text or []), *(texts or [])]
+    if model is None:
+        raise usage_error("give --model")
+    if bool(patterns) == bool(texts):
+        raise usage_error("give --text FILES and --out FILE to search, or --patterns FILE and --verify FILES")
+    if texts and out is None:
+        raise usage_error("give --out FILE for the patterns that are found")
+    if patterns and not verify:
+        raise usage_error("--patterns is only verified here: give --verify FILES")
+
+    from minference_jax.search import CANDIDATES, PAPER, Settings
+
+    chosen = tuple(map(parse_uniform, candidate)) if candidate else PAPER if paper else CANDIDATES
+    settings = Settings(_target(target), chosen, cost, objective, budgets, query_tiles)  # pyright: ignore[reportArgumentType]
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ValueError(f"{out.absolute().parent} is no directory")
+    found: dict[str, Any] = {}
+    network, tokenizer = _load(model, dtype)
+    if texts:
+        assert out is not None
+        ids = [_cut(tokenizer, name, tokens, samples) for name in texts]
+        found["search"] = _search(network, [row for rows in ids for row in rows], out, settings, restart, model)
+        if not json:
+            stdout().print(_summary(found["search"], out))
+        patterns = str(out)
+    if verify:
+        found["verify"] = _verify(network, tokenizer, patterns, verify, verify_tokens or [tokens], chosen, json)
+    if json:
+        print_json(found)
+
+
+def _load(model: Path, dtype: str) -> tuple[Any, Any]:
+    import jax
+
+    from minference_jax.models.llama import Llama
+    from minference_jax.models.tokenizer import load_tokenizer
+
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    with progress("Reading weights") as update:
+        return Llama.from_pretrained(model, dtype=dtype, progress=update), load_tokenizer(model)
+
+
+def _cut(tokenizer: Any, name: str, tokens: int, samples: int) -> list[list[int]]:
+    """The first `samples` runs of `tokens` tokens of a text."""
+    ids = tokenizer.encode(read_text(name))
+    if len(ids) < tokens * samples:
+        raise ValueError(f"{name} has {len(ids):,} tokens; {samples} x {tokens:,} are wanted (see --tokens)")
+    return [ids[i * tokens : (i + 1) * tokens] for i in range(samples)]
+
+
+def _search(network: Any, ids: list[list[int]], out: Path, settings: Any, restart: bool, model: Path) -> dict[str, Any]:
+    import jax.numpy as jnp
+
+    from minference_jax.pattern_io import load_about
+    from minference_jax.search import search_to_file
+
+    started, first = time.perf_counter(), []
+
+    with progress("Searching layers") as update:
+
+        def report(done: int, total: int) -> None:
+            update(done, total)
+            first.append(time.perf_counter())
+            each = (first[-1] - first[0]) / max(len(first) - 1, 1)  # the first layer also compiles
+            left = f", about {each * (total - done):.0f} s left" if len(first) > 1 and done < total else ""
+            stderr().print(f"layer {done} of {total}, {first[-1] - started:.0f} s{left}", soft_wrap=True)
+
+        about = {"model": model.resolve().name, "dtype": str(network.dtype), "command": _command()}
+        samples = jnp.asarray(ids, jnp.int32)
+        search_to_file(network, samples, out, settings=settings, about=about, restart=restart, progress=report)
+    return {"out": str(out), "seconds": time.perf_counter() - started, **load_about(out)}
+
+
+def _command() -> str:
+    return shlex.join(["minference-jax", *sys.argv[1:]])
+
+
+def _summary(found: dict[str, Any], out: Path) -> str:
+    from minference_jax.cli.pattern_option import count_kinds
+    from minference_jax.pattern_io import load_patterns
+
+    kinds = count_kinds(load_patterns(out))
+    return (
+        f"{out}: {', '.join(f'{count} {kind}' for kind, count in kinds)}\n"
+        f"mean output error {found['mean output error']:.4f}, density {found['mean density']:.4f},"
+        f" recall {found['mean recall']:.4f}; {found['seconds']:.0f} s"
+    )
+
+
+def _verify(
+    network: Any, tokenizer: Any, name: str, texts: list[str], lengths: list[int], candidates: Any, quiet: bool
+) -> list[dict[str, Any]]:
+    import jax.numpy as jnp
+
+    from minference_jax.models.checks import resolve_patterns
+    from minference_jax.search.verify import format_table, verify
+
+    patterns = resolve_patterns(network.config, name)
+    if patterns is None:
+        raise ValueError(f"{name} holds no patterns")
+    tables = []
+    for text in texts:
+        for tokens in lengths:
+            ids = jnp.asarray(_cut(tokenizer, text, tokens, 1), jnp.int32)
+            rows = verify(
+                network,
+                ids,
+                {"searched": patterns},
+                candidates=candidates,
+                say=lambda line: stderr().print(line, soft_wrap=True, markup=False),
+            )
+            tables.append({"text": text, "tokens": tokens, "rows": [row._asdict() for row in rows]})
+            if not quiet:
+                stdout().print(f"\n{Path(text).name}, {tokens:,} tokens\n\n{format_table(rows)}", markup=False)
+    return tables
+
+
+def _target(text: str) -> Any:
+    from minference_jax.search import Latency
+
+    if not text:
+        return None
+    try:
+        if text.endswith("ms"):
+            return Latency(float(text.removesuffix("ms")))
+        return float(text)
+    except ValueError:
+        if text[0].isalpha():
+            return parse_uniform(text)
+        raise usage_error(f"--target {text!r} is no density, no time in ms and no pattern") from None

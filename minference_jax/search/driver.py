@@ -1,0 +1,210 @@
+"""The offline search: which pattern and which budget each head of a model gets."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from minference_jax.models.capture import capture_qkv
+from minference_jax.models.checks import check_tokens
+from minference_jax.models.llama import Llama
+from minference_jax.pattern_io import save_patterns
+from minference_jax.patterns import HeadPatterns, Pattern
+from minference_jax.search.candidates import CANDIDATES, scaled
+from minference_jax.search.choose import allocate, best_at_equal_cost
+from minference_jax.search.cost import CostKind, CostModel, Target
+from minference_jax.search.measure import LayerMeter, LayerRecord
+from minference_jax.search.score import ROWS
+from minference_jax.search.settings import Settings
+from minference_jax.search.state import SearchState
+
+Progress = Callable[[int, int], None]
+
+
+def search_patterns(
+    model: Llama,
+    samples: Int[Array, "b t"],
+    *,
+    lengths: Int[Array, " b"] | None = None,
+    target: Target = None,
+    candidates: Sequence[Pattern] = CANDIDATES,
+    cost: CostKind = "visited",
+    objective: Literal["mean", "worst"] = "mean",
+    budgets: Literal["per-head", "equal"] = "per-head",
+    query_tiles: int = 16,
+    state: str | Path | None = None,
+    progress: Progress | None = None,
+) -> HeadPatterns:
+    """Finds each head's pattern and budgets for a model, on sample prompts.
+
+    Layer by layer, with that layer's queries, keys and values of a dense run: the budgets of every candidate are
+    scaled, in each head, until the candidate's own plan for the samples costs the target; then the output of each
+    candidate is compared with dense attention's, at `ROWS` rows of each of `query_tiles` query tiles that are spread
+    evenly over the sample. The least error wins, the cheaper one of equals.
+
+    **Arguments:**
+
+    - `samples`: int32 tokens of b prompts, padded on the right; `lengths`: int32 `[b]`. 128 tokens at least.
+    - `target`: what a layer may cost. A density (visited / causal cells) in (0, 1); an `AShape`, for what that costs;
+      a `Latency`, with `cost="measured"`; None for an A-shape of 1,024 sinks and a window of 4,096, in proportion for
+      samples shorter than 32,768 tokens.
+    - `candidates`: patterns whose budgets have the proportions to try; their size does not matter.
+    - `cost`: `"visited"` counts the keys that the kernel visits; `"measured"` times each candidate on this device, in
+      the first layer. Timings vary, so a measured search is not reproducible to the byte.
+    - `objective`: the error of a head is its mean over the samples, or the worst.
+    - `budgets`: `"per-head"` also measures every candidate at 1/4 to 3 times the budgets of equal cost, and spends
+      the same total where it lowers the errors' sum most; `"equal"` keeps all heads at the target, as the original.
+    - `state`: a file that keeps what is measured, layer by layer. An interrupted search that is started again with
+      it ends with the same result. It is left behind when the search is done.
+    - `progress(done, total)`: called after each layer.
+
+    **Returns:** `HeadPatterns` with `scores` (the relative error of the head's output), `densities` and `recalls`.
+
+    **Raises:** ValueError and TypeError for arguments that do not fit, among them a `state` of another search.
+
+    Memory: one layer's queries, keys and values, and a bit per option, head and key; nothing of size t × t.
+
+    Source: MInference (arXiv 2407.02490) §3.2, Algorithm 1 and Table 7. Budgets per head are ours.
+    """
+    settings = Settings(target, tuple(candidates), cost, objective, budgets, query_tiles)
+    search = Search(model, samples, lengths, settings)
+    kept = SearchState(None if state is None else Path(state), search.identity())
+    return search.run(kept, progress)
+
+
+def search_to_file(
+    model: Llama,
+    samples: Int[Array, "b t"],
+    path: str | Path,
+    *,
+    lengths: Int[Array, " b"] | None = None,
+    settings: Settings | None = None,
+    about: dict[str, Any] | None = None,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> HeadPatterns:
+    """`search_patterns`, written to a pattern file together with what was searched, on what, and when.
+
+    What is measured is kept beside it (`path` with the suffix `.partial`) until the file is written; `restart`
+    forgets that first. `about`: more to say in the file, such as the model's name.
+    """
+    path = Path(path)
+    settings = settings or Settings()
+    search = Search(model, samples, lengths, settings)
+    partial = path.with_name(path.name + ".partial")
+    if restart:
+        partial.unlink(missing_ok=True)
+    state = SearchState(partial, search.identity())
+    patterns = search.run(state, progress)
+    assert state.calibration is not None  # every search calibrates
+    means = {"output error": patterns.scores, "density": patterns.densities, "recall": patterns.recalls}
+    figures = {f"mean {name}": round(float(np.mean(np.asarray(table))), 6) for name, table in means.items()}
+    figures["target cost"] = state.calibration[1]
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    save_patterns(
+        patterns, path, about={**(about or {}), "date": today, **search.identity(), "versions": _versions(), **figures}
+    )
+    state.finish()
+    return patterns
+
+
+class Search:
+    """A search's inputs, checked, and the loop over layers."""
+
+    def __init__(self, model: Llama, samples: Array, lengths: Array | None, settings: Settings):
+        self.model, self.settings = model, settings
+        self.tokens, self.lengths = check_tokens(samples, lengths)
+        if int(jnp.min(self.lengths)) < 128:
+            raise ValueError("samples must have at least 128 tokens each")
+
+    def identity(self) -> dict[str, Any]:
+        """What makes this search this one, as JSON: shapes, weights, samples, settings."""
+        config = self.model.config
+        rows = zip(np.asarray(self.tokens), np.asarray(self.lengths), strict=True)
+        return {
+            "shape": {"layers": config.num_layers, "heads": config.num_heads, "kv heads": config.num_kv_heads},
+            "weights sha256": weights_digest(self.model),
+            "samples": [
+                {"tokens": int(n), "sha256": hashlib.sha256(row[:n].astype("<i4").tobytes()).hexdigest()}
+                for row, n in rows
+            ],
+            **self.settings.describe(),
+            "rows": ROWS * self.settings.query_tiles,
+        }
+
+    def run(self, state: SearchState, progress: Progress | None = None) -> HeadPatterns:
+        """Measures the layers that `state` does not have yet, and chooses."""
+        layers = self.model.config.num_layers
+        meter = LayerMeter(self.settings, self.lengths, self.tokens.shape[1])
+        if len(state.layers) < layers:
+            for index, qkv in enumerate(capture_qkv(self.model, self.tokens, self.lengths)):
+                if state.calibration is None:
+                    state.set_calibration(*meter.calibrate(qkv))
+                assert state.calibration is not None
+                if index not in state.layers:
+                    state.add(index, meter.measure(qkv, *state.calibration))
+                del qkv
+                if progress is not None:
+                    progress(index + 1, layers)
+        assert state.calibration is not None
+        records = [state.layers[index] for index in range(layers)]
+        return choose(records, *state.calibration, self.settings, self.tokens.shape[1])
+
+
+def choose(
+    records: Sequence[LayerRecord], model: CostModel, target: float, settings: Settings, tokens: int
+) -> HeadPatterns:
+    """One pattern for each head, from the measurements of all layers."""
+    steps, layers, heads = len(settings.ladder), len(records), records[0].factors.shape[1]
+    over_samples = np.mean if settings.objective == "mean" else np.max
+    density = np.concatenate([r.density.T for r in records])  # [layers · heads, options]
+    error = np.concatenate([over_samples(r.error, axis=1).T for r in records])
+    recall = np.concatenate([r.recall.mean(1).T for r in records])
+    cost = np.stack([model.of(o // steps, density[:, o]) for o in range(density.shape[1])], axis=1)
+    if settings.budgets == "per-head":
+        chosen = allocate(cost, error, target * len(cost))
+    else:
+        chosen = best_at_equal_cost(cost, error, target)
+    patterns = []
+    for i, option in enumerate(chosen):
+        candidate, step = divmod(int(option), steps)
+        factor = records[i // heads].factors[candidate, i % heads] * settings.ladder[step]
+        patterns.append(scaled(settings.candidates[candidate], float(factor), tokens))
+
+    def table(values: Sequence[Any]) -> tuple[tuple[Any, ...], ...]:
+        return tuple(tuple(values[i * heads : (i + 1) * heads]) for i in range(layers))
+
+    rows = np.arange(len(chosen))
+    return HeadPatterns(
+        table(patterns),
+        scores=table(error[rows, chosen].round(6).tolist()),
+        densities=table(density[rows, chosen].round(6).tolist()),
+        recalls=table(recall[rows, chosen].round(6).tolist()),
+    )
+
+
+def weights_digest(model: Llama) -> str:
+    """A hash of up to 1,024 evenly spread elements of every parameter: another checkpoint has another one."""
+    digest = hashlib.sha256()
+    for name, value in model.params().items():
+        stride = max(1, value.size // 1024)
+        part = value.reshape(-1)[::stride].astype(jnp.float32)
+        digest.update(name.encode() + str(value.shape).encode() + np.asarray(part, "<f4").tobytes())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = version("minference-jax")
+    except PackageNotFoundError:  # a checkout that is not installed
+        own = "unknown"
+    return {"minference-jax": own, "jax": jax.__version__, "platform": jax.default_backend()}

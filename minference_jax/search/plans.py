@@ -1,0 +1,53 @@
+"""A candidate's plan for a sample, reduced to what the search needs: its density, and masks of a few query tiles."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from minference_jax.index.build import make_plan
+from minference_jax.index.recall import column_flags
+from minference_jax.patterns import PatternArrays
+from pallas_kernels.plan import num_query_tiles, visited_tiles
+
+
+class PlanMasks(NamedTuple):
+    """What a plan visits.
+
+    - `density`: float32 `[b, n]`, visited / causal cells, over all rows.
+    - `tiles`: bool `[b, n, i, kt]`, key tiles that the i scored query tiles visit. `columns`: bool `[b, n, s]`.
+    """
+
+    density: Float[Array, "b n"]
+    tiles: Bool[Array, "b n i kt"]
+    columns: Bool[Array, "b n s"]
+
+
+def scored_tiles(tokens: int, count: int) -> np.ndarray:
+    """int32 numbers of `count` query tiles spread evenly over `tokens` rows (all of them, if there are no more)."""
+    total = num_query_tiles(tokens)
+    if count >= total:
+        return np.arange(total, dtype=np.int32)
+    # The middle of each of `count` equal parts.
+    return ((2 * np.arange(count) + 1) * total // (2 * count)).astype(np.int32)
+
+
+@partial(jax.jit, static_argnames="scale")
+def plan_masks(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b t k h"],
+    heads: PatternArrays,
+    lengths: Int[Array, " b"],
+    query_tiles: Int[Array, " i"],
+    scale: float | None = None,
+) -> PlanMasks:
+    """The real index's plan for these queries and keys. Memory: b·n·(t + i·t/64) bytes, and the index's own."""
+    b, t, n, _ = q.shape
+    plan = make_plan(q, k, heads, lengths=lengths, scale=scale)
+    tiles = jax.lax.map(lambda i: visited_tiles(plan, i, t, jnp.int32(0), (b, n)), query_tiles)
+    return PlanMasks(plan.density(t, t, lengths=lengths), jnp.moveaxis(tiles, 0, 2), column_flags(plan, t, (b, n)))

@@ -1,0 +1,143 @@
+"""Searched patterns against every candidate given to all heads alike, at equal total visited keys, on held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from minference_jax.models.capture import capture_qkv
+from minference_jax.models.llama import Llama
+from minference_jax.patterns import HeadPatterns, Pattern
+from minference_jax.search.candidates import CANDIDATES, arrays, check_candidates, scaled
+from minference_jax.search.measure import QKV
+from minference_jax.search.plans import plan_masks, scored_tiles
+from minference_jax.search.score import output_errors
+
+QUERY_TILES = 32
+"""Query tiles whose rows are scored: twice as many as the search looks at by default."""
+
+STEPS, OCTAVES = 7, 4.0
+"""Bisections of a range of 2⁴ around the first guess: the total is met to about 2 %, or to one tile."""
+
+
+class Row(NamedTuple):
+    """One set of patterns on one prompt. Means over all layers and heads; `perplexity` is NaN where not asked for."""
+
+    name: str
+    density: float
+    error: float
+    recall: float
+    worst_error: float
+    perplexity: float
+
+
+def verify(
+    model: Llama,
+    tokens: Int[Array, "1 t"],
+    patterns: Mapping[str, HeadPatterns],
+    *,
+    candidates: Sequence[Pattern] = CANDIDATES,
+    perplexity: bool = True,
+    say: Callable[[str], None] | None = None,
+) -> list[Row]:
+    """Output error, recall and perplexity of patterns and of every uniform candidate, on one prompt.
+
+    Each candidate's budgets are scaled by one factor for all heads, to the smallest that makes its plans for this
+    prompt visit, in total, no fewer keys than those of the first of `patterns` do: no candidate has less.
+
+    **Returns:** a row for dense attention, for each of `patterns`, and for each candidate.
+
+    Memory: the queries, keys and values of all layers (1 GB for SmolLM2-135M at 8,192 tokens in float32).
+    """
+    if tokens.ndim != 2 or tokens.shape[0] != 1:
+        raise ValueError(f"tokens must be one prompt, [1, t], got {tokens.shape}")
+    say = say or (lambda line: None)
+    t = tokens.shape[1]
+    lengths = jnp.asarray([t], jnp.int32)
+    query_tiles = jnp.asarray(scored_tiles(t, QUERY_TILES))
+    layers: list[QKV] = list(capture_qkv(model, tokens))
+    heads = model.config.num_heads
+
+    sets = dict(patterns)
+    first = next(iter(sets))
+    wanted = _mean_density(layers, sets[first], lengths)
+    say(f"{first}: density {wanted:.4f}")
+    for candidate in check_candidates(candidates):
+        pattern = _at_density(layers, candidate, wanted, lengths)
+        sets[repr(pattern)] = HeadPatterns.uniform(pattern, len(layers), heads)
+        say(f"brought to the same: {pattern!r}")
+
+    density, error, recall = (np.zeros((len(sets), len(layers), heads)) for _ in range(3))
+    every = [found.arrays() for found in sets.values()]
+    for index, (q, k, v) in enumerate(layers):
+        masks = [plan_masks(q, k, found.layer(index), lengths, query_tiles) for found in every]
+        tiles, columns = (jnp.stack([getattr(m, name) for m in masks]) for name in ("tiles", "columns"))
+        errors = output_errors(q, k, v, tiles, columns, query_tiles, lengths)
+        density[:, index] = np.stack([np.asarray(m.density[0]) for m in masks])
+        error[:, index], recall[:, index] = np.asarray(errors.error[:, 0]), np.asarray(errors.recall[:, 0])
+    del layers
+
+    def ppl(found: HeadPatterns | None) -> float:
+        if not perplexity:
+            return math.nan
+        scores = np.asarray(model.with_patterns(found).token_log_likelihoods(tokens), np.float64)
+        return float(np.exp(-scores.sum() / (t - 1)))
+
+    rows = [Row("dense", 1.0, 0.0, 1.0, 0.0, ppl(None))]
+    for i, (name, found) in enumerate(sets.items()):
+        rows.append(Row(name, density[i].mean(), error[i].mean(), recall[i].mean(), error[i].max(), ppl(found)))
+        say(format_row(rows[-1]))
+    return rows
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    head = "| patterns | density | output error | worst head | recall | perplexity |\n|---|---|---|---|---|---|"
+    return "\n".join([head, *map(format_row, rows)])
+
+
+def format_row(row: Row) -> str:
+    """One line of the Markdown table."""
+    perplexity = "" if math.isnan(row.perplexity) else f"{row.perplexity:.3f}"
+    return (
+        f"| {row.name} | {row.density:.4f} | {row.error:.4f} | {row.worst_error:.3f} | {row.recall:.4f} "
+        f"| {perplexity} |"
+    )
+
+
+def _mean_density(layers: Sequence[QKV], patterns: HeadPatterns, lengths: Array) -> float:
+    every = patterns.arrays()
+    return float(np.mean([np.asarray(_density(q, k, every.layer(i), lengths)) for i, (q, k, _) in enumerate(layers)]))
+
+
+def _density(q: Array, k: Array, heads: object, lengths: Array) -> Array:
+    none = jnp.zeros((1,), jnp.int32)  # the scored tiles' masks are not needed here
+    return plan_masks(q, k, heads, lengths, none).density
+
+
+def _at_density(layers: Sequence[QKV], candidate: Pattern, wanted: float, lengths: Array) -> Pattern:
+    """The candidate scaled to the smallest factor, of those tried, whose mean density is at least `wanted`."""
+    t, heads = layers[0][1].shape[1], layers[0][0].shape[2]
+
+    def reaches(pattern: Pattern) -> bool:
+        found = arrays([pattern] * heads, t)
+        return float(np.mean([np.asarray(_density(q, k, found, lengths)) for q, k, _ in layers])) >= wanted
+
+    low = math.log2(wanted * t / 2 / 5120) - OCTAVES / 2
+    high = low + OCTAVES
+    while not reaches(scaled(candidate, 2**high, t)) and 2**high < t:
+        low, high = high, high + OCTAVES
+    while reaches(scaled(candidate, 2**low, t)) and 2**low > 1e-4:
+        low, high = low - OCTAVES, low
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        if reaches(scaled(candidate, 2**middle, t)):
+            high = middle
+        else:
+            low = middle
+    return scaled(candidate, 2**high, t)
