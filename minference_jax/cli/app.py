@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from minference_jax.cli import bench, compare, convert, demo, fetch, generate, inspect, search
+from minference_jax.cli import bench, compare, convert, demo, eval, fetch, generate, inspect, search
 from minference_jax.cli.console import enable_compile_cache
 
 # Typer exports this class's children only.
@@ -35,6 +35,7 @@ app.command("inspect")(inspect.inspect)
 app.command("compare")(compare.compare)
 app.add_typer(bench.app, name="bench")
 app.command("search")(search.search)
+app.command("eval")(eval.evaluate)
 
 
 def _print_version(wanted: bool) -> None:

@@ -38,9 +38,12 @@ class Dilated(PlanBuilder):
     stride: int = 2
 
     def build(self, q: Array, k: Array, *, lengths: Array, q_offset: Array, scale: float) -> SparsePlan:
+        return _fixed(q, k, self.sink, np.asarray(self.bands(), np.int32))
+
+    def bands(self) -> list[int]:
+        """The distances of its key tiles."""
         near, end = -(-self.near // KEY_TILE), -(-(self.near + self.far) // KEY_TILE)
-        bands = [*range(1, near + 1), *range(near + self.stride, end + 1, self.stride)]
-        return _fixed(q, k, self.sink, KEY_TILE * np.asarray(bands, np.int32))
+        return [KEY_TILE * i for i in (*range(1, near + 1), *range(near + self.stride, end + 1, self.stride))]
 
 
 @jax.tree_util.register_static

@@ -1,0 +1,92 @@
+"""`eval`: tasks by methods by lengths, and a report."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minference_jax.cli.console import progress, read_text, stderr, stdout, usage_error
+from minference_jax.cli.generate import load_model
+from minference_jax.cli.pattern_option import parse_pattern
+
+
+def evaluate(
+    model: Annotated[Path, typer.Option(help="A Hugging Face directory or a .gguf file.")],
+    tasks: Annotated[
+        str, typer.Option(help="Names or groups (niah, retrieval, ruler), with commas; infinitebench, longbench, ppl.")
+    ] = "niah,kv,ppl",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, with commas.")] = "1024,4096",
+    methods: Annotated[
+        str,
+        typer.Option(help="Names (dense, minference, a-shape, static, …), patterns, pattern files; with commas."),
+    ] = "dense,minference,a-shape",
+    samples: Annotated[int, typer.Option(min=1, help="Of each task at each length.")] = 50,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 8,
+    density: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of keys that methods may visit.")] = 0.35,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
+    text: Annotated[str, typer.Option(help="Haystack and text for perplexity; default: an excerpt of a novel.")] = "",
+    qa: Annotated[list[Path] | None, typer.Option(help="In SQuAD's format: ruler-qa_1; a second: ruler-qa_2.")] = None,
+    file: Annotated[list[Path] | None, typer.Option(help="A JSONL file of infinitebench or longbench.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of results and report; a run that was stopped goes on.")] = Path(
+        "eval"
+    ),
+) -> None:
+    """Score methods on tasks at prompt lengths; results are kept, and a stopped run goes on where it was."""
+    from minference_jax.eval.report import tables, write_report
+    from minference_jax.eval.runner import evaluate as run
+    from minference_jax.eval.tasks import make_tasks
+    from minference_jax.models.tokenizer import load_tokenizer
+
+    sizes = [int(size) for size in lengths.split(",") if re.fullmatch(r"\s*[1-9]\d*\s*", size)]
+    if len(sizes) != len(lengths.split(",")):
+        raise usage_error(f"--lengths must be whole numbers with commas, got {lengths!r}")
+    book = read_text(text) if text else None
+    chosen = make_tasks([name.strip() for name in tasks.split(",")], text=book, qa=qa or (), files=file or ())
+    network, _ = load_model(model, "dense", dtype)
+    tokenizer = load_tokenizer(model)
+    compared = [_method(name, network.config, tokenizer) for name in split_methods(methods)]
+    with progress("Evaluating") as update:
+        results = run(
+            network,
+            tokenizer,
+            chosen,
+            lengths=sizes,
+            methods=compared,
+            samples=samples,
+            batch=batch,
+            density=density,
+            seed=seed,
+            path=output / "results.jsonl",
+            settings={"model": model.name, "dtype": network.dtype.name, "text": text},
+            progress=lambda done, total, _: update(done, total),
+        )
+    paths = write_report(results, output, f"{model.name}, {samples} samples of each task and length")
+    from rich.table import Table
+
+    for table in tables(results)[: len(sizes)]:
+        shown = Table(*table.header, title=table.title)
+        for row in table.rows:
+            shown.add_row(*(cell.replace("[", "\\[") for cell in row))
+        stdout().print(shown)
+    stderr().print("Written: " + ", ".join(map(str, paths)))
+
+
+def split_methods(text: str) -> list[str]:
+    """Names at the commas, except those between the fields of a pattern."""
+    return [part.strip() for part in re.split(r",(?![a-z_]+=)", text) if part.strip()]
+
+
+def _method(name: str, config: Any, tokenizer: Any) -> Any:
+    from minference_jax.data import load_text
+    from minference_jax.eval.methods import METHODS, Method, static_from
+
+    if name == "static":
+        # The other prompt: the end of the book, of which prompts rarely begin.
+        return Method(name, static_from(tokenizer.encode(load_text())[-32768:]))
+    if name in METHODS:
+        return Method(name, METHODS[name])
+    return Method.fixed(name, parse_pattern(name, config))

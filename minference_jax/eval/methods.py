@@ -1,0 +1,169 @@
+"""The methods that an evaluation compares, each at (nearly) the same share of visited keys.
+
+A method says which patterns a model should have for prompts of a length: the budgets are chosen so that the plan visits
+at most `density` of the causal cells. For patterns with a fixed mask that is nearly exact; an index, which may choose
+cheaper tiles and columns, often stays well below. What was visited is measured with every sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from minference_jax.eval.baselines import BigBird, Dilated, Longformer, StaticPlan, TopKOracle
+from minference_jax.models.checks import Patterns
+from minference_jax.models.llama import Llama
+from minference_jax.patterns import AShape, BlockSparse, VerticalSlash
+from pallas_kernels.plan import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
+
+Chooser = Callable[[Llama, int, float], Patterns]
+"""The patterns of a method for a model, a prompt length in tokens and a density."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A name for reports and what it stands for."""
+
+    name: str
+    choose: Chooser
+
+    @classmethod
+    def fixed(cls, name: str, patterns: Patterns) -> Method:
+        """The same patterns for every length, whatever the density."""
+        return cls(name, lambda model, length, density: patterns)
+
+
+def plan_density(
+    length: int, *, bands: Sequence[int] = (), columns: int = 0, blocks: int = 0, question: int = 0
+) -> float:
+    """Visited share of the causal cells of `length` tokens, without making a plan.
+
+    - `bands`: distances, multiples of 64. `columns`: keys from the first on, the most expensive place for columns.
+    - `blocks`: key tiles per query tile besides, taken not to overlap with the bands. `question`: last rows that see
+      everything, rounded out to query tiles.
+    """
+    first = QUERY_TILE * np.arange(num_query_tiles(length))
+    rows = np.minimum(length - first, QUERY_TILE)
+    tile = np.arange(num_key_tiles(length))
+    seen = np.isin((first[:, None] - KEY_TILE * tile) // KEY_TILE * KEY_TILE, np.asarray(bands, int))
+    past = KEY_TILE * tile < first[:, None]
+    listed = np.clip(columns - KEY_TILE * tile, 0, KEY_TILE)
+    keys = np.where(seen & past, KEY_TILE, np.where(past, listed, 0)).sum(1)
+    keys = np.minimum(keys + KEY_TILE * blocks, first)
+    keys = np.where((first + QUERY_TILE > length - question) & (question > 0), first, keys)
+    diagonal = (rows * (rows + 1) // 2).sum()
+    return float((keys * rows).sum() + diagonal) / (length * (length + 1) / 2)
+
+
+def _largest(visits: Callable[[int], float], most: int, density: float) -> int:
+    """The largest budget in 0 … most at which `visits` stays within the density (0 if none does)."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if visits(middle) <= density else (low, middle - 1)
+    return low
+
+
+def near_bands(tiles: int) -> list[int]:
+    """The distances of the `tiles` key tiles before a query tile."""
+    return [KEY_TILE * i for i in range(1, tiles + 1)]
+
+
+def vertical_slash_for(length: int, density: float, *, columns: int | None = None) -> VerticalSlash:
+    """As many tiles as a density allows beside the columns: one column in 32 tokens, or as many as given.
+
+    What the tiles, which come in large steps, leave over goes to the columns, unless they were given.
+    """
+    least = max(32, length // 32) if columns is None else columns
+
+    def visits(tiles: int, columns: int) -> float:
+        return plan_density(length, bands=near_bands(tiles), columns=columns)
+
+    tiles = max(1, _largest(lambda n: visits(n, least), num_key_tiles(length), density))
+    if columns is None:
+        least = max(4, _largest(lambda n: visits(tiles, n), 2 * least, density))
+    return VerticalSlash(columns=least, tiles=tiles, probes="spread")
+
+
+def _window(length: int, density: float, sink: int, question: int = 0, random: int = 0) -> int:
+    """The window, in whole tiles, that a density leaves beside sinks, question rows and random tiles."""
+
+    def visits(tiles: int) -> float:
+        return plan_density(length, bands=near_bands(tiles), columns=sink, blocks=random, question=question)
+
+    return KEY_TILE * _largest(visits, num_key_tiles(length), density) + 1
+
+
+def _sink(length: int) -> int:
+    # StreamingLLM's share of sinks in MInference's comparison is a fifth; that many leave no window for short prompts.
+    return min(64, length // 32)
+
+
+def _a_shape(model: Llama, length: int, density: float) -> Patterns:
+    return AShape(sink=_sink(length), window=_window(length, density, _sink(length)))
+
+
+def _vertical_only(model: Llama, length: int, density: float) -> Patterns:
+    columns = _largest(lambda n: plan_density(length, bands=near_bands(1), columns=n), length, density)
+    return VerticalSlash(columns=max(columns, 4), tiles=1, probes="spread")
+
+
+def _block_sparse(model: Llama, length: int, density: float) -> Patterns:
+    return BlockSparse(2 + _largest(lambda n: plan_density(length, blocks=n), num_key_tiles(length), density))
+
+
+def _dilated(near_share: float) -> Chooser:
+    def choose(model: Llama, length: int, density: float) -> Patterns:
+        sink = _sink(length)
+
+        def pattern(tiles: int) -> Dilated:
+            near = round(near_share * tiles) * KEY_TILE
+            return Dilated(sink=sink, near=near, far=tiles * KEY_TILE - near, stride=2)
+
+        def visits(tiles: int) -> float:
+            return plan_density(length, bands=pattern(tiles).bands(), columns=sink)
+
+        return pattern(max(2, _largest(visits, num_key_tiles(length), density)))
+
+    return choose
+
+
+def _longformer(model: Llama, length: int, density: float) -> Patterns:
+    sink = _sink(length)
+    return Longformer(window=_window(length, density, sink, question=64), sink=sink)
+
+
+def _big_bird(model: Llama, length: int, density: float) -> Patterns:
+    # A quarter of the tiles of a query tile, about, are random ones.
+    sink, random = _sink(length), max(1, round(density * num_key_tiles(length) / 8))
+    return BigBird(window=_window(length, density, sink, question=64, random=random), sink=sink, random=random)
+
+
+def static_from(tokens: Sequence[int]) -> Chooser:
+    """The index of minference's pattern on the first tokens of another prompt, for every prompt of that length."""
+
+    def choose(model: Llama, length: int, density: float) -> Patterns:
+        if len(tokens) < length:
+            raise ValueError(f"static: its prompt has {len(tokens)} tokens, fewer than {length}")
+        return StaticPlan.of_prompt(model, jnp.asarray([tokens[:length]]), vertical_slash_for(length, density))
+
+    return choose
+
+
+METHODS: dict[str, Chooser] = {
+    "dense": lambda model, length, density: None,
+    "minference": lambda model, length, density: vertical_slash_for(length, density),
+    "a-shape": _a_shape,
+    "vertical-only": _vertical_only,
+    "slash-only": lambda model, length, density: vertical_slash_for(length, density, columns=4),
+    "block-sparse": _block_sparse,
+    "dilated": _dilated(0.0),
+    "strided": _dilated(1 / 3),
+    "longformer": _longformer,
+    "bigbird": _big_bird,
+    "oracle": lambda model, length, density: TopKOracle(density),
+}
+"""Methods by name. `static` needs a prompt, see `static_from`; patterns of a file or a search are `Method.fixed`."""
