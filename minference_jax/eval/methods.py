@@ -2,7 +2,8 @@
 
 A method says which patterns a model should have for prompts of a length: the budgets are chosen so that the plan visits
 at most `density` of the causal cells. For patterns with a fixed mask that is nearly exact; an index, which may choose
-cheaper tiles and columns, often stays well below. What was visited is measured with every sample.
+cheaper tiles and columns, often stays well below; where even the smallest budget visits more (short prompts), it is
+that. What was visited is measured with every sample.
 """
 
 from __future__ import annotations

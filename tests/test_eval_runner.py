@@ -1,0 +1,204 @@
+"""The runner: batches give what single prompts give, nothing compiles twice, a killed run goes on, and the report."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy_llama import random_params
+
+from minference_jax.attention import make_plan
+from minference_jax.eval.baselines import BigBird, Longformer
+from minference_jax.eval.methods import METHODS, Method, plan_density, vertical_slash_for
+from minference_jax.eval.metrics import starts_with
+from minference_jax.eval.perplexity import Perplexity
+from minference_jax.eval.report import markdown, write_report
+from minference_jax.eval.results import Result, ResultFile, perplexity_cell, score_cell
+from minference_jax.eval.runner import evaluate, padded, run_batch
+from minference_jax.eval.samples import Sample
+from minference_jax.models import LlamaConfig
+from minference_jax.models.llama import Llama
+from minference_jax.patterns import AShape
+from tests.eval_tokenizer import WordTokenizer
+
+CONFIG = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+TEXT = "".join(f"word{chr(97 + i % 26)} and then, {i % 10} " for i in range(300))
+
+
+class Numbers:
+    """Prompts of random ids and unequal lengths; the answer is the first id of the reply being even."""
+
+    name = "numbers"
+
+    def __init__(self, shortest=3, longest=100):
+        self.shortest, self.longest = shortest, longest
+
+    def sample(self, tokenizer, length, index, seed):
+        rng = np.random.default_rng([seed, index])
+        ids = rng.integers(1, 61, rng.integers(self.shortest, self.longest + 1))
+        return Sample(self.name, length, index, tuple(ids.tolist()), ("even",), 6, {"depth": index % 2 / 2})
+
+    def score(self, reply, answers):
+        return starts_with(reply, answers)
+
+
+class Ids:
+    """Decodes ids as text that a score can be read from."""
+
+    eos_token_ids = (60,)
+
+    def decode(self, ids, *, skip_special_tokens=False):
+        return ("even " if ids[0] % 2 == 0 else "odd ") + " ".join(map(str, ids))
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return Llama.from_params(CONFIG, {name: jnp.asarray(value) for name, value in random_params(CONFIG).items()})
+
+
+SPARSE = Method.fixed("window", AShape(sink=4, window=65))
+DENSE = Method("dense", METHODS["dense"])
+
+
+def test_a_batch_of_unequal_prompts_gives_the_answers_of_single_runs(model):
+    model, task = model.with_patterns(AShape(sink=4, window=65)), Numbers(shortest=130, longest=256)
+    group = [task.sample(None, 256, index, 0) for index in range(8)]
+    assert len({len(sample.tokens) for sample in group}) > 4
+    together = run_batch(model, Ids(), task, group, "x", 8)
+    alone = [run_batch(model, Ids(), task, [sample], "x", 1)[0] for sample in group]
+    assert [result.reply for result in together] == [result.reply for result in alone]
+    assert [result.score for result in together] == [result.score for result in alone]
+    np.testing.assert_allclose([r.density for r in together], [r.density for r in alone], atol=1e-5)
+
+
+def test_nothing_compiles_within_a_bucket(model):
+    compiled = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if "backend_compile" in event:
+            compiled.append((event, duration_secs))
+
+    arguments: dict[str, Any] = {"lengths": [128], "methods": [DENSE, SPARSE], "batch": 3}
+    evaluate(model, Ids(), [Numbers()], samples=3, **arguments)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x * 5 + 1)(jnp.ones(7)).block_until_ready()
+        assert compiled  # the listener does hear compilations
+        compiled.clear()
+        results = evaluate(model, Ids(), [Numbers()], samples=8, seed=1, **arguments)  # the last batch is not full
+        assert len(results) == 16 and compiled == []
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_report(model, tmp_path):
+    arguments: dict[str, Any] = {"lengths": [128], "methods": [DENSE, SPARSE], "samples": 7, "batch": 3}
+    whole = evaluate(model, Ids(), [Numbers()], path=tmp_path / "whole.jsonl", **arguments)
+
+    class KilledError(Exception):
+        pass
+
+    def kill(done: int, total: int, what: str) -> None:
+        assert total == 14
+        if done > 4:
+            raise KilledError
+
+    path = tmp_path / "killed.jsonl"
+    with pytest.raises(KilledError):
+        evaluate(model, Ids(), [Numbers()], path=path, progress=kill, **arguments)
+    lines = path.read_bytes()
+    path.write_bytes(lines[:-9])  # killed while it wrote
+    seen = []
+    again = evaluate(
+        model, Ids(), [Numbers()], path=path, progress=lambda done, total, _: seen.append((done, total)), **arguments
+    )
+    assert seen[0] == (5, 14) and seen[-1] == (14, 14)
+    order = [result.key for result in whole]
+    assert sorted(again, key=lambda r: order.index(r.key)) == whole
+    assert markdown(again) == markdown(whole)
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()[1:8]] == list(range(7))
+    # A third run has nothing to do; other settings are refused.
+    assert evaluate(None, None, [Numbers()], path=path, **arguments) == again  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"killed.jsonl is of another run: seed 0 instead of 1"):
+        evaluate(model, Ids(), [Numbers()], path=path, seed=1, **arguments)
+    path.write_text("{}\n")
+    with pytest.raises(ValueError, match="no file of results"):
+        ResultFile(path, {})
+
+
+def test_a_deadline_ends_a_run(model):
+    assert evaluate(model, Ids(), [Numbers()], lengths=[128], methods=[DENSE], samples=2, deadline=0.0) == []
+
+
+def test_perplexity_is_that_of_the_logits(model):
+    tokenizer = WordTokenizer()
+    task = Perplexity(TEXT, windows=3)
+    results = evaluate(model, tokenizer, [task], lengths=[100], methods=[DENSE], samples=3, batch=2)
+    ids = np.asarray(task.sample(tokenizer, 100, 1, 0).tokens)
+    logits = np.asarray(model(jnp.asarray(ids[None])), np.float64)[0, :-1]
+    expected = np.log(np.exp(logits).sum(-1)) - logits[np.arange(99), np.minimum(ids[1:], 60)]
+    assert results[1].nll == pytest.approx(expected.mean(), rel=1e-5) and results[1].tokens == 99
+    cell = perplexity_cell(results)
+    assert cell is not None and cell.value == pytest.approx(np.exp(np.mean([r.nll for r in results])))
+    assert cell.low < cell.value < cell.high and score_cell(results) is None
+
+
+def test_padded_repeats_the_last_prompt_up_to_a_full_batch():
+    tokens, lengths = padded([(1, 2, 3), (4,)], 4)
+    assert tokens.shape == (4, 128) and lengths.tolist() == [3, 1, 1, 1]
+    assert tokens[:, :4].tolist() == [[1, 2, 3, 0], [4, 0, 0, 0], [4, 0, 0, 0], [4, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("length", [300, 1024])
+def test_plan_density_is_that_of_the_plan(rng, length):
+    q = jnp.zeros((1, length, 2, 8))
+    for pattern, counted in (
+        (AShape(sink=70, window=129), plan_density(length, bands=[64, 128], columns=70)),
+        (Longformer(window=65, sink=5, question=9), plan_density(length, bands=[64], columns=5, question=9)),
+    ):
+        made = jax.jit(lambda pattern=pattern: make_plan(q, q, pattern).density(length, length))()
+        np.testing.assert_allclose(made, counted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"dense"}))
+def test_methods_keep_to_the_density(rng, model, name):
+    length, density = 2048, 0.4
+    q, k = (jnp.asarray(rng.standard_normal((1, length, n, 8)), "float32") for n in (2, 1))
+    pattern = METHODS[name](model, length, density)
+
+    @jax.jit
+    def visited(q, k):
+        return make_plan(q, k, pattern).density(length, length)
+
+    found = np.asarray(visited(q, k))
+    # Random tiles that fall into the window cost nothing; an index may choose what is cheaper.
+    assert np.all(found <= density + 1e-3) and np.all(found >= (0.25 if isinstance(pattern, BigBird) else 0.3))
+
+
+def test_budgets_grow_with_length_and_density():
+    small, large, loose = (vertical_slash_for(n, d) for n, d in ((4096, 0.3), (8192, 0.3), (8192, 0.5)))
+    assert (small.tiles or 0) < (large.tiles or 0) < (loose.tiles or 0) and small.columns < large.columns
+
+
+def results_of_two_methods():
+    return [
+        Result(method, task, length, i, float(i < right), density=density, about={"depth": i % 2 / 2})
+        for method, right, density in (("dense", 10, 1.0), ("window", 4, 0.25))
+        for task in ("needle-magic-raw", "needle-address-raw")
+        for length in (1024, 2048)
+        for i in range(10)
+    ] + [Result(m, "ppl", 1024, i, nll=2.0 + i / 10, tokens=1023) for m in ("dense", "window") for i in range(2)]
+
+
+def test_the_report_has_averages_tasks_and_plots(tmp_path):
+    written = write_report(results_of_two_methods(), tmp_path, "Tiny <model>")
+    text = (tmp_path / "report.md").read_text()
+    assert "### 1,024 tokens" in text and "| method | density | niah (2 tasks) | ppl |" in text
+    assert "| window | 0.250 | 40.0 [21.9, 61.3] | 7.77 [" in text and "| dense | 1.000 | 100.0 [83.9, 100.0] |" in text
+    assert "### needle-address-raw" in text
+    page = (tmp_path / "report.html").read_text()
+    assert "Tiny &lt;model&gt;" in page and page.count("<svg") == 3
+    names = {path.name for path in written}
+    assert names == {"report.md", "report.html", "needle.svg", "score-niah.svg", "perplexity.svg"}
