@@ -18,7 +18,7 @@ from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPriv
 
 from pallas_kernels import hopper_tables as tables
 from pallas_kernels.hopper_config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS
-from pallas_kernels.hopper_launch import Launch, Refs, item_of, share_of, split_head
+from pallas_kernels.hopper_launch import Launch, Refs, item_of, share_of, split_head, views
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE
 
 
@@ -40,12 +40,13 @@ def compute(
     lse_smem=None,
 ):
     """A compute warpgroup: online softmax of its 64 rows over the steps of every query tile."""
-    stages, h = launch.config.stages, launch.head_dim
+    stages, parts, width = launch.config.stages, launch.parts, launch.part_width
+    k_smem, v_smem = views(k_smem, launch)[1], views(v_smem, launch)[1]
     log2_scale = launch.scale * math.log2(math.e)
     layout = plgpu.Layout.WGMMA
     shape = (ROWS, STEP_KEYS)
 
-    take_turns = launch.config.takes_turns(h)
+    take_turns = launch.config.takes_turns(launch.head_dim)
 
     def wait_turn():
         if take_turns:
@@ -58,12 +59,26 @@ def compute(
     def rows_to(values, shape):
         return lax.broadcast_in_dim(values, shape, [0])
 
+    def start_scores(s_ref, queries, slot):
+        """Queues the products of queries and keys, part by part of head_dim."""
+        for part in range(parts):
+            plgpu.wgmma(s_ref, queries.at[part], k_smem.at[slot, part].transpose((1, 0)))
+
+    def emulated_scores(queries, slot):
+        return sum(jnp.dot(queries[i], k_smem[slot, i].T, preferred_element_type=jnp.float32) for i in range(parts))
+
+    def emulated_values(acc, p16, slot):
+        return tuple(
+            a + jnp.dot(p16, v_smem[slot, part], preferred_element_type=jnp.float32) for part, a in enumerate(acc)
+        )
+
     def query_tile(index, step0):
         z, tile = item_of(launch, index)
         no_bias = refs.work[z, tile, tables.STEPS_NO_BIAS]
         steps = refs.work[z, tile, tables.STEPS]
         whole = refs.work[z, tile, tables.TILES]
         rows_valid = refs.work[z, tile, tables.ROWS_VALID]
+        cut = refs.work[z, tile, tables.CUT]
         buffer = lax.rem(index, jnp.int32(2))
         queries = q_smem.at[buffer * COMPUTE_WARPGROUPS + warpgroup]
 
@@ -71,10 +86,17 @@ def compute(
             return lax.rem(step0 + step, jnp.int32(stages))
 
         def bias_of(step):
-            # The zeros in front of the columns stand for the last whole tile, if it has to share a step.
-            start = pl.multiple_of((2 * step - 1 - whole) * KEY_TILE, KEY_TILE)
-            source = refs.bias.at[0, 0] if refs.keys is None else refs.bias.at[z, tile, pl.ds(start, STEP_KEYS)]
-            return plgpu.load(source, layout=layout.reduce(0), optimized=False)
+            place = 2 * step - 2 - whole  # of the step's first half among the columns; negative for whole tiles
+            start = pl.multiple_of((place + 2) * KEY_TILE, KEY_TILE)
+            row = (0, 0) if refs.keys is None else (z, tile)
+            bias = plgpu.load(refs.bias.at[(*row, pl.ds(start, STEP_KEYS))], layout=layout.reduce(0), optimized=False)
+            # Of a last whole tile that begins before key 0, its last `cut` keys belong to other tiles.
+            key = plgpu.broadcasted_iota(jnp.int32, (STEP_KEYS,), 0, layout=layout.reduce(0)) + place * KEY_TILE
+            hidden = (key >= -cut) & (key < 0)
+            return jnp.where(hidden, -jnp.inf, bias.astype(jnp.float32))
+
+        def zeros():
+            return tuple(plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), layout) for _ in range(parts))
 
         def softmax(s, m, total):
             """Probabilities of one step, the factor for what came before it, and the new running maximum and sum."""
@@ -95,13 +117,13 @@ def compute(
             plgpu.barrier_wait(k_full.at[slot_of(0)])
             wait_turn()
             if launch.emulate:
-                s = jnp.dot(queries[...], k_smem[slot_of(0)].T, preferred_element_type=jnp.float32)
+                s = emulated_scores(queries, slot_of(0))
                 pass_turn()
                 plgpu.commit_smem()
             else:
 
                 def scores(s_ref):
-                    plgpu.wgmma(s_ref, queries, k_smem.at[slot_of(0)].transpose((1, 0)))
+                    start_scores(s_ref, queries, slot_of(0))
                     pass_turn()
                     return s_ref[...]
 
@@ -113,8 +135,7 @@ def compute(
             total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1))
             p, _, m, total = softmax(s, m, total)
             wait_next_keys(jnp.int32(0))
-            acc = plgpu.layout_cast(jnp.zeros((ROWS, h), jnp.float32), layout)
-            return acc, m, total, p.astype(launch.dtype)
+            return zeros(), m, total, p.astype(launch.dtype)
 
         def next_step(biased: bool):
             """Scores of this step beside the weighted values of the one before, and then this step's softmax."""
@@ -128,36 +149,39 @@ def compute(
                 def finish(s, bias):
                     plgpu.barrier_arrive(k_free.at[slot])
                     if bias is not None:
-                        s = s + lax.broadcast_in_dim(bias.astype(jnp.float32), shape, [1])
+                        s = s + lax.broadcast_in_dim(bias, shape, [1])
                     return softmax(s, m, total)
 
                 if launch.emulate:
-                    s = jnp.dot(queries[...], k_smem[slot].T, preferred_element_type=jnp.float32)
-                    acc = acc + jnp.dot(p16, v_smem[slot_before], preferred_element_type=jnp.float32)
+                    s = emulated_scores(queries, slot)
+                    acc = emulated_values(acc, p16, slot_before)
                     pass_turn()
                     plgpu.commit_smem()
                     p, factor, m_new, total_new = finish(s, bias_of(step) if biased else None)
                     wait_next_keys(step)
                 else:
 
-                    def products(s_ref, acc_ref):
-                        acc_ref[...] = acc
-                        plgpu.wgmma(s_ref, queries, k_smem.at[slot].transpose((1, 0)))
-                        plgpu.wgmma(acc_ref, p16, v_smem.at[slot_before])
+                    def products(s_ref, *acc_refs):
+                        for acc_ref, a in zip(acc_refs, acc, strict=True):
+                            acc_ref[...] = a
+                        start_scores(s_ref, queries, slot)
+                        for part, acc_ref in enumerate(acc_refs):
+                            plgpu.wgmma(acc_ref, p16, v_smem.at[slot_before, part])
                         pass_turn()
                         bias = bias_of(step) if biased else None
-                        s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+                        s = plgpu.wgmma_accumulator_load(s_ref, wait_n=parts)
                         after = lax.optimization_barrier(finish(s, bias))
                         wait_next_keys(step)
-                        return acc_ref[...], after
+                        return tuple(acc_ref[...] for acc_ref in acc_refs), after
 
                     acc, (p, factor, m_new, total_new) = pl.run_scoped(
-                        products, ACC(shape, jnp.float32), ACC((ROWS, h), jnp.float32)
+                        products, ACC(shape, jnp.float32), *[ACC((ROWS, width), jnp.float32)] * parts
                     )
                 # The rounded probabilities must not be written while the tensor cores read the last ones.
                 acc, p = lax.optimization_barrier((acc, p))
                 plgpu.barrier_arrive(v_free.at[slot_before])
-                return acc * rows_to(factor, (ROWS, h)), m_new, total_new, p.astype(launch.dtype)
+                acc = tuple(a * rows_to(factor, a.shape) for a in acc)
+                return acc, m_new, total_new, p.astype(launch.dtype)
 
             return body
 
@@ -166,16 +190,17 @@ def compute(
             plgpu.barrier_wait(v_full.at[slot])
             wait_turn()
             if launch.emulate:
-                acc = acc + jnp.dot(p16, v_smem[slot], preferred_element_type=jnp.float32)
+                acc = emulated_values(acc, p16, slot)
                 pass_turn()
                 plgpu.commit_smem()
             else:
 
-                def product(acc_ref):
-                    plgpu.wgmma(acc_ref, p16, v_smem.at[slot])
+                def product(acc_refs):
+                    for part, acc_ref in enumerate(acc_refs):
+                        plgpu.wgmma(acc_ref, p16, v_smem.at[slot, part])
                     pass_turn()
 
-                acc = pl.run_state(product)(ACC.init(acc))
+                acc = pl.run_state(product)(tuple(ACC.init(a) for a in acc))
             plgpu.barrier_arrive(v_free.at[slot])
             return acc
 
@@ -197,22 +222,24 @@ def compute(
         def skip():
             release_queries()
             nothing = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1))
-            return plgpu.layout_cast(jnp.zeros((ROWS, h), jnp.float32), layout), nothing, nothing
+            return zeros(), nothing, nothing
 
         plgpu.barrier_wait(q_full.at[buffer])
         acc, m, total = lax.cond(steps > 0, attend, skip)
 
         limit = rows_valid - warpgroup * ROWS
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS, h), 0, layout=layout)
-        acc = jnp.where(row < limit, acc * rows_to(1 / total, (ROWS, h)), 0.0)
-        queries[...] = acc.astype(launch.dtype)
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS, width), 0, layout=layout)
+        for part, a in enumerate(acc):
+            queries[part] = jnp.where(row < limit, a * rows_to(1 / total, a.shape), 0.0).astype(launch.dtype)
         if lse_smem is not None:
             row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout.reduce(1))
             lse_smem[warpgroup] = jnp.where(row < limit, m * math.log(2) + jnp.log(total), -jnp.inf)
         plgpu.commit_smem()
         batch, head, _ = split_head(launch, z)
         rows = pl.ds(tile * QUERY_TILE + warpgroup * ROWS, ROWS)
-        plgpu.copy_smem_to_gmem(queries, refs.out.at[batch, rows, head])
+        for part in range(parts):
+            columns = pl.ds(part * width, width)
+            plgpu.copy_smem_to_gmem(queries.at[part], refs.out.at[batch, rows, head, columns])
         if lse_smem is not None:
             plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], refs.lse.at[z, rows])
         return step0 + steps

@@ -29,6 +29,15 @@ class Launch:
     dtype: Any
     emulate: bool
 
+    @property
+    def part_width(self) -> int:
+        """Elements of a row that lie side by side in shared memory: one swizzle width, 128 or 64 bytes."""
+        return 64 if self.head_dim % 64 == 0 else 32
+
+    @property
+    def parts(self) -> int:
+        return self.head_dim // self.part_width
+
 
 @dataclasses.dataclass(frozen=True)
 class Refs:
@@ -49,24 +58,29 @@ class Refs:
 
 def scratch_types(launch: Launch, with_lse: bool) -> dict[str, Any]:
     """Shared memory and barriers of one thread block."""
-    stages, h, dtype = launch.config.stages, launch.head_dim, launch.dtype
-    swizzle = 128 if h % 64 == 0 else 64
-    transforms = (
-        plgpu.TilingTransform((8, swizzle // 2)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(swizzle),  # pyright: ignore[reportAbstractUsage]
-    )
+    stages, dtype = launch.config.stages, launch.dtype
+    parts, width = launch.parts, launch.part_width
+    swizzle = plgpu.SwizzleTransform(2 * width)  # pyright: ignore[reportAbstractUsage]
+    tiling = plgpu.TilingTransform((8, width))  # pyright: ignore[reportAbstractUsage]
 
-    def matrix(*shape: int):
-        return plgpu.SMEM(shape, dtype, transforms=transforms)
+    def rows_of(*shape: int):
+        return plgpu.SMEM((*shape, width), dtype, transforms=(tiling, swizzle))
+
+    def loaded(*shape: int):
+        # The same bytes twice. wgmma wants tiles of 8 rows, which leave rows of one swizzle width where they are; a
+        # copy into the untiled view may start at any row of the source, one into the tiled view only at every eighth.
+        if launch.emulate:
+            return plgpu.SMEM((*shape, width), dtype)
+        return plgpu.RefUnion(plgpu.SMEM((*shape, width), dtype, transforms=(swizzle,)), rows_of(*shape))
 
     types = {
-        "q_smem": matrix(2 * COMPUTE_WARPGROUPS, ROWS, h),
-        "k_smem": matrix(stages, STEP_KEYS, h),
-        "v_smem": matrix(stages, STEP_KEYS, h),
-        "q_full": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
+        "q_smem": rows_of(2 * COMPUTE_WARPGROUPS, parts, ROWS),
+        "k_smem": loaded(stages, parts, STEP_KEYS),
+        "v_smem": loaded(stages, parts, STEP_KEYS),
+        "q_full": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS * parts, num_barriers=2),
         "q_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
-        "k_full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "v_full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "k_full": plgpu.Barrier(num_arrivals=2 * parts, num_barriers=stages),
+        "v_full": plgpu.Barrier(num_arrivals=2 * parts, num_barriers=stages),
         "k_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
         "turn": plgpu.Barrier(num_arrivals=1, num_barriers=COMPUTE_WARPGROUPS),
@@ -74,6 +88,11 @@ def scratch_types(launch: Launch, with_lse: bool) -> dict[str, Any]:
     if with_lse:
         types["lse_smem"] = plgpu.SMEM((COMPUTE_WARPGROUPS, ROWS), jnp.float32)
     return types
+
+
+def views(ref: Any, launch: Launch) -> tuple[Any, Any]:
+    """(what copies write, what wgmma reads) of a `loaded` buffer."""
+    return (ref, ref) if launch.emulate else tuple(ref)
 
 
 def _first(launch: Launch) -> jax.Array:

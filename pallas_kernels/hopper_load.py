@@ -13,13 +13,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper_tables as tables
 from pallas_kernels.hopper_config import COMPUTE_WARPGROUPS, ROWS
-from pallas_kernels.hopper_launch import Launch, Refs, item_of, share_of, split_head
+from pallas_kernels.hopper_launch import Launch, Refs, item_of, share_of, split_head, views
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE
 
 
 def load(launch: Launch, refs: Refs, *, q_smem, k_smem, v_smem, q_full, q_free, k_full, v_full, k_free, v_free, **_):
     """Loads the queries of each of this thread block's tiles, then keys and values step by step."""
     stages = launch.config.stages
+    k_smem, v_smem = views(k_smem, launch)[0], views(v_smem, launch)[0]
+
+    def copy_rows(source: Any, target: Any, barrier: Any) -> None:
+        """Copies rows of head_dim elements, one part of their width at a time."""
+        for part in range(launch.parts):
+            columns = pl.ds(part * launch.part_width, launch.part_width)
+            plgpu.copy_gmem_to_smem(source(columns), target.at[part], barrier)
 
     def fill(slot: jax.Array, step: jax.Array, copy: Callable[[Any, Any, Any, Any], None]) -> None:
         """Loads one step: waits for each buffer, then has `copy` fill its halves."""
@@ -35,7 +42,7 @@ def load(launch: Launch, refs: Refs, *, q_smem, k_smem, v_smem, q_full, q_free, 
             copy(source, gathered, smem.at[slot], full.at[slot])
 
     def half(smem, index: int):
-        return smem.at[pl.ds(index * KEY_TILE, KEY_TILE)]
+        return smem.at[:, pl.ds(index * KEY_TILE, KEY_TILE)]
 
     def query_tile(turn, step0):
         z, tile = item_of(launch, turn)
@@ -55,15 +62,19 @@ def load(launch: Launch, refs: Refs, *, q_smem, k_smem, v_smem, q_full, q_free, 
         for w in range(COMPUTE_WARPGROUPS):
             rows = pl.ds(tile * QUERY_TILE + w * ROWS, ROWS)
             target = q_smem.at[buffer * COMPUTE_WARPGROUPS + w]
-            plgpu.copy_gmem_to_smem(refs.q.at[batch, rows, head], target, q_full.at[buffer])
+            copy_rows(lambda columns, rows=rows: refs.q.at[batch, rows, head, columns], target, q_full.at[buffer])
 
-        def whole_tile(source, smem, full, key_tile):
-            rows = pl.ds(key_tile * KEY_TILE, KEY_TILE)
-            plgpu.copy_gmem_to_smem(source.at[batch, rows, kv_head], smem, full)
+        def whole_tile(source, smem, full, start):
+            rows = pl.ds(start, KEY_TILE)
+            copy_rows(lambda columns: source.at[batch, rows, kv_head, columns], smem, full)
 
         def next_tile(place, pointer):
-            """Key tile at `place` in the bands and then the blocks, and the next pointer into the blocks."""
-            band = diagonal - refs.bands[z, jnp.minimum(place, refs.bands.shape[1] - 1)]
+            """First key of the tile at `place` in the bands and then the blocks, and the next pointer into the blocks.
+
+            A band that begins before key 0 is read from key 0 on; the bias hides the keys past its end.
+            """
+            distance = refs.bands[z, jnp.minimum(place, refs.bands.shape[1] - 1)]
+            band = jnp.maximum(diagonal - distance, 0)
             if refs.blocks is None:
                 return band, pointer
             last = refs.blocks.shape[2] - 1
@@ -73,7 +84,7 @@ def load(launch: Launch, refs: Refs, *, q_smem, k_smem, v_smem, q_full, q_free, 
                     return (p < last) & (refs.blocks[z, tile, p] < 0)
 
                 found = lax.while_loop(skipped, lambda p: p + 1, jnp.minimum(pointer, last))
-                return refs.blocks[z, tile, found], found + 1
+                return refs.blocks[z, tile, found] * KEY_TILE, found + 1
 
             return lax.cond((place >= bands) & (place < whole), from_blocks, lambda: (band, pointer))
 
@@ -95,30 +106,26 @@ def load(launch: Launch, refs: Refs, *, q_smem, k_smem, v_smem, q_full, q_free, 
             return ahead
 
         def bias_step(step, carry):
-            first, _, _ = carry
+            first, second, _ = carry
             total = step0 + step
-            place = 2 * step - 2 - whole  # -1: the first half is the last whole tile
+            place = 2 * step - 2 - whole  # of the first half among the columns; -2 and -1 are the last whole tiles
 
             def copy(source, gathered, smem, full):
-                if gathered is None:
-                    # No columns: this is the last whole tile, and a half that the bias hides.
-                    whole_tile(source, half(smem, 0), full, first)
-                    whole_tile(source, half(smem, 1), full, diagonal)
-                    return
+                for index, start in ((0, first), (1, second)):
+                    into = half(smem, index)
+                    if gathered is None:
+                        # A missing second half may hold any keys: the bias hides them.
+                        whole_tile(source, into, full, start)
+                        continue
 
-                def columns(index, which):
-                    rows = pl.ds(which * KEY_TILE, KEY_TILE)
-                    plgpu.copy_gmem_to_smem(gathered.at[z, rows], half(smem, index), full)
+                    @pl.when(place + index < 0)
+                    def _(into=into, start=start):
+                        whole_tile(source, into, full, start)
 
-                @pl.when(place < 0)
-                def _():
-                    whole_tile(source, half(smem, 0), full, first)
-
-                @pl.when(place >= 0)
-                def _():
-                    columns(0, place)
-
-                columns(1, place + 1)
+                    @pl.when(place + index >= 0)
+                    def _(into=into, index=index):
+                        rows = pl.ds((place + index) * KEY_TILE, KEY_TILE)
+                        copy_rows(lambda columns: gathered.at[z, rows, columns], into, full)
 
             fill(lax.rem(total, jnp.int32(stages)), total, copy)
             return carry
@@ -126,7 +133,7 @@ def load(launch: Launch, refs: Refs, *, q_smem, k_smem, v_smem, q_full, q_free, 
         @pl.when(steps > 0)
         def _():
             # The diagonal is the pair of tiles "first" and "second" of step 0.
-            carry = whole_step(jnp.int32(0), (diagonal, diagonal + 1, jnp.int32(0)))
+            carry = whole_step(jnp.int32(0), (diagonal, diagonal + KEY_TILE, jnp.int32(0)))
             carry = lax.fori_loop(jnp.int32(1), no_bias, whole_step, carry)
             lax.fori_loop(no_bias, steps, bias_step, carry)
 

@@ -13,11 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-QUERY_TILE = 128
-"""Consecutive queries that share one list of key tiles."""
-
-KEY_TILE = 64
-"""Consecutive keys that are selected together."""
+from pallas_kernels.bands import kept_bands
+from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
 
 _PARTS = {"columns": "column_count", "bands": "band_count", "blocks": "block_count"}
 
@@ -34,8 +31,8 @@ class SparsePlan:
     A query row at position t sees key s iff s <= t, s < length, and s lies in one of
 
     - the diagonal: the two key tiles that hold the row's own query tile (always visited);
-    - a band: with q0 the first position of the row's query tile, the key tile [q0 - r, q0 - r + 64) for a listed
-      distance r;
+    - a band: with q0 the first position of the row's query tile, the 64 keys [q0 - r, q0 - r + 64) for a listed
+      distance r, cut at key 0;
     - a block: a listed key tile of the row's query tile;
     - a column: a listed key position.
 
@@ -45,12 +42,14 @@ class SparsePlan:
     **Fields** (a part that no head uses is None, its count too):
 
     - `columns`: int32 `[b, n, C]`, ascending key positions; `column_count`: int32 `[b, n]`.
-    - `bands`: int32 `[b, n, R]`, ascending distances, multiples of 64; `band_count`: int32 `[b, n]`.
+    - `bands`: int32 `[b, n, R]`, ascending distances of 64 or more, at least 64 apart, in a head that has blocks
+      multiples of 64; `band_count`: int32 `[b, n]`.
     - `blocks`: int32 `[b, n, i, M]`, ascending key-tile numbers (key position // 64) of each query tile;
       `block_count`: int32 `[b, n, i]`.
 
     Entries at or past the count are ignored, whatever they hold. So are entries out of range (negative, past the
-    last key, after the diagonal), bands that are no multiple of 64, and repeats.
+    last key, after the diagonal), repeats, and bands that break their rule: less than 64 after a listed one before
+    them (which they would overlap), or no multiple of 64 in a head that has blocks.
 
     Source: MInference (arXiv 2407.02490) §3.2 for the patterns. The official index stores a tile list per query
     tile for slashes too; bands say the same once per head, because slash tiles are shift-invariant.
@@ -110,10 +109,10 @@ class SparsePlan:
         q_offset = jnp.asarray(q_offset, jnp.int32)
         rows = q_offset + jnp.arange(q_len, dtype=jnp.int32)
         keys = jnp.arange(kv_len, dtype=jnp.int32)
-        tiles = jax.vmap(lambda i: visited_tiles(self, i, kv_len, q_offset, (b, n)), out_axes=2)(
+        tiles = jax.vmap(lambda i: visited_keys(self, i, kv_len, q_offset, (b, n)), out_axes=2)(
             jnp.arange(num_query_tiles(q_len), dtype=jnp.int32)
         )
-        mask = tiles[:, :, jnp.arange(q_len) // QUERY_TILE][..., jnp.arange(kv_len) // KEY_TILE]
+        mask = tiles[:, :, jnp.arange(q_len) // QUERY_TILE]
         if self.columns is not None and self.column_count is not None:
             is_column = jax.vmap(jax.vmap(partial(_members, size=kv_len)))(self.columns, self.column_count)
             mask = mask | is_column[:, :, None, :]
@@ -133,42 +132,49 @@ class SparsePlan:
 
         **Arguments:** as `to_mask`. **Returns:** float32 `[b, n]`, in [0, 1]; 0 for a sequence with no valid row.
 
-        Cost: one pass over query tiles, each with a bitmap of kv_len / 64 tiles per head.
+        Cost: one pass over query tiles, each over the lists of every head.
         """
         b, n = self.shape() or (1 if lengths is None else lengths.shape[0], 1)
         self.validate(b, n, q_len)
         q_offset = jnp.asarray(q_offset, jnp.int32)
         limit = kv_limit(lengths, b, kv_len)[:, None]
-        is_column = None
+        tile_keys = num_key_tiles(kv_len) * KEY_TILE
+        columns_before = None  # number of columns before each key, [b, n, keys + 1]
         if self.columns is not None and self.column_count is not None:
-            flags = jax.vmap(jax.vmap(partial(_members, size=num_key_tiles(kv_len) * KEY_TILE)))(
-                self.columns, self.column_count
-            )
-            is_column = flags.reshape(b, n, -1, KEY_TILE).sum(-1, dtype=jnp.float32)  # columns in each key tile
+            flags = jax.vmap(jax.vmap(partial(_members, size=kv_len)))(self.columns, self.column_count)
+            flags = jnp.pad(flags, ((0, 0), (0, 0), (1, tile_keys - kv_len)))
+            columns_before = jnp.cumsum(flags, axis=-1, dtype=jnp.int32)
+        kept = _kept(self)
+
+        def columns_up_to(key: Int[Array, "b n *w"]) -> Int[Array, "b n *w"]:
+            assert columns_before is not None
+            index = key.reshape(b, n, -1)
+            return jnp.take_along_axis(columns_before, index, axis=-1, mode="clip").reshape(key.shape)
 
         def cells(i: Int[Array, ""]) -> tuple[Float[Array, "b n"], Float[Array, "b 1"]]:
             q0 = q_offset + i * QUERY_TILE
             rows = jnp.clip(jnp.minimum(limit, q_offset + q_len) - q0, 0, QUERY_TILE).astype(jnp.float32)
-            tiles = visited_tiles(self, i, kv_len, q_offset, (b, n))
-            past = jnp.arange(tiles.shape[-1], dtype=jnp.int32) < q0 // KEY_TILE
-            keys = jnp.where(tiles & past, jnp.float32(KEY_TILE), jnp.float32(0))
-            if is_column is not None:
-                keys = keys + jnp.where(past & ~tiles, is_column, jnp.float32(0))
+            keys = jnp.zeros((b, n), jnp.int32)
+            if columns_before is not None:
+                keys = columns_up_to(jnp.broadcast_to(jnp.minimum(q0, tile_keys), (b, n)))
+            if kept is not None and self.bands is not None:
+                start = q0 - self.bands
+                start, end = jnp.clip(start, 0, tile_keys), jnp.clip(start + KEY_TILE, 0, tile_keys)
+                new = end - start
+                if columns_before is not None:
+                    new -= columns_up_to(end) - columns_up_to(start)
+                keys += jnp.where(kept, new, 0).sum(-1)
+            if self.blocks is not None:
+                new = jnp.int32(KEY_TILE)
+                if columns_before is not None:
+                    edges = columns_before[..., ::KEY_TILE]
+                    new -= edges[..., 1:] - edges[..., :-1]
+                keys += jnp.where(block_tiles(self, i, kv_len, q_offset), new, 0).sum(-1)
             diagonal = rows * (rows + 1) / 2
-            return keys.sum(-1) * rows + diagonal, q0.astype(jnp.float32) * rows + diagonal
+            return keys.astype(jnp.float32) * rows + diagonal, q0.astype(jnp.float32) * rows + diagonal
 
         visited, causal = jax.lax.map(cells, jnp.arange(num_query_tiles(q_len), dtype=jnp.int32), batch_size=16)
         return visited.sum(0) / jnp.maximum(causal.sum(0), 1)
-
-
-def num_query_tiles(q_len: int) -> int:
-    """Query tiles that cover `q_len` rows."""
-    return -(-q_len // QUERY_TILE)
-
-
-def num_key_tiles(kv_len: int) -> int:
-    """Key tiles that cover `kv_len` keys."""
-    return -(-kv_len // KEY_TILE)
 
 
 def kv_limit(lengths: Int[Array, " b"] | None, batch: int, kv_len: int) -> Int[Array, " b"]:
@@ -178,26 +184,55 @@ def kv_limit(lengths: Int[Array, " b"] | None, batch: int, kv_len: int) -> Int[A
     return jnp.clip(lengths.astype(jnp.int32), 0, kv_len)
 
 
-def visited_tiles(
-    plan: SparsePlan, i: Int[Array, ""], kv_len: int, q_offset: Int[Array, ""], shape: tuple[int, int]
-) -> Bool[Array, "b n kt"]:
-    """Key tiles that query tile `i` (a traced scalar) visits whole: diagonal, bands and blocks, each tile once.
+def _kept(plan: SparsePlan) -> Bool[Array, "b n R"] | None:
+    if plan.bands is None or plan.band_count is None:
+        return None
+    return kept_bands(plan.bands, plan.band_count, plan.block_count)
 
-    Columns are not included. Tiles after the diagonal are never set.
+
+def block_tiles(plan: SparsePlan, i: Int[Array, ""], kv_len: int, q_offset: Int[Array, ""]) -> Bool[Array, "b n kt"]:
+    """Key tiles before the diagonal that query tile `i` (a traced scalar) visits as blocks, each once.
+
+    Those that a band covers too are left out, so that blocks, bands, diagonal and columns can be counted apart.
     """
+    assert plan.blocks is not None and plan.block_count is not None
     kt = num_key_tiles(kv_len)
     diagonal = (q_offset + i * QUERY_TILE) // KEY_TILE
-    tile = jnp.arange(kt, dtype=jnp.int32)
-    visited = jnp.broadcast_to((tile >= diagonal) & (tile < diagonal + QUERY_TILE // KEY_TILE), (*shape, kt))
-    if plan.bands is not None and plan.band_count is not None:
-        # A band that is no multiple of the tile is moved out of range, where _members drops it.
-        distance = jnp.where(plan.bands % KEY_TILE == 0, plan.bands // KEY_TILE, -1)
-        band_tile = jnp.where(distance >= 0, diagonal - distance, -1)
-        visited = visited | jax.vmap(jax.vmap(partial(_members, size=kt)))(band_tile, plan.band_count)
-    if plan.blocks is not None and plan.block_count is not None:
-        members = jax.vmap(jax.vmap(partial(_members, size=kt)))(plan.blocks[:, :, i], plan.block_count[:, :, i])
-        visited = visited | members
-    return visited & (tile < diagonal + QUERY_TILE // KEY_TILE)
+    tiles = jax.vmap(jax.vmap(partial(_members, size=kt)))(plan.blocks[:, :, i], plan.block_count[:, :, i])
+    tiles &= jnp.arange(kt, dtype=jnp.int32) < diagonal
+    kept = _kept(plan)
+    if plan.bands is None or kept is None:
+        return tiles
+    # In a head with blocks, bands are multiples of the tile.
+    band = jnp.where(kept, diagonal - plan.bands // KEY_TILE, -1)
+    return tiles & ~jax.vmap(jax.vmap(partial(_members, size=kt)))(band, jnp.full(band.shape[:2], band.shape[-1]))
+
+
+def visited_keys(
+    plan: SparsePlan, i: Int[Array, ""], kv_len: int, q_offset: Int[Array, ""], shape: tuple[int, int]
+) -> Bool[Array, "b n s"]:
+    """Keys that query tile `i` (a traced scalar) visits in whole tiles: diagonal, bands and blocks; not its columns.
+
+    Keys after the query tile are never set.
+    """
+    q0 = q_offset + i * QUERY_TILE
+    key = jnp.arange(kv_len, dtype=jnp.int32)
+    visited = jnp.broadcast_to((key >= q0) & (key < q0 + QUERY_TILE), (*shape, kv_len))
+    kept = _kept(plan)
+    if plan.bands is not None and kept is not None:
+        # +1 where a tile starts and -1 after its end: tiles are disjoint, so the running sum is 0 or 1.
+        start = q0 - plan.bands
+        kept &= start > -KEY_TILE
+        starts, ends = (jnp.where(kept, jnp.clip(x, 0, kv_len), kv_len) for x in (start, start + KEY_TILE))
+        head = jnp.arange(shape[0] * shape[1], dtype=jnp.int32)[:, None]
+        edges = jnp.zeros((head.size, kv_len), jnp.int32)
+        for x, sign in ((starts, 1), (ends, -1)):
+            edges = edges.at[head, x.reshape(head.size, -1)].add(sign, mode="drop")
+        visited |= (jnp.cumsum(edges, axis=-1) > 0).reshape(*shape, kv_len)
+    if plan.blocks is not None:
+        tiles = block_tiles(plan, i, kv_len, q_offset)
+        visited |= jnp.repeat(tiles, KEY_TILE, axis=-1, total_repeat_length=tiles.shape[-1] * KEY_TILE)[..., :kv_len]
+    return visited
 
 
 def _members(values: Int[Array, " w"], count: Int[Array, ""], *, size: int) -> Bool[Array, " size"]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import jax
+from functools import partial
+
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, num_key_tiles
+from pallas_kernels.bands import entries_before
+from pallas_kernels.plan import SparsePlan
+from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_key_tiles
 
 _PAST_THE_END = jnp.iinfo(jnp.int32).max  # sorts after every key
 
@@ -55,33 +59,50 @@ def slashes_to_bands(
     max_distance: int,
     width: int | None = None,
 ) -> tuple[Int[Array, "b n R"], Int[Array, "b n"]]:
-    """Every band tile that a slash line (all pairs of one query-key distance) runs through.
+    """Band tiles that cover slash lines (a line: all pairs of one query-key distance).
 
-    A line at distance d crosses, for a tile of 128 queries, the 64-key tiles at distances in [d - 127, d + 63].
+    A line at distance d shows the 128 rows of a query tile at q0 the keys q0 - d ... q0 - d + 127. Lines whose keys
+    touch, or leave a gap of less than a tile, form a run, which is covered by tiles laid end to end from its near end.
 
     **Arguments:** `slashes`: int32 distances in any order, repeats allowed; negative ones and those past
     `max_distance` are ignored, as are entries at or past `slash_count`. `max_distance` (static): the largest distance
     of interest, usually kv_len - 1. `width` (static): width R of the result; by default wide enough for every band.
     When there are more bands than `width`, the nearest are kept.
 
-    **Returns:** int32 ascending distances, multiples of 64, from 64 on (the diagonal needs no naming), and their count.
+    **Returns:** int32 ascending distances of at least 64 (the diagonal needs no naming), and their count.
+
+    Source: the official `convert_vertical_slash_indexes` merges lines into ranges for each 64-query tile; its tiles
+    keep their distances from one query tile to the next, so a list per head says the same.
     """
     if slashes.ndim != 3 or slashes.dtype != jnp.int32:
         raise ValueError(f"slashes must be int32 [b, n, S], got {slashes.dtype} {slashes.shape}")
-    tiles = num_key_tiles(max_distance + 1)
+    if slashes.shape[-1] == 0:
+        slashes = jnp.full((*slashes.shape[:2], 1), -1, jnp.int32)
     if width is None:
-        width = max(1, min(3 * slashes.shape[-1], tiles))
+        width = max(1, min(3 * slashes.shape[-1], num_key_tiles(max_distance + 1)))
+    shape, lines = slashes.shape[:2], slashes.shape[-1]
     valid = (slashes >= 0) & (slashes <= max_distance)
     if slash_count is not None:
-        valid = valid & (jnp.arange(slashes.shape[-1]) < slash_count[..., None])
-    farthest = jnp.where(valid, (slashes + KEY_TILE - 1) // KEY_TILE, 0)
-    crossed = -(-(QUERY_TILE + KEY_TILE - 1) // KEY_TILE)  # three tiles, two where the line meets a tile's corner
-    tile = jnp.stack([farthest - j for j in range(crossed)], axis=-1)
-    tile = jnp.where(tile * KEY_TILE >= slashes[..., None] - (QUERY_TILE - 1), tile, 0)
-    tile = jnp.maximum(tile, 0).reshape(*slashes.shape[:2], -1)
-    flags = jax.vmap(jax.vmap(lambda t: jnp.zeros((tiles + 1,), bool).at[t].set(True, mode="drop")))(tile)
-    bands, count = compact(flags.at[..., 0].set(False), width)
-    return bands * KEY_TILE, count
+        valid = valid & (jnp.arange(lines) < slash_count[..., None])
+    # Distance 0 needs no tile, so it stands for the entries that are ignored.
+    line = jnp.sort(jnp.where(valid, slashes, 0).reshape(-1, lines), axis=-1)
+    # A line's rows see a key that lies `x` before q0 if line - 127 <= x <= line; up to x = 0 it is in the diagonal.
+    near = jnp.maximum(line - (QUERY_TILE - 1), 1)
+    before = jnp.pad(line[:, :-1], ((0, 0), (1, 0)))
+    starts = (before == 0) | (near - before > KEY_TILE)
+    # Tiles of a run up to each of its lines; the last line of a run counts for it.
+    run_start = lax.cummax(jnp.where(starts, near, 0), axis=1)
+    tiles = (line - run_start + KEY_TILE) // KEY_TILE
+    ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+    total = jnp.cumsum(jnp.where(ends, tiles, 0), axis=1)
+    nth = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (line.shape[0], width))
+    run = entries_before(total, nth + 1)  # the run that the nth tile belongs to, by the place of its last line
+    of_run = partial(jnp.take_along_axis, indices=jnp.minimum(run, lines - 1), axis=1, mode="clip")
+    first = of_run(total) - of_run(tiles)  # tiles before the run
+    bands = of_run(run_start) + KEY_TILE * (nth - first) + KEY_TILE - 1
+    count = jnp.minimum(total[:, -1], width)
+    bands = jnp.where(nth < count[:, None], bands, 0)
+    return bands.reshape(*shape, width), count.reshape(shape)
 
 
 def vertical_slash_plan(
@@ -97,7 +118,8 @@ def vertical_slash_plan(
     **Arguments:** `columns`: int32 key positions in any order; `slashes`: int32 query-key distances in any order.
     Entries that are negative, at or past `kv_len`, repeated, or at or past their count are ignored.
 
-    The plan covers at least these columns and lines: lines are rounded out to key tiles, columns are exact.
+    The plan covers at least these columns and lines: lines are rounded out to tiles (`slashes_to_bands`), columns are
+    exact.
 
     Source: MInference (arXiv 2407.02490) §3.2, Algorithms 2 and 4; the official `convert_vertical_slash_indexes`.
     """

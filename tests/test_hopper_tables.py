@@ -13,30 +13,37 @@ from pallas_kernels.plan import KEY_TILE, QUERY_TILE
 def visits(tables: hopper_tables.KernelTables, plan: SparsePlan, z: int, i: int, s: int, q_offset: int) -> np.ndarray:
     """How often each row of query tile `i` of head `z` sees each key, following the steps of the kernel."""
     work = np.asarray(tables.work)[z, i]
-    no_bias, steps, bands, whole, diagonal, rows = (int(x) for x in work[:6])
+    no_bias, steps, bands, whole, diagonal, rows, cut = (int(x) for x in work[:7])
     count = np.zeros((QUERY_TILE, s + 4 * KEY_TILE), int)
     if steps == 0:
         assert rows == 0
         return count[:, :s]
     q0 = q_offset + i * QUERY_TILE
-    assert diagonal * KEY_TILE == q0
+    assert diagonal == q0
     count[:, q0 : q0 + QUERY_TILE] += np.tri(QUERY_TILE, dtype=int)[:, : count.shape[1] - q0]
-    listed = [] if tables.blocks is None else [x for x in np.asarray(tables.blocks)[z, i] if x >= 0]
-    tiles = [diagonal - int(x) for x in np.asarray(tables.bands)[z, :bands]] + listed
-    assert len(tiles) == whole and min(tiles, default=0) >= 0
-    assert no_bias == 1 + whole // 2
-    for tile in tiles:
-        count[:, tile * KEY_TILE : (tile + 1) * KEY_TILE] += 1
+    listed = [] if tables.blocks is None else [KEY_TILE * x for x in np.asarray(tables.blocks)[z, i] if x >= 0]
+    starts = [max(q0 - int(x), 0) for x in np.asarray(tables.bands)[z, :bands]] + listed
+    assert len(starts) == whole
+    assert no_bias == 1 + (whole - (cut > 0)) // 2
+    for start in starts[: 2 * (no_bias - 1)]:
+        count[:, start : start + KEY_TILE] += 1
     bias = np.asarray(tables.bias, np.float32)
+    bias = bias[min(z, len(bias) - 1), min(i, bias.shape[1] - 1)]
     for step in range(no_bias, steps):
-        start = (2 * step - 1 - whole) * KEY_TILE  # zeros, if the first half of this step is the last whole tile
-        row = bias[min(z, len(bias) - 1), min(i, bias.shape[1] - 1), start : start + 2 * KEY_TILE]
-        assert row.shape == (2 * KEY_TILE,)
-        for offset in np.nonzero(row == 0)[0]:
-            column = start + offset - KEY_TILE
-            if column >= 0:
-                assert plan.columns is not None
-                count[:, np.asarray(plan.columns).reshape(len(tables.work), -1)[z, column]] += 1
+        for place in (2 * step - 2 - whole, 2 * step - 1 - whole):  # among the columns; negative for whole tiles
+            half = bias[(place + 2) * KEY_TILE : (place + 3) * KEY_TILE].copy()
+            assert half.shape == (KEY_TILE,)
+            if place == -1:
+                half[KEY_TILE - cut :] = -np.inf
+            if place < 0:
+                keys = starts[whole + place] + np.arange(KEY_TILE)
+            elif place * KEY_TILE < len(bias) - 3 * KEY_TILE and plan.columns is not None:
+                columns = np.asarray(plan.columns).reshape(len(tables.work), -1)[z, place * KEY_TILE :][:KEY_TILE]
+                keys = np.pad(columns, (0, KEY_TILE - len(columns)))
+            else:
+                assert not (half == 0).any()
+                continue
+            count[:, keys[half == 0]] += 1
     count[rows:] = 0
     return count[:, :s]
 
@@ -44,12 +51,12 @@ def visits(tables: hopper_tables.KernelTables, plan: SparsePlan, z: int, i: int,
 @pytest.mark.parametrize(
     "t, s, q_offset, lengths", [(300, 300, 0, None), (260, 900, 512, [900, 600]), (130, 130, 0, [0, 64])]
 )
-@pytest.mark.parametrize("parts", ["all", "columns", "bands", "blocks", "none"])
+@pytest.mark.parametrize("parts", ["all", "columns", "bands", "blocks", "columns+bands", "none"])
 def test_every_key_of_the_plan_is_visited_once(rng, parts, t, s, q_offset, lengths):
     b, n = 2, 2
     full = random_plan(rng, b, n, t, s, columns=70, bands=6, blocks=5)
     names = {"columns": "column_count", "bands": "band_count", "blocks": "block_count"}
-    kept = {a: getattr(full, a) for part, c in names.items() if parts in ("all", part) for a in (part, c)}
+    kept = {a: getattr(full, a) for part, c in names.items() if parts == "all" or part in parts for a in (part, c)}
     plan = SparsePlan(**kept)
     limits = None if lengths is None else int32(lengths)
     q, k, v = random_qkv(rng, b, t, s, n, 1, 8)

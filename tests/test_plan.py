@@ -85,23 +85,52 @@ def test_a_shape_is_a_sink_and_a_window():
         assert mask[row, max(0, row - 64) : row + 1].all()
 
 
-def test_slash_lines_are_covered_and_cost_at_most_three_tiles():
+def test_bands_need_not_lie_on_the_tiles_of_keys():
+    mask = np.asarray(one_head(bands=[100]).to_mask(256, 256))[0, 0]
+    assert mask[200].nonzero()[0].tolist() == [*range(28, 92), *range(128, 201)]
+
+
+def test_a_band_is_cut_at_the_first_key():
+    mask = np.asarray(one_head(bands=[150]).to_mask(256, 256))[0, 0]
+    assert mask[128].nonzero()[0].tolist() == [*range(42), 128]  # keys 128 - 150 + 64 and on are not in it
+
+
+def test_slash_lines_are_covered_and_one_line_costs_two_tiles():
     for distance in (0, 1, 63, 64, 65, 127, 128, 200, 639):
         plan = vertical_slash_plan(int32([[[]]]), int32([[[distance]]]), kv_len=640)
         mask = np.asarray(plan.to_mask(640, 640))[0, 0]
         rows = np.arange(distance, 640)
         assert mask[rows, rows - distance].all()
-        assert int(plan.band_count[0, 0]) <= 3
-    bands, count = slashes_to_bands(int32([[[128, 128, -1, 9999]]]), max_distance=639)
-    assert bands[0, 0, : int(count[0, 0])].tolist() == [64, 128]
+        assert int(plan.band_count[0, 0]) <= 2
 
 
-def test_slash_bands_are_exactly_the_tiles_a_line_crosses():
-    for distance in range(0, 400, 7):
-        crossed = {(row - distance) // KEY_TILE for row in range(1024, 1024 + QUERY_TILE)}
-        wanted = sorted(1024 - KEY_TILE * tile for tile in crossed if tile * KEY_TILE < 1024)
-        bands, count = slashes_to_bands(int32([[[distance]]]), max_distance=2047)
-        assert bands[0, 0, : int(count[0, 0])].tolist() == wanted
+@pytest.mark.parametrize(
+    "lines, bands",
+    [
+        ([128, 128, -1, 9999], [64, 128]),  # distances 1 ... 128: what a line shows before the diagonal
+        ([200], [136, 200]),  # 73 ... 200
+        (range(127, 254), [64, 128, 192, 256]),  # 127 neighbours: 1 ... 253, four tiles and no fifth
+        ([200, 260], [136, 200, 264]),  # overlapping lines share tiles
+        ([200, 390], [136, 200, 264, 328, 392]),  # a gap of 62 keys is less than a tile: one run
+        ([200, 400], [136, 200, 336, 400]),  # a gap of 72 is left out
+        ([], []),
+    ],
+)
+def test_bands_of_slash_lines(lines, bands):
+    found, count = slashes_to_bands(int32([[[*lines]]]), max_distance=639)
+    assert found[0, 0, : int(count[0, 0])].tolist() == bands
+
+
+def test_bands_of_random_lines_cover_each_and_keep_the_nearest(rng):
+    lines = int32(rng.integers(0, 1500, (1, 8, 9)))
+    bands, count = slashes_to_bands(lines, jnp.full((1, 8), 7, jnp.int32), max_distance=1299)
+    fewer, fewer_count = slashes_to_bands(lines, jnp.full((1, 8), 7, jnp.int32), max_distance=1299, width=3)
+    for head in range(8):
+        listed = np.asarray(bands[0, head, : int(count[0, head])])
+        covered = {key for r in listed for key in range(r - 63, r + 1)}
+        wanted = {x for d in np.asarray(lines[0, head, :7]) if d < 1300 for x in range(max(d - 127, 1), d + 1)}
+        assert wanted <= covered and (np.diff(listed) >= KEY_TILE).all()
+        np.testing.assert_array_equal(fewer[0, head, : int(fewer_count[0, head])], listed[:3])
 
 
 def test_block_sparse_plan_sorts_and_drops_minus_one():
@@ -115,6 +144,8 @@ def test_block_sparse_plan_sorts_and_drops_minus_one():
     [
         ({"columns": [-3, 5, 5, 900]}, {"columns": [5]}),
         ({"bands": [-64, 0, 64, 64, 100, 6400]}, {"bands": [64]}),
+        ({"bands": [63, 70, 133, 134, 200]}, {"bands": [70, 200]}),  # less than a tile after the one before
+        ({"bands": [70, 128], "blocks": [[0]] * 3}, {"bands": [128], "blocks": [[0]] * 3}),
         ({"blocks": [[-1, 0, 0, 3, 99]] * 3}, {"blocks": [[0, -1], [0, 3], [0, 3]]}),
     ],
 )

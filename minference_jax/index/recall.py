@@ -9,14 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minference_jax.index import probes
-from pallas_kernels.plan import (
-    KEY_TILE,
-    QUERY_TILE,
-    SparsePlan,
-    kv_limit,
-    num_query_tiles,
-    visited_tiles,
-)
+from pallas_kernels.plan import QUERY_TILE, SparsePlan, kv_limit, num_query_tiles, visited_keys
 
 
 def recall(
@@ -59,8 +52,7 @@ def recall(
             exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
             scores = jnp.einsum("pgh,sh->gps", queries, keys, precision=exact, preferred_element_type=jnp.float32)
             weights = probes.probe_weights(scores, factor, jnp.broadcast_to(ends, scores.shape[:2]))
-            seen = visited_tiles(group, i, keys.shape[0], q_offset, (1, n // kv_heads))[0]
-            inside = jnp.repeat(seen, KEY_TILE, axis=-1)[:, : keys.shape[0]] | columns
+            inside = visited_keys(group, i, keys.shape[0], q_offset, (1, n // kv_heads))[0] | columns
             return jnp.sum(jnp.where(inside[:, None], weights, 0), axis=(1, 2))
 
         return jax.lax.map(tile, jnp.arange(count, dtype=jnp.int32)).sum(0)
@@ -89,7 +81,7 @@ def estimated_recall(
     positions = jnp.where(rows >= 0, rows + q_offset, -1)
     # The probes are the same rows for all heads of a sequence, so tiles are looked up once per probe.
     tile = jnp.clip(rows[:, 0], 0, t - 1) // QUERY_TILE
-    seen = jax.vmap(lambda i: visited_tiles(plan, i, s, q_offset, (b, n)), out_axes=2)(tile.reshape(-1))
+    seen = jax.vmap(lambda i: visited_keys(plan, i, s, q_offset, (b, n)), out_axes=2)(tile.reshape(-1))
     seen = jax.vmap(lambda x, row: jax.lax.dynamic_slice_in_dim(x, row * probes.PROBES, probes.PROBES, axis=1))(
         seen, jnp.arange(b, dtype=jnp.int32)
     )
@@ -104,7 +96,7 @@ def estimated_recall(
     def some_heads(k: Array, per_head: dict[str, Array], _: Any) -> Array:
         scores, factor = probes.probe_scores(per_head["probes"], k, scale)
         weights = probes.probe_weights(scores, factor, per_head["positions"])
-        inside = jnp.repeat(per_head["seen"], KEY_TILE, axis=-1)[..., :s] | per_head["columns"][..., None, :]
+        inside = per_head["seen"] | per_head["columns"][..., None, :]
         held = jnp.sum(jnp.where(inside, weights, 0), axis=(-1, -2))
         count = jnp.sum(per_head["positions"] >= 0, axis=-1).astype(jnp.float32)
         return jnp.where(count > 0, jnp.minimum(held / jnp.maximum(count, 1), 1), 1)
