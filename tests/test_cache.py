@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import relative_error
 from numpy_llama import numpy_llama, random_params
 
 from minference_jax.models import LlamaConfig
-from minference_jax.models.cache import KVCache
+from minference_jax.models.cache import KVCache, cache_dtype, quantize_rows
 from minference_jax.models.llama import Llama
+from minference_jax.patterns import VerticalSlash
 
 CONFIG = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
 
@@ -55,6 +57,52 @@ def test_prefill_in_parts_equals_one_shot(model, rng):
     for row in range(2):
         np.testing.assert_allclose(cache.k[:, row, : lengths[row]], one.k[:, row, : lengths[row]], atol=2e-5)
         np.testing.assert_allclose(cache.v[:, row, : lengths[row]], one.v[:, row, : lengths[row]], atol=2e-5)
+
+
+@pytest.mark.parametrize("pattern", [None, VerticalSlash(columns=300, tiles=5)])
+def test_a_chunked_prefill_equals_one_shot(model, pattern, rng):
+    # A budget that covers everything within a part's own keys: chunks change the index, not what it may see.
+    model = model.with_patterns(pattern)
+    tokens, lengths = jnp.asarray(prompt(rng, 2, 300)), jnp.asarray([300, 100])
+    whole, one = model.prefill(tokens, lengths, model.init_cache(2, 384))
+    logits, cache, info = model.prefill(tokens, lengths, model.init_cache(2, 384), chunk=128, return_info=True)
+    np.testing.assert_allclose(logits, whole, atol=2e-5)
+    np.testing.assert_array_equal(cache.lengths, lengths)
+    np.testing.assert_allclose(cache.k[:, 0, :300], one.k[:, 0, :300], atol=2e-5)
+    assert len(info) == 3
+    with pytest.raises(ValueError, match="multiple of 128"):
+        model.prefill(tokens, lengths, cache, chunk=100)
+    with pytest.raises(ValueError, match="needs a cache"):
+        model.prefill(tokens, lengths, chunk=128)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("fp8", 0.05), ("int8", 0.015)])
+def test_a_quantized_cache_rounds_rows_and_decodes_as_the_plain_one(model, dtype, error, rng):
+    tokens = jnp.asarray(prompt(rng, 2, 140))
+    _, plain = model.prefill(tokens, None, model.init_cache(2, 160))
+    logits, cache = model.prefill(tokens, None, model.init_cache(2, 160, dtype))
+    assert cache.k.dtype.itemsize == 1 and cache.k_scale.shape == (2, 2, 160, 2)
+    for exact, got in zip((plain.k[1, :, :140], plain.v[1, :, :140]), cache.read(1, jnp.float32), strict=True):
+        assert relative_error(got[:, :140], exact) < error
+    # Prefill in one call attends to exact keys; only decoding, and later parts, see the rounding.
+    last = jnp.argmax(logits, axis=-1)
+    expected, _ = model.decode(last, plain)
+    got, cache = model.decode(last, cache.grown(200))
+    assert relative_error(got, expected) < 2 * error
+    np.testing.assert_array_equal(cache.lengths, [141, 141])
+    chunked, _ = model.prefill(tokens, None, model.init_cache(2, 160, dtype), chunk=128)
+    assert relative_error(chunked, logits) < 2 * error
+
+
+def test_a_row_of_zeros_and_an_outlier_survive_quantization():
+    rows = jnp.asarray([[0.0, 0.0], [3e4, -1.0], [1e-30, 5e-31]])
+    for dtype, tolerance in ((jnp.float8_e4m3fn, 0.07), (jnp.int8, 0.005)):
+        numbers, scale = quantize_rows(rows, dtype)
+        back = numbers.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
+        size = jnp.max(jnp.abs(rows), axis=1, keepdims=True)
+        assert (jnp.abs(back - rows) <= tolerance * size).all()
+    with pytest.raises(ValueError, match="model's dtype"):
+        cache_dtype("float16", "bfloat16")
 
 
 def test_feeding_cached_tokens_again_changes_nothing(model, rng):

@@ -73,7 +73,7 @@ def test_length_dependent_rope_follows_each_row(rng):
 def test_chunks_of_any_size_give_the_same(chunk, rng):
     model, tokens = model_of(BASE), jnp.asarray(prompt(rng, 2, 40))
     expected, _ = model.prefill(tokens)
-    got, _ = model.prefill(tokens, chunk=chunk)
+    got, _ = model.prefill(tokens, rows_at_once=chunk)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 

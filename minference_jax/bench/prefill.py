@@ -117,7 +117,7 @@ def arguments(model: Llama, tokens: Any) -> tuple:
 
 def compile_prefill(model: Llama, tokens: Any, **static: Any) -> tuple[Any, float]:
     """The compiled program of a prefill without a cache, to be called with `arguments(...)`; and seconds it took."""
-    settings = {"chunk": CHUNK, "implementation": None, "return_info": False} | static
+    settings = {"rows_at_once": CHUNK, "implementation": None, "return_info": False} | static
     started = time.perf_counter()
     program = llama._prefill.lower(model.config, *arguments(model, tokens), **settings).compile()
     return program, time.perf_counter() - started

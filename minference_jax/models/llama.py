@@ -34,6 +34,7 @@ from minference_jax.models.checks import (
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.params import layer_shapes
 from minference_jax.models.params import param_shapes as param_shapes
+from minference_jax.models.parts import prefill_parts
 from minference_jax.patterns import Dense, HeadPatterns, PatternArrays, PlanBuilder
 
 
@@ -120,7 +121,9 @@ class Llama(nnx.Module):
 
         About half the time and half the memory of those weights on a Hopper GPU; elsewhere only the rounding.
         """
-        return Llama(self.config, fp8.quantize_params(self.params()), self.patterns)
+        arrays = self._pattern_arrays
+        patterns = arrays if isinstance(arrays, PlanBuilder) else self.patterns
+        return Llama(self.config, fp8.quantize_params(self.params()), patterns)
 
     @property
     def fp8_projections(self) -> bool:
@@ -180,7 +183,8 @@ class Llama(nnx.Module):
         *,
         start: int | Int32[Array, ""] | None = None,
         rope_lengths: Int32[Array, " b"] | None = None,
-        chunk: int = forward.CHUNK,
+        chunk: int | None = None,
+        rows_at_once: int = forward.CHUNK,
         implementation: str | None = None,
         return_info: bool = False,
     ) -> Any:
@@ -197,12 +201,18 @@ class Llama(nnx.Module):
           rows in the cache is clamped. To continue from a position between, feed up to 127 tokens again.
         - `rope_lengths`: int32 `[b]`, for RoPE that depends on the sequence length ("dynamic", "longrope"): the
           length to assume, where a prompt comes in parts. Default: `lengths` up to these rows, as one call would see.
-        - `chunk` (static): rows of projections and MLP at once. `implementation` (static): of attention.
+        - `chunk`: feed the tokens in parts of so many (a multiple of 128) against the cache, one part after another:
+          memory is then bounded by the part. Needs a cache; `start` must be None or an int. See `models.parts`.
+        - `rows_at_once` (static): rows of projections and MLP at once. `implementation` (static): of attention.
 
         **Returns:** float32 logits `[b, vocab]` of each sequence's last token (of a sequence that ends outside these
         rows, they mean nothing) and the cache. With `return_info` (static) also the `AttentionInfo` of all layers,
-        with leading layer axis: density and estimated recall `[layers, b, n]`; None for dense attention.
+        with leading layer axis: density and estimated recall `[layers, b, n]`; None for dense attention. With `chunk`,
+        a tuple of them, one a part.
         """
+        if chunk is not None:
+            options = {"rows_at_once": rows_at_once, "implementation": implementation, "return_info": return_info}
+            return self._prefill_in_parts(tokens, lengths, cache, start, rope_lengths, chunk, options)
         tokens, whole = check_tokens(tokens, None)
         start = check_start(start, tokens, cache)
         end = whole if start is None else whole + start
@@ -213,8 +223,8 @@ class Llama(nnx.Module):
             rope_lengths = jnp.minimum(lengths, end)
         else:
             rope_lengths = check_lengths(rope_lengths, tokens.shape[0])
-        if chunk <= 0:
-            raise ValueError(f"chunk must be positive, got {chunk}")
+        if rows_at_once <= 0:
+            raise ValueError(f"rows_at_once must be positive, got {rows_at_once}")
         result = _prefill(
             self.config,
             self.params(),
@@ -224,11 +234,29 @@ class Llama(nnx.Module):
             rope_lengths,
             cache,
             start,
-            chunk=chunk,
+            rows_at_once=rows_at_once,
             implementation=implementation,
             return_info=return_info,
         )
         return result if return_info else result[:2]
+
+    def _prefill_in_parts(
+        self, tokens: Any, lengths: Any, cache: KVCache | None, start: Any, rope_lengths: Any, chunk: int, options: Any
+    ) -> Any:
+        if cache is None or not (start is None or isinstance(start, int)):
+            raise ValueError("chunk needs a cache, and a start that is None or an int")
+        tokens, whole = check_tokens(tokens, None)
+        start = start or 0
+        check_start(start, tokens, cache)
+        end = whole + start
+        lengths = end if lengths is None else jnp.maximum(check_lengths(lengths, tokens.shape[0]), 0)
+        rope_lengths = jnp.minimum(lengths, end) if rope_lengths is None else rope_lengths
+        parts = prefill_parts(
+            self, tokens, lengths, cache, chunk=chunk, start=start, rope_lengths=rope_lengths, **options
+        )
+        done = list(parts)
+        result = done[-1].logits, done[-1].cache
+        return (*result, tuple(part.info for part in done)) if options["return_info"] else result
 
     def decode(self, tokens: Int32[Array, " b"], cache: KVCache) -> tuple[Float[Array, "b vocab"], KVCache]:
         """Appends one token to each sequence of the cache: float32 logits `[b, vocab]` and the cache, one longer.
@@ -290,7 +318,7 @@ def _log_likelihoods(
 
 @partial(
     jax.jit,
-    static_argnames=("config", "chunk", "implementation", "return_info"),
+    static_argnames=("config", "rows_at_once", "implementation", "return_info"),
     donate_argnames=("cache",),
 )
 def _prefill(
@@ -303,14 +331,14 @@ def _prefill(
     cache: KVCache | None,
     start: Array | None,
     *,
-    chunk: int,
+    rows_at_once: int,
     implementation: str | None,
     return_info: bool,
 ) -> tuple[Array, KVCache | None, Any]:
     x, cache, info = forward.prefill(
         *(config, params, patterns, tokens, lengths, rope_lengths, cache, start),
         keep="info" if return_info else "nothing",
-        chunk=chunk,
+        chunk=rows_at_once,
         implementation=implementation,
     )
     last = lengths - 1 if start is None else lengths - 1 - start

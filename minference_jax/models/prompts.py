@@ -13,6 +13,7 @@ from minference_jax.models.buckets import QUERY_TILE, bucket_length
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
+from minference_jax.models.parts import prefill_parts
 
 
 class PromptRunner:
@@ -54,31 +55,31 @@ class PromptRunner:
         width = min(padded.shape[1], prompts.shape[1])
         padded[:, :width] = prompts[:, :width]
         sizes = sizes.astype(np.int32)
-        whole = start == 0 and chunk == rows
-        logits: Array | None = None
-        for first in range(start, start + rows, chunk):
-            result = self._model.prefill(
-                jnp.asarray(padded[:, first : first + chunk]),
-                jnp.asarray(sizes),
-                cache,
-                # Traced, also where it is 0: all parts run the same program.
-                start=None if whole else jnp.asarray(first, jnp.int32),
-                rope_lengths=jnp.asarray(sizes),
-                implementation=self._implementation,
-                return_info=self._return_info,
-            )
-            here, cache = result[:2]
-            if self._return_info:
-                self.info.append(result[2])
-            # A sequence's last token may lie in an earlier part.
-            logits = here if logits is None else _newer(sizes > first, here, logits)
-            if self._progress is not None:
-                jax.block_until_ready(here)
-                self._progress(min(first + chunk, int(sizes.max())), int(sizes.max()))
-            if first + chunk >= sizes.max():
-                break
-        assert logits is not None
-        return logits, cache
+        longest = int(sizes.max())
+        new, lengths = jnp.asarray(padded[:, start:]), jnp.asarray(sizes)
+        options = {
+            "rope_lengths": lengths,
+            "implementation": self._implementation,
+            "return_info": self._return_info,
+        }
+        if start == 0 and chunk == rows:
+            result = self._model.prefill(new, lengths, cache, **options)
+            self._after(longest, longest, result[0], result[2] if self._return_info else None)
+            return result[0], result[1]
+        # The last part that holds a token is the last that runs.
+        new = new[:, : -(-(longest - start) // chunk) * chunk]
+        part = None
+        for part in prefill_parts(self._model, new, lengths, cache, chunk=chunk, start=start, **options):
+            self._after(min(start + part.done, longest), longest, part.logits, part.info)
+        assert part is not None
+        return part.logits, part.cache
+
+    def _after(self, done: int, of: int, logits: Array, info: Any) -> None:
+        if self._return_info:
+            self.info.append(info)
+        if self._progress is not None:
+            jax.block_until_ready(logits)
+            self._progress(done, of)
 
 
 def shared_prefix(config: LlamaConfig, prompts: np.ndarray, sizes: np.ndarray, cache: KVCache) -> int:
@@ -112,8 +113,3 @@ def steps_before_new_rope(config: LlamaConfig, cache: KVCache, finished: np.ndar
         return None
     left = (config.rope.original_max_position_embeddings or 0) - np.asarray(cache.lengths)
     return min(left[(left >= 0) & ~finished].tolist(), default=None)
-
-
-@jax.jit
-def _newer(is_here: Array, here: Array, before: Array) -> Array:
-    return jnp.where(is_here[:, None], here, before)
