@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from pathlib import Path
@@ -10,31 +11,51 @@ from typing import Annotated, Any
 
 import typer
 
-from minference_jax.cli.console import print_json, stdout, usage_error
+from minference_jax.cli.console import print_json, read_text, stdout, usage_error
 from minference_jax.cli.pattern_option import format_pattern
 
 
 def inspect(
     model: Annotated[Path | None, typer.Argument(help="A Hugging Face directory or a .gguf file.")] = None,
     patterns: Annotated[Path | None, typer.Option(help="A pattern file, ours or MInference's.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the patterns, or --head, to a .png, .pdf or .svg.")] = None,
+    head: Annotated[
+        str, typer.Option(help="LAYER.HEAD: draw its attention on --text, its plan, and what is lost.")
+    ] = "",
+    text: Annotated[str, typer.Option(help="The text for --head; - is standard input.")] = "",
+    tokens: Annotated[int, typer.Option(min=128, help="How many tokens of the text.")] = 2048,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show a checkpoint's config and parameters, and which patterns the heads follow."""
+    """Show a checkpoint's config and parameters, and which patterns the heads follow; draw pictures of them."""
     if model is None and patterns is None:
         raise usage_error("give a model, --patterns FILE, or both")
+    if plot is not None and patterns is None:
+        raise usage_error("--plot needs --patterns FILE")
+    if head and (plot is None or model is None or not text):
+        raise usage_error("--head needs a model, --patterns, --text and --plot")
     from minference_jax.models.config import LlamaConfig
     from minference_jax.models.convert import open_checkpoint
     from minference_jax.pattern_io import load_patterns
 
     found: dict[str, Any] = {}
-    heads = None
+    heads = layers = None
     if model is not None:
         files = open_checkpoint(model)
         config = LlamaConfig.from_hf(files.config)
-        heads = config.num_heads
+        heads, layers = config.num_heads, config.num_layers
         found |= {"format": files.format, "config": dataclasses.asdict(config), "parameters": _parameters(config)}
     if patterns is not None:
-        found["patterns"] = _patterns(load_patterns(patterns, heads=heads))
+        loaded = load_patterns(patterns, heads=heads, layers=layers)
+        found["patterns"] = _patterns(loaded)
+        if plot is not None:
+            if head:
+                assert model is not None  # checked above
+                found["head"] = _plot_head(model, loaded, head, text, tokens, plot)
+            else:
+                from minference_jax.viz import plot_patterns
+
+                plot_patterns(loaded, plot, title=patterns.name)
+            found["plot"] = str(plot)
     if json:
         print_json(found)
         return
@@ -63,6 +84,35 @@ def _patterns(patterns: Any) -> dict[str, Any]:
         kinds = Counter(format_pattern(pattern).partition(":")[0] for pattern in layer)
         rows[f"layer {index}"] = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     return rows
+
+
+def _plot_head(model: Path, patterns: Any, head: str, text: str, tokens: int, plot: Path) -> dict[str, Any]:
+    """Draws one head on the first tokens of a text; its figures."""
+    import jax
+    import jax.numpy as jnp
+
+    from minference_jax.models.capture import capture_qkv
+    from minference_jax.models.llama import Llama
+    from minference_jax.models.tokenizer import load_tokenizer
+    from minference_jax.viz import head_picture, plot_head
+    from minference_jax.viz.figure import check_path
+
+    numbers = head.split(".")
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+        raise usage_error(f"--head is LAYER.HEAD, such as 3.0, got {head!r}")
+    layer, number = map(int, numbers)
+    if layer >= patterns.num_layers or number >= patterns.num_heads:
+        raise ValueError(f"--head {head}: there are {patterns.num_layers} layers of {patterns.num_heads} heads")
+    check_path(plot)
+    ids = load_tokenizer(model).encode(read_text(text))[:tokens]
+    network = Llama.from_pretrained(model, dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
+    stream = capture_qkv(network, jnp.asarray([ids], jnp.int32))
+    q, k, _ = next(itertools.islice(stream, layer, None))
+    pattern = patterns.layer(layer)[number]
+    picture = head_picture(q, k, pattern, number)
+    name = f"layer {layer}, head {number}: {format_pattern(pattern)}, {len(ids):,} tokens"
+    plot_head(picture, plot, title=name)
+    return {"head": name, "density": picture.density, "recall": picture.recall}
 
 
 def _table(heading: str, content: dict[str, Any]) -> Any:

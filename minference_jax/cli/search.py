@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from minference_jax.cli.console import print_json, progress, read_text, stderr, stdout, usage_error
-from minference_jax.cli.pattern_option import parse_uniform
+from minference_jax.cli.pattern_option import parse_pattern, parse_uniform
 
 
 def search(
@@ -145,12 +145,11 @@ def _verify(
 ) -> list[dict[str, Any]]:
     import jax.numpy as jnp
 
-    from minference_jax.models.checks import resolve_patterns
     from minference_jax.search.verify import format_table, verify
 
-    patterns = resolve_patterns(network.config, name)
+    patterns = parse_pattern(name, network.config)
     if patterns is None:
-        raise ValueError(f"{name} holds no patterns")
+        raise ValueError("dense attention is what patterns are compared with: nothing to verify")
     tables = []
     for text in texts:
         for tokens in lengths:

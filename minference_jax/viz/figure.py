@@ -1,0 +1,30 @@
+"""Figures without a display and without global state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+FORMATS = (".png", ".pdf", ".svg")
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure of so many inches. Raises RuntimeError where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise RuntimeError("pictures need matplotlib: pip install 'minference-jax[notebooks]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def check_path(path: str | Path) -> Path:
+    """The path of a picture. Raises ValueError unless its suffix is one of `FORMATS`."""
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path}: pictures end in {', '.join(FORMATS)}")
+    return path
+
+
+def save(figure: Any, path: str | Path) -> None:
+    """Writes a figure, in the format of the path's suffix."""
+    figure.savefig(check_path(path), dpi=150)
