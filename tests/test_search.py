@@ -80,7 +80,7 @@ def test_errors_are_those_of_the_real_attention(rng):
     lengths, tiles = jnp.asarray([520, 300]), jnp.asarray(scored_tiles(520, 99))
     heads = head_arrays([AShape(20, 100), VerticalSlash(40, 60), VerticalSlash(30, tiles=2), BlockSparse(4)], 4)
     masks = plan_masks(q, k, heads, lengths, tiles)
-    found = output_errors(q, k, v, masks.tiles[None], masks.columns[None], tiles, lengths)
+    found = output_errors(q, k, v, masks.keys[None], tiles, lengths)
     plan = make_plan(q, k, heads, lengths=lengths)
     rows = np.arange(128 // ROWS // 2, 520, 128 // ROWS)
     valid = (rows[None] < np.asarray(lengths)[:, None])[..., None, None]

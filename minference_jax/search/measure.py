@@ -98,16 +98,15 @@ class LayerMeter:
         """Everything the choice needs to know of one layer."""
         settings, heads = self.settings, qkv[0].shape[2]
         guess = self._guess(target if settings.cost == "visited" else 0.1)
-        factors, density, tiles, columns = [], [], [], []
+        factors, density, visited = [], [], []
         for index, candidate in enumerate(settings.candidates):
             found = adjust(lambda f, i=index, c=candidate: model.of(i, self.density(qkv, c, f)), target, guess, heads)
             factors.append(found)
             for step in settings.ladder:
                 masks = self.masks(qkv, [scaled(candidate, float(f), self.tokens) for f in found * step])
                 density.append(np.asarray(masks.density, np.float64).mean(0))
-                tiles.append(masks.tiles)
-                columns.append(masks.columns)
-        errors = output_errors(*qkv, jnp.stack(tiles), jnp.stack(columns), self.query_tiles, self.lengths)
+                visited.append(masks.keys)
+        errors = output_errors(*qkv, jnp.stack(visited), self.query_tiles, self.lengths)
         return LayerRecord(np.stack(factors), _short(np.stack(density)), *(_short(x) for x in errors))
 
     def _guess(self, density: float) -> float:

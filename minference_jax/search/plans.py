@@ -8,24 +8,24 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
+from minference_jax.index import select
 from minference_jax.index.build import make_plan
 from minference_jax.index.recall import column_flags
 from minference_jax.patterns import PatternArrays
-from pallas_kernels.plan import num_query_tiles, visited_tiles
+from pallas_kernels.plan import num_query_tiles, visited_keys
 
 
 class PlanMasks(NamedTuple):
     """What a plan visits.
 
     - `density`: float32 `[b, n]`, visited / causal cells, over all rows.
-    - `tiles`: bool `[b, n, i, kt]`, key tiles that the i scored query tiles visit. `columns`: bool `[b, n, s]`.
+    - `keys`: uint32 `[b, n, i, w]`, bitmaps (as in `index.select`) of the keys that the i scored query tiles visit.
     """
 
     density: Float[Array, "b n"]
-    tiles: Bool[Array, "b n i kt"]
-    columns: Bool[Array, "b n s"]
+    keys: UInt32[Array, "b n i w"]
 
 
 def scored_tiles(tokens: int, count: int) -> np.ndarray:
@@ -46,8 +46,13 @@ def plan_masks(
     query_tiles: Int[Array, " i"],
     scale: float | None = None,
 ) -> PlanMasks:
-    """The real index's plan for these queries and keys. Memory: b·n·(t + i·t/64) bytes, and the index's own."""
+    """The real index's plan for these queries and keys. Memory: b·n·t·(1 + i/8) bytes, and the index's own."""
     b, t, n, _ = q.shape
     plan = make_plan(q, k, heads, lengths=lengths, scale=scale)
-    tiles = jax.lax.map(lambda i: visited_tiles(plan, i, t, jnp.int32(0), (b, n)), query_tiles)
-    return PlanMasks(plan.density(t, t, lengths=lengths), jnp.moveaxis(tiles, 0, 2), column_flags(plan, t, (b, n)))
+    columns = column_flags(plan, t, (b, n))
+
+    def one(i: Int[Array, ""]) -> UInt32[Array, "b n w"]:
+        return select.pack(columns | visited_keys(plan, i, t, jnp.int32(0), (b, n)))
+
+    keys = jnp.moveaxis(jax.lax.map(one, query_tiles), 0, 2)
+    return PlanMasks(plan.density(t, t, lengths=lengths), keys)

@@ -14,9 +14,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
+from minference_jax.index import select
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE
+
+WORD = 32
+"""Keys of one word of a bitmap."""
 
 ROWS = 16
 """Rows scored in each query tile, every eighth: neighbours have much the same attention, far tiles do not."""
@@ -42,22 +46,21 @@ def output_errors(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b t k h"],
     v: Float[Array, "b t k h"],
-    tiles: Bool[Array, "c b n i kt"],
-    columns: Bool[Array, "c b n t"],
+    visited: UInt32[Array, "c b n i w"],
     query_tiles: Int[Array, " i"],
     lengths: Int[Array, " b"],
     scale: float | None = None,
 ) -> HeadErrors:
     """Output error and recall of c plans, at `ROWS` rows of each of the query tiles numbered `query_tiles`.
 
-    `tiles`, `columns`: what the plans visit, as in `PlanMasks`. Products are in the inputs' dtype with float32 sums,
+    `visited`: the keys that the plans visit, as in `PlanMasks`. Products are in the inputs' dtype with float32 sums,
     softmax in float32.
 
     Memory: `CHUNK_BYTES`, the masks, and their copy; nothing of size t × t. Cost: c + 3 times that of dense attention
     for i · `ROWS` rows.
     """
     b, t, n, h = q.shape
-    kv_heads, plans, count = k.shape[2], tiles.shape[0], query_tiles.shape[0]
+    kv_heads, plans, count = k.shape[2], visited.shape[0], query_tiles.shape[0]
     g = n // kv_heads
     factor = jnp.float32(h**-0.5 if scale is None else scale)
     chunk = _chunk(g * (plans + 1) * ROWS * v.dtype.itemsize, t)
@@ -79,8 +82,7 @@ def output_errors(
         "q": groups(sampled.reshape(b, count, ROWS, n, h), 3).swapaxes(2, 3),  # [·, i, g, r, h]
         "k": groups(widened(k, 1, padded), 2)[:, :, 0],
         "v": groups(widened(jnp.concatenate([v, jnp.ones((b, t, kv_heads, 1), v.dtype)], -1), 1, padded), 2)[:, :, 0],
-        "tiles": groups(widened(jnp.moveaxis(tiles, (0, 3), (2, 1)), 4, padded // KEY_TILE), 3),  # [·, i, c, g, kt]
-        "columns": groups(widened(jnp.moveaxis(columns, 0, 1), 3, padded), 2),  # [·, c, g, t]
+        "visited": groups(widened(jnp.moveaxis(visited, (0, 3), (2, 1)), 4, padded // WORD), 3),  # [·, i, c, g, w]
         "length": jnp.repeat(lengths, kv_heads),
     }
     exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
@@ -88,7 +90,7 @@ def output_errors(
 
     def one_group(group: dict[str, Array]) -> tuple[Array, Array, Array]:
         def some_rows(at: tuple[Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-            rows, position, visited = at  # [g, r, h], [r], [c, g, kt]
+            rows, position, words = at  # [g, r, h], [r], [c, g, w]
             steps = (position[-1] + chunk) // chunk
             keys = jnp.arange(chunk, dtype=jnp.int32)
 
@@ -110,9 +112,8 @@ def output_errors(
 
             def outputs(j: Array, out: Float[Array, "c g r h+1"]) -> Float[Array, "c g r h+1"]:
                 weights = jnp.where(valid[:, None], jnp.exp(scores(j) - lse[..., None]), 0).astype(v.dtype)
-                per_chunk = chunk // KEY_TILE
-                seen = jnp.repeat(jax.lax.dynamic_slice_in_dim(visited, j * per_chunk, per_chunk, 2), KEY_TILE, axis=2)
-                seen = seen | jax.lax.dynamic_slice_in_dim(group["columns"], j * chunk, chunk, 2)
+                seen = jax.lax.dynamic_slice_in_dim(words, j * (chunk // WORD), chunk // WORD, 2)
+                seen = select.unpack(seen, chunk)
                 seen = jnp.concatenate([seen, jnp.ones((1, g, chunk), bool)])  # the last plan is dense attention
                 masked = jnp.where(seen[:, :, None], weights, jnp.zeros((), v.dtype))
                 return out + product(
@@ -124,7 +125,7 @@ def output_errors(
             wrong, norm = (jnp.square(x).sum((2, 3)) for x in (out[:-1] - out[-1:], out[-1:]))
             return wrong, norm[0], mass[:-1].sum(-1), valid.sum().astype(jnp.float32)
 
-        wrong, norm, mass, rows = jax.lax.map(some_rows, (group["q"], positions, group["tiles"]))  # leading axis i
+        wrong, norm, mass, rows = jax.lax.map(some_rows, (group["q"], positions, group["visited"]))  # leading axis i
         error = jnp.sqrt(wrong.sum(0) / jnp.maximum(norm.sum(0), 1e-30))
         recall = jnp.where(rows.sum() > 0, mass.sum(0) / jnp.maximum(rows.sum(), 1), 1)
         each = jnp.where(rows[:, None, None] > 0, mass / jnp.maximum(rows, 1)[:, None, None], 1)

@@ -76,8 +76,7 @@ def verify(
     every = [found.arrays() for found in sets.values()]
     for index, (q, k, v) in enumerate(layers):
         masks = [plan_masks(q, k, found.layer(index), lengths, query_tiles) for found in every]
-        tiles, columns = (jnp.stack([getattr(m, name) for m in masks]) for name in ("tiles", "columns"))
-        errors = output_errors(q, k, v, tiles, columns, query_tiles, lengths)
+        errors = output_errors(q, k, v, jnp.stack([m.keys for m in masks]), query_tiles, lengths)
         density[:, index] = np.stack([np.asarray(m.density[0]) for m in masks])
         error[:, index], recall[:, index] = np.asarray(errors.error[:, 0]), np.asarray(errors.recall[:, 0])
     del layers

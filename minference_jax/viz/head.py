@@ -15,7 +15,7 @@ from minference_jax.attention import make_plan
 from minference_jax.index.recall import column_flags
 from minference_jax.patterns import Pattern
 from minference_jax.viz.figure import check_path, new_figure, save
-from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, visited_tiles
+from pallas_kernels.plan import QUERY_TILE, SparsePlan, visited_keys
 
 CELLS = 256
 """Rows and columns of a picture, at most: a cell is a mean over so many queries, a sum over so many keys."""
@@ -74,8 +74,7 @@ def _cells(q: Float[Array, "t h"], k: Float[Array, "t h"], plan: SparsePlan, blo
     def one(at: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         i, rows = at
         position = i * block + jnp.arange(block, dtype=jnp.int32)
-        tiles = visited_tiles(plan, i * block // QUERY_TILE, t, jnp.int32(0), (1, 1))[0, 0]
-        seen = jnp.repeat(tiles, KEY_TILE)[:t] | columns
+        seen = columns | visited_keys(plan, i * block // QUERY_TILE, t, jnp.int32(0), (1, 1))[0, 0]
         valid = position[:, None] < t
         causal = (keys <= position[:, None]) & valid
         scores = jnp.einsum("rh,sh->rs", rows, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
