@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,16 @@ from minference_jax.data.needle import NeedlePrompt, needle_prompt
 from minference_jax.models.buckets import bucket_length
 from minference_jax.models.cache import KVCache
 from minference_jax.models.capture import capture_qkv
+from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
 from minference_jax.models.tokenizer import Tokenizer, load_tokenizer
+from minference_jax.pattern_io import preset
 from minference_jax.patterns import HeadPatterns, VerticalSlash
 
-PATTERN = VerticalSlash(columns=128, tiles=14, probes="spread")
-"""For prompts of about 4,096 tokens of SmolLM2."""
+SEARCHED = "smollm2-135m-instruct"
+"""The preset of the demo's model: one pattern for each head, found by `minference-jax search`."""
+UNIFORM = VerticalSlash(columns=128, tiles=14, probes="spread")
+"""For other models, and prompts of about 4,096 tokens."""
 NEW_TOKENS = 24
 TIMED_LAYERS = 4
 
@@ -92,7 +97,7 @@ def run_demo(
     tokens: int = 4096,
     depth: float = 0.35,
     seed: int = 0,
-    pattern: VerticalSlash = PATTERN,
+    patterns: HeadPatterns | None = None,
     dtype: str = "",
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
@@ -102,7 +107,8 @@ def run_demo(
     **Arguments:**
 
     - `tokens`: length of the prompt, at most. `depth`: where the fact lies, from 0 (start) to 1. `seed`: which fact.
-    - `pattern`: of every head in the sparse run. `dtype`: default float32 on a CPU, bfloat16 elsewhere.
+    - `patterns`: of the sparse run. Default: the ones that were searched for SmolLM2-135M-Instruct, or
+      one for all heads of another model. `dtype`: default float32 on a CPU, bfloat16 elsewhere.
     - `progress(done, total)` is called between steps; `say` with a line of news.
 
     Raises what loading the model raises, and `ValueError` where the text is shorter than `tokens`.
@@ -121,12 +127,12 @@ def run_demo(
     rows = bucket_length(len(prompt.ids))
     padded = jnp.asarray(np.pad(np.asarray(prompt.ids, np.int32), (0, rows - len(prompt.ids)))[None])
     lengths = jnp.asarray([len(prompt.ids)], jnp.int32)
-    heads = HeadPatterns.uniform(pattern, model.config.num_layers, model.config.num_heads)
-    attention = _measure_attention(model, padded, lengths, pattern)
+    patterns = _default_patterns(model.config) if patterns is None else patterns
+    attention = _measure_attention(model, padded, lengths, patterns)
     step()
 
     runs, logits, info = [], [], None
-    for name, network in (("dense", model), ("sparse", model.with_patterns(heads))):
+    for name, network in (("dense", model), ("sparse", model.with_patterns(patterns))):
         run, after_prompt, info = _run(name, network, tokenizer, prompt, padded, lengths, attention[name], step)
         say(f"{name}: {prompt.needle.prefix} {run.reply.strip()}")
         runs.append(run)
@@ -139,7 +145,7 @@ def run_demo(
         prompt_tokens=len(prompt.ids),
         question=prompt.needle.question,
         answer=prompt.needle.answer,
-        pattern=repr(pattern),
+        pattern=_describe(patterns),
         dense=runs[0],
         sparse=runs[1],
         density=float(jnp.mean(info.density)),
@@ -201,25 +207,38 @@ def _run(
     return run, after_prompt, info
 
 
-def _measure_attention(
-    model: Llama, padded: Int32[Array, "1 t"], lengths: Int32[Array, " 1"], pattern: VerticalSlash
-) -> dict[str, float]:
-    """Seconds a layer of dense and of sparse attention, with the queries, keys and values of the first layers.
+def _default_patterns(config: LlamaConfig) -> HeadPatterns:
+    try:
+        return preset(SEARCHED, config.num_layers, config.num_heads)
+    except ValueError:  # a model of another shape
+        return HeadPatterns.uniform(UNIFORM, config.num_layers, config.num_heads)
 
-    All layers cost the same: the pattern's budgets are fixed.
-    """
+
+def _describe(patterns: HeadPatterns) -> str:
+    if len(set(itertools.chain(*patterns))) == 1:
+        return repr(patterns.layer(0)[0])
+    kinds = Counter(type(pattern).__name__ for layer in patterns for pattern in layer)
+    return f"one pattern for each head ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})"
+
+
+def _measure_attention(
+    model: Llama, padded: Int32[Array, "1 t"], lengths: Int32[Array, " 1"], patterns: HeadPatterns
+) -> dict[str, float]:
+    """Seconds a layer of dense and of sparse attention, with the queries, keys and values of the first layers."""
     functions = {
-        "dense": jax.jit(lambda q, k, v: pallas_kernels.dense_attention(q, k, v, lengths=lengths)),
-        "sparse": jax.jit(lambda q, k, v: sparse_attention(q, k, v, pattern, lengths=lengths)),
+        "dense": jax.jit(lambda q, k, v, _: pallas_kernels.dense_attention(q, k, v, lengths=lengths)),
+        "sparse": jax.jit(lambda q, k, v, heads: sparse_attention(q, k, v, heads, lengths=lengths)),
     }
+    arrays = patterns.arrays()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for layer, (q, k, v) in enumerate(itertools.islice(capture_qkv(model, padded, lengths), TIMED_LAYERS)):
+        heads = arrays.layer(layer)
         jax.block_until_ready((q, k, v))
         for name, function in functions.items():
             if layer == 0:
-                jax.block_until_ready(function(q, k, v))  # compiles
+                jax.block_until_ready(function(q, k, v, heads))  # compiles
             started = time.perf_counter()
-            jax.block_until_ready(function(q, k, v))
+            jax.block_until_ready(function(q, k, v, heads))
             seconds[name].append(time.perf_counter() - started)
     return {name: float(np.mean(values)) for name, values in seconds.items()}
 

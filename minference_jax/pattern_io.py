@@ -38,6 +38,7 @@ PRESETS: dict[str, Pattern | Path] = {
     "llama-3.1-8b": VerticalSlash(columns=512, slashes=2048),
     "paper-table-7": VerticalSlash(columns=500, slashes=1500),
     "streaming-llm": AShape(sink=1024, window=4096),
+    "smollm2-135m-instruct": Path(__file__).parent / "data" / "smollm2_135m_instruct.json",
 }
 
 
@@ -47,6 +48,8 @@ def preset(name: str, layers: int, heads: int) -> HeadPatterns:
     - `"llama-3.1-8b"`: 512 columns and 2,048 slashes in every head, the official setting of Llama-3.1-8B-Instruct.
     - `"paper-table-7"`: 500 columns and 1,500 slashes, the middle entry of MInference's search space (Table 7).
     - `"streaming-llm"`: 1,024 sinks and a window of 4,096, its A-shape entry.
+    - `"smollm2-135m-instruct"`: one pattern for each head of that model, searched at 4,096 tokens for a quarter of the
+      causal cells; the file in this package says how.
 
     Raises ValueError for another name, or where a preset of one model is wanted for a model of another shape.
     """

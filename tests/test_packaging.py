@@ -106,7 +106,7 @@ def test_wheel_holds_both_packages_with_their_data(built):
         names = set(wheel.namelist())
     for package in ("minference_jax", "pallas_kernels"):
         assert {str(path.relative_to(ROOT)) for path in sources(package)} <= names
-    assert "minference_jax/data/persuasion.txt" in names
+    assert {"minference_jax/data/persuasion.txt", "minference_jax/data/smollm2_135m_instruct.json"} <= names
     assert not [name for name in names if name.startswith("tests/") or "__pycache__" in name]
 
 
