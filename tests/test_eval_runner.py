@@ -20,7 +20,7 @@ from minference_jax.eval.runner import evaluate, padded, run_batch
 from minference_jax.eval.samples import Sample
 from minference_jax.models import LlamaConfig
 from minference_jax.models.llama import Llama
-from minference_jax.patterns import AShape
+from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, VerticalSlash
 from tests.eval_tokenizer import WordTokenizer
 
 CONFIG = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
@@ -180,6 +180,13 @@ def test_methods_keep_to_the_density(rng, model, name):
 def test_budgets_grow_with_length_and_density():
     small, large, loose = (vertical_slash_for(n, d) for n, d in ((4096, 0.3), (8192, 0.3), (8192, 0.5)))
     assert (small.tiles or 0) < (large.tiles or 0) < (loose.tiles or 0) and small.columns < large.columns
+
+
+def test_searched_budgets_scale_with_the_length(model):
+    patterns = HeadPatterns(((AShape(8, 640), VerticalSlash(64, tiles=5), BlockSparse(10), Dense()),) * 2)
+    half = Method.scaled("searched", patterns, tokens=4096).choose(model, 2048, 0.35)
+    assert isinstance(half, HeadPatterns)
+    assert half.layer(1) == (AShape(8, 320), VerticalSlash(32, 3048, tiles=2), BlockSparse(5), Dense())
 
 
 def results_of_two_methods():

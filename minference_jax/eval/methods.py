@@ -17,7 +17,7 @@ import numpy as np
 from minference_jax.eval.baselines import BigBird, Dilated, Longformer, StaticPlan, TopKOracle
 from minference_jax.models.checks import Patterns
 from minference_jax.models.llama import Llama
-from minference_jax.patterns import AShape, BlockSparse, VerticalSlash
+from minference_jax.patterns import AShape, BlockSparse, HeadPatterns, Pattern, VerticalSlash
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
 
 Chooser = Callable[[Llama, int, float], Patterns]
@@ -35,6 +35,27 @@ class Method:
     def fixed(cls, name: str, patterns: Patterns) -> Method:
         """The same patterns for every length, whatever the density."""
         return cls(name, lambda model, length, density: patterns)
+
+    @classmethod
+    def scaled(cls, name: str, patterns: HeadPatterns, tokens: int) -> Method:
+        """Patterns that were searched for prompts of `tokens` tokens, with budgets in proportion to the length."""
+
+        def choose(model: Llama, length: int, density: float) -> Patterns:
+            layers = tuple(tuple(scaled(pattern, length / tokens) for pattern in layer) for layer in patterns)
+            return HeadPatterns(layers)
+
+        return cls(name, choose)
+
+
+def scaled(pattern: Pattern, factor: float) -> Pattern:
+    """The pattern with its budgets times `factor`, each at least one; a sink stays."""
+    budgets = {"window", "columns", "slashes", "tiles", "blocks"} & {
+        field.name for field in dataclasses.fields(pattern)
+    }
+    values = {name: getattr(pattern, name) for name in budgets}
+    return dataclasses.replace(
+        pattern, **{name: max(1, round(value * factor)) for name, value in values.items() if value}
+    )
 
 
 def plan_density(
@@ -74,11 +95,11 @@ def near_bands(tiles: int) -> list[int]:
 
 
 def vertical_slash_for(length: int, density: float, *, columns: int | None = None) -> VerticalSlash:
-    """As many tiles as a density allows beside the columns: one column in 32 tokens, or as many as given.
+    """As many tiles as a density allows beside the columns: three columns in 32 tokens, or as many as given.
 
     What the tiles, which come in large steps, leave over goes to the columns, unless they were given.
     """
-    least = max(32, length // 32) if columns is None else columns
+    least = max(32, 3 * length // 32) if columns is None else columns
 
     def visits(tiles: int, columns: int) -> float:
         return plan_density(length, bands=near_bands(tiles), columns=columns)
