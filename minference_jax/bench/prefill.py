@@ -112,7 +112,7 @@ def bench_prefill(
 def arguments(model: Llama, tokens: Any) -> tuple:
     """The traced arguments of a prefill without a cache."""
     lengths = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
-    return model.params(), model.pattern_arrays, tokens, lengths, lengths, None, None
+    return model.params(), model._arrays(tokens.shape[1]), tokens, lengths, lengths, None, None
 
 
 def compile_prefill(model: Llama, tokens: Any, **static: Any) -> tuple[Any, float]:

@@ -7,19 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from minference_jax.cli.console import print_json, progress, read_text, stderr, usage_error
+from minference_jax.cli.console import print_json, progress, read_text, stderr, stdout, usage_error
 from minference_jax.cli.pattern_option import PATTERN_HELP, describe_patterns, parse_pattern
 
 
 def generate(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face directory or a .gguf file.")],
+    model: Annotated[str, typer.Argument(help="A Hugging Face directory or a .gguf file; see --random-weights.")],
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")] = "",
     file: Annotated[list[str] | None, typer.Option(help="Put before the prompt; repeatable; - is stdin.")] = None,
     question: Annotated[str, typer.Option(help="Put after the files and the prompt.")] = "",
     system: Annotated[str, typer.Option(help="System message.")] = "",
     reply_prefix: Annotated[str, typer.Option(help="How the reply begins.")] = "",
     raw: Annotated[bool, typer.Option(help="Continue the text itself, without the chat template.")] = False,
-    pattern: Annotated[str, typer.Option(help=f"How heads attend in prefill: {PATTERN_HELP}")] = "dense",
+    pattern: Annotated[
+        str, typer.Option(help=f"How heads attend in prefill: {PATTERN_HELP} auto is sparse where that pays.")
+    ] = "dense",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(max=1.0)] = 1.0,
@@ -28,11 +30,26 @@ def generate(
     prefill_chunk: Annotated[
         int | None, typer.Option(min=128, help="Prefill in parts of so many tokens, a multiple of 128.")
     ] = None,
+    cache: Annotated[str, typer.Option(help="Numbers of the KV cache: model (the dtype), fp8 or int8.")] = "model",
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="Projections in FP8: faster on Hopper GPUs, a little less true.")
+    ] = False,
+    random_weights: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Run so many random tokens through random weights; MODEL is then a config.json, or "
+            "llama-3-8b, llama-3.1-8b, qwen2-7b, smollm2.",
+        ),
+    ] = 0,
     stats: Annotated[bool, typer.Option(help="Print tokens, times and density on standard error.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Answer a prompt, or a question about files, with dense or sparse prefill."""
     files = file or []
+    if random_weights:
+        _random(model, random_weights, pattern, dtype, max_new_tokens, cache, fp8, prefill_chunk, json)
+        return
     if not (prompt or files or question):
         raise usage_error("give a prompt, --file or --question")
     if [*files, prompt].count("-") > 1:
@@ -46,7 +63,7 @@ def generate(
     from minference_jax.models.generate import generate as continue_tokens
     from minference_jax.models.tokenizer import load_tokenizer
 
-    network, patterns = load_model(model, pattern, dtype)
+    network, patterns = load_model(Path(model), pattern, dtype, fp8)
     tokenizer = load_tokenizer(model)
     ids = tokenizer.encode(text) if raw else _chat(tokenizer, text, system, reply_prefix)
     decoder = tokenizer.stream()
@@ -64,6 +81,7 @@ def generate(
             top_p=top_p,
             key=jax.random.key(seed),
             eos_token_ids=tokenizer.eos_token_ids,
+            cache_dtype=cache,
             prefill_chunk=prefill_chunk,
             progress=update,
             stream=None if json else write,
@@ -72,17 +90,16 @@ def generate(
     sequence = result.sequences()[0]
     if not json:
         print(decoder.end())
-    figures = _figures(result, describe_patterns(patterns), network.dtype.name)
+    figures = _figures(result, _described(network, patterns, len(ids), prefill_chunk), network)
     if json:
         ended = sequence[-1] in tokenizer.eos_token_ids
         reply = tokenizer.decode(sequence, skip_special_tokens=True)
         print_json({"text": reply, "tokens": sequence, "finish": "eos" if ended else "length", **figures})
     elif stats:
-        for name, value in figures.items():
-            stderr().print(f"{name.replace('_', ' ')}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+        _print_figures(figures, stderr())
 
 
-def load_model(path: Path, pattern: str, dtype: str) -> tuple[Any, Any]:
+def load_model(path: Path, pattern: str, dtype: str, fp8: bool = False) -> tuple[Any, Any]:
     """The model and its patterns; the pattern is checked before the weights are read."""
     import jax
 
@@ -90,10 +107,63 @@ def load_model(path: Path, pattern: str, dtype: str) -> tuple[Any, Any]:
     from minference_jax.models.convert import open_checkpoint
     from minference_jax.models.llama import Llama
 
-    patterns = parse_pattern(pattern, LlamaConfig.from_hf(open_checkpoint(path).config))
+    config = LlamaConfig.from_hf(open_checkpoint(path).config)
+    patterns = pattern if pattern == "auto" else parse_pattern(pattern, config)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with progress("Loading weights") as update:
-        return Llama.from_pretrained(path, dtype=dtype, patterns=patterns, progress=update), patterns
+        network = Llama.from_pretrained(path, dtype=dtype, patterns=patterns, fp8_projections=fp8, progress=update)
+        return network, patterns
+
+
+def _random(
+    name: str,
+    tokens: int,
+    pattern: str,
+    dtype: str,
+    max_new_tokens: int,
+    cache: str,
+    fp8: bool,
+    prefill_chunk: int | None,
+    as_json: bool,
+) -> None:
+    """Random tokens through random weights of a real model's shape: what a prompt of that length takes."""
+    import jax
+    import numpy as np
+
+    from minference_jax.models.generate import generate as continue_tokens
+    from minference_jax.models.llama import Llama
+    from minference_jax.models.presets import known_config
+
+    config = known_config(name)
+    patterns = pattern if pattern == "auto" else parse_pattern(pattern, config)
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    network = Llama.random(config, jax.random.key(0), dtype, patterns)
+    network = network.with_fp8_projections() if fp8 else network
+    prompt = np.random.default_rng(0).integers(0, config.vocab_size, (1, tokens))
+    with progress("Reading the prompt") as update:
+        result = continue_tokens(
+            network,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=(),
+            cache_dtype=cache,
+            prefill_chunk=prefill_chunk,
+            progress=update,
+            return_info=True,
+        )
+    figures = _figures(result, _described(network, patterns, tokens, prefill_chunk), network)
+    if as_json:
+        print_json({"tokens": result.sequences()[0], **figures})
+    else:
+        _print_figures(figures, stdout())
+
+
+def _described(network: Any, patterns: Any, tokens: int, chunk: int | None) -> str:
+    from minference_jax.models.buckets import bucket_length
+
+    rows = bucket_length(tokens)
+    choice = network.attention_choice(min(chunk or rows, rows), rows)
+    return describe_patterns(patterns) if choice is None else f"auto: {choice}"
 
 
 def _chat(tokenizer: Any, text: str, system: str, reply_prefix: str) -> list[int]:
@@ -104,14 +174,21 @@ def _chat(tokenizer: Any, text: str, system: str, reply_prefix: str) -> list[int
     return tokenizer.apply_chat_template(messages, continue_final_message=bool(reply_prefix))
 
 
-def _figures(result: Any, pattern: str, dtype: str) -> dict[str, Any]:
+def _print_figures(figures: dict[str, Any], console: Any) -> None:
+    for name, value in figures.items():
+        console.print(f"{name.replace('_', ' ')}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def _figures(result: Any, pattern: str, network: Any) -> dict[str, Any]:
     import jax.numpy as jnp
 
     stats = result.stats
     known = [info for info in result.info if info is not None]
     return {
         "pattern": pattern,
-        "dtype": dtype,
+        "dtype": network.dtype.name,
+        "fp8_projections": network.fp8_projections,
+        "cache": result.cache.k.dtype.name,
         "prompt_tokens": stats.prompt_tokens,
         "generated_tokens": stats.generated_tokens,
         "prefill_seconds": stats.prefill_seconds,

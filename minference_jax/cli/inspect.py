@@ -24,6 +24,9 @@ def inspect(
     ] = "",
     text: Annotated[str, typer.Option(help="The text for --head; - is standard input.")] = "",
     tokens: Annotated[int, typer.Option(min=128, help="How many tokens of the text.")] = 2048,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="The longest prompt on each GPU; MODEL may be a name such as llama-3-8b.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show a checkpoint's config and parameters, and which patterns the heads follow; draw pictures of them."""
@@ -39,11 +42,22 @@ def inspect(
 
     found: dict[str, Any] = {}
     heads = layers = None
+    if memory and model is None:
+        raise usage_error("--memory needs a model")
     if model is not None:
-        files = open_checkpoint(model)
-        config = LlamaConfig.from_hf(files.config)
+        from minference_jax.models.presets import CONFIGS
+
+        if str(model) in CONFIGS and not model.exists():
+            config = CONFIGS[str(model)]
+        else:
+            files = open_checkpoint(model)
+            found["format"] = files.format
+            config = LlamaConfig.from_hf(files.config)
         heads, layers = config.num_heads, config.num_layers
-        found |= {"format": files.format, "config": dataclasses.asdict(config), "parameters": _parameters(config)}
+        if memory:
+            found = {f"longest prompt in tokens, by GPU, of {model}": _memory(config)}
+        else:
+            found |= {"config": dataclasses.asdict(config), "parameters": _parameters(config)}
     if patterns is not None:
         loaded = load_patterns(patterns, heads=heads, layers=layers)
         found["patterns"] = _patterns(loaded)
@@ -59,8 +73,10 @@ def inspect(
     if json:
         print_json(found)
         return
+    console = stdout()
+    console.width = max(console.width, 100)
     for heading, content in found.items():
-        stdout().print(_table(heading, content) if isinstance(content, dict) else f"{heading}: {content}")
+        console.print(_table(heading, content) if isinstance(content, dict) else f"{heading}: {content}")
 
 
 def _parameters(config: Any) -> dict[str, int]:
@@ -73,6 +89,17 @@ def _parameters(config: Any) -> dict[str, int]:
         leaf = name.removeprefix("layers.")
         sizes[groups.get(leaf, "norms" if leaf.endswith("norm") else "attention")] += math.prod(shape)
     return {**sizes, "all": sum(sizes.values())}
+
+
+def _memory(config: Any) -> dict[str, dict[str, int]]:
+    """The most tokens of a prompt, for each way to run it, on each GPU. bfloat16, one sequence."""
+    from minference_jax.models.memory import GPUS, USABLE, WAYS, longest_prompt
+
+    available = {name: USABLE * size * 2**30 for name, size in GPUS.items()}
+    return {
+        way: {gpu: longest_prompt(config, memory, **options) for gpu, memory in available.items()}
+        for way, options in WAYS.items()
+    }
 
 
 def _patterns(patterns: Any) -> dict[str, Any]:
@@ -119,7 +146,12 @@ def _table(heading: str, content: dict[str, Any]) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=heading, box=box.SIMPLE, show_header=False, title_justify="left")
-    for name, value in content.items():
-        table.add_row(name, f"{value:,}" if type(value) is int else str(value))
+    rows = [value if isinstance(value, dict) else {"": value} for value in content.values()]
+    columns = list(rows[0]) if rows else []
+    table = Table(title=heading, box=box.SIMPLE, show_header=columns != [""], title_justify="left")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column)
+    for name, row in zip(content, rows, strict=True):
+        table.add_row(name, *(f"{value:,}" if type(value) is int else str(value) for value in row.values()))
     return table

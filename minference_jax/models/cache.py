@@ -81,6 +81,23 @@ class KVCache:
         stacked = jax.tree.map(lambda x: pad(x, 2), self._rows())
         return dataclasses.replace(self, tokens=pad(self.tokens, 1), **stacked)
 
+    def on_host(self) -> KVCache:
+        """This cache in the host's memory, its device buffers free: for a conversation that waits for its next turn."""
+        return self._in("pinned_host")
+
+    def on_device(self) -> KVCache:
+        """This cache in the device's memory; itself if it is there."""
+        return self._in(self.tokens.sharding.device_set.copy().pop().default_memory().kind)
+
+    def _in(self, kind: str) -> KVCache:
+        if self.k.sharding.memory_kind == kind:
+            return self
+        moved = {name: jax.device_put(x, x.sharding.with_memory_kind(kind)) for name, x in self._rows().items()}
+        jax.block_until_ready(moved)
+        for x in self._rows().values():
+            x.delete()
+        return dataclasses.replace(self, **moved)
+
     def write(self, layer: Array, start: Array, k: Float[Array, "b t k h"], v: Float[Array, "b t k h"]) -> KVCache:
         """With the rows of one layer at positions start, start + 1, … replaced; tokens and lengths stay."""
         new = self._encoded(k, v)

@@ -22,6 +22,7 @@ from minference_jax.models.buckets import QUERY_TILE, bucket_length
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
+from minference_jax.models.memory import advise
 from minference_jax.models.prompts import PromptRunner, steps_before_new_rope
 from minference_jax.models.sampling import next_token
 
@@ -92,6 +93,8 @@ def generate(
     eos_token_ids: Sequence[int] | None = None,
     pad_token_id: int | None = None,
     cache: KVCache | None = None,
+    cache_dtype: str | None = None,
+    offload: bool = False,
     prefill_chunk: int | None = None,
     implementation: str | None = None,
     stream: Callable[[list[list[int]]], None] | None = None,
@@ -108,12 +111,16 @@ def generate(
     - `cache`: of an earlier `Generation`, for a follow-up turn. `tokens` are the whole conversation again; the
       longest prefix that the cache shares with them, over all sequences and rounded down to a multiple of 128, is
       not processed again. The cache is given up: its buffers are donated.
+    - `cache_dtype`: of a new cache: None for the model's, "fp8" or "int8" for half the memory. `offload`: return the
+      cache in the host's memory, so that a conversation that waits holds none of the device's; the next turn brings it
+      back.
     - `prefill_chunk`: process prompts in parts of so many tokens, a multiple of 128; less memory, and progress that
       can be seen. None: at once. Sparse heads estimate their index anew for each part.
     - `stream`: called with each sequence's new tokens every few steps. `progress`: called with prompt positions done
       and their total, during prefill. `implementation`: of attention.
 
-    Raises `ValueError` for malformed arguments, empty prompts included.
+    Raises `ValueError` for malformed arguments, empty prompts included, and `OutOfDeviceMemoryError`, with what would
+    fit, where the device's memory does not suffice.
     """
     prompts, sizes = _check_prompts(tokens, lengths)
     _check_numbers(max_new_tokens, temperature, top_p, prefill_chunk)
@@ -131,10 +138,20 @@ def generate(
     programs = _programs()
 
     started = time.perf_counter()
-    run = PromptRunner(model, prefill_chunk, implementation, return_info, progress)
-    logits, filled, cached_tokens = run(prompts, sizes, cache, bucket_length(max_new_tokens))
-    token, done = _first_token(logits, filled.lengths, np.zeros(len(sizes), bool), **choose)
-    pieces = [np.asarray(token)[:, None]]
+    run = PromptRunner(model, prefill_chunk, implementation, return_info, progress, cache_dtype)
+    room_for = bucket_length(max_new_tokens)
+    with advise(
+        model.config,
+        tokens=bucket_length(prompts.shape[1]) + room_for,
+        batch=len(sizes),
+        chunk=prefill_chunk,
+        dtype=model.dtype.name,
+        cache=cache_dtype or "model",
+        fp8_projections=model.fp8_projections,
+    ):
+        logits, filled, cached_tokens = run(prompts, sizes, cache, room_for)
+        token, done = _first_token(logits, filled.lengths, np.zeros(len(sizes), bool), **choose)
+        pieces = [np.asarray(token)[:, None]]
     prefill_seconds = time.perf_counter() - started
 
     started = time.perf_counter()
@@ -182,7 +199,7 @@ def generate(
         decode_seconds=decode_seconds,
         compiled=_programs() > programs,
     )
-    return Generation(result, counts, filled, stats, tuple(run.info))
+    return Generation(result, counts, filled.on_host() if offload else filled, stats, tuple(run.info))
 
 
 def _valid_counts(new: np.ndarray, finished: np.ndarray, eos: tuple[int, ...]) -> np.ndarray:

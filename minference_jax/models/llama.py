@@ -32,10 +32,14 @@ from minference_jax.models.checks import (
     resolve_patterns,
 )
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.params import layer_shapes
+from minference_jax.models.cost import AUTO_PATTERN, AttentionChoice, choose_attention
 from minference_jax.models.params import param_shapes as param_shapes
 from minference_jax.models.parts import prefill_parts
+from minference_jax.models.random_weights import random_params
 from minference_jax.patterns import Dense, HeadPatterns, PatternArrays, PlanBuilder
+
+AUTO = "auto"
+"""The name of the patterns that give way to dense attention where they do not pay."""
 
 
 class Layers(nnx.Module):
@@ -52,6 +56,7 @@ class Llama(nnx.Module):
     - `config`: what it is (static).
     - `patterns`: the pattern of each head in prefill, or None for dense attention (static), and where a `PlanBuilder`
       takes the patterns' place. Decoding is dense.
+    - `auto`: dense attention wherever the patterns would not pay at a prompt's length (static); see `models.cost`.
     - `embed`, `layers`, `final_norm`, `lm_head`: parameters, named and shaped as in `param_shapes(config)`.
 
     Every method is jitted and can be called inside other transformations. Tokens are int32, padded on the right;
@@ -61,10 +66,14 @@ class Llama(nnx.Module):
     """
 
     def __init__(
-        self, config: LlamaConfig, params: Mapping[str, Array], patterns: HeadPatterns | PlanBuilder | None = None
+        self,
+        config: LlamaConfig,
+        params: Mapping[str, Array],
+        patterns: HeadPatterns | PlanBuilder | None = None,
+        auto: bool = False,
     ):
         check_params(config, params)
-        self.config = config
+        self.config, self.auto = config, auto
         self.embed = nnx.Param(params["embed"])
         self.layers = Layers(forward.stacked_layers(params))
         self.final_norm = nnx.Param(params["final_norm"])
@@ -82,16 +91,19 @@ class Llama(nnx.Module):
     def from_params(cls, config: LlamaConfig, params: Mapping[str, Array], patterns: Patterns = None) -> Llama:
         """A model of these parameters (not copied).
 
-        `patterns`: None for dense attention; one pattern for all heads; `HeadPatterns`; or the path of a pattern file
-        or the name of a preset. Raises `ValueError` listing every missing, unexpected or wrongly shaped parameter, or
-        when the patterns are of another number of layers or heads.
+        `patterns`: None for dense attention; one pattern for all heads; `HeadPatterns`; the path of a pattern file or
+        the name of a preset; or "auto": vertical-slash where it pays, dense attention where not. Raises `ValueError`
+        listing every missing, unexpected or wrongly shaped parameter, or when the patterns are of another number of
+        layers or heads.
         """
+        if isinstance(patterns, str) and patterns == AUTO:
+            return cls(config, params, resolve_patterns(config, AUTO_PATTERN), auto=True)
         return cls(config, params, resolve_patterns(config, patterns))
 
     @classmethod
     def random(cls, config: LlamaConfig, key: Array, dtype: Any = "float32", patterns: Patterns = None) -> Llama:
         """Random weights: norms of one, biases of zero, matrices of standard deviation 1/√(inputs)."""
-        return cls.from_params(config, _random_params(config, key, jnp.dtype(dtype).name), patterns)
+        return cls.from_params(config, random_params(config, key, jnp.dtype(dtype).name), patterns)
 
     @classmethod
     def from_pretrained(
@@ -123,7 +135,7 @@ class Llama(nnx.Module):
         """
         arrays = self._pattern_arrays
         patterns = arrays if isinstance(arrays, PlanBuilder) else self.patterns
-        return Llama(self.config, fp8.quantize_params(self.params()), patterns)
+        return Llama(self.config, fp8.quantize_params(self.params()), patterns, self.auto)
 
     @property
     def fp8_projections(self) -> bool:
@@ -147,6 +159,16 @@ class Llama(nnx.Module):
         """The patterns as arrays with leading axes `[layers, heads]`, or the plan builder; None when all is dense."""
         return self._pattern_arrays
 
+    def attention_choice(self, rows: int, keys: int | None = None) -> AttentionChoice | None:
+        """With `auto`, what prefill of `rows` tokens at the end of `keys` (default: as many) does; else None."""
+        if not self.auto or self.patterns is None:
+            return None
+        return choose_attention(self.config, self.patterns, rows, rows if keys is None else keys)
+
+    def _arrays(self, rows: int, keys: int | None = None) -> PatternArrays | PlanBuilder | None:
+        choice = self.attention_choice(rows, keys)
+        return None if choice is not None and choice.dense else self._pattern_arrays
+
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
         """An empty KV cache for `batch` sequences of up to `length` tokens.
 
@@ -158,13 +180,15 @@ class Llama(nnx.Module):
         self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
     ) -> Float[Array, "b t vocab"]:
         """float32 logits of every position, `[b, t, vocab]`; those of padding mean nothing."""
-        return _all_logits(self.config, self.params(), self._pattern_arrays, *check_tokens(tokens, lengths))
+        arrays = self._arrays(jnp.shape(tokens)[-1])
+        return _all_logits(self.config, self.params(), arrays, *check_tokens(tokens, lengths))
 
     def hidden_states(
         self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
     ) -> Float[Array, "levels b t d"]:
         """Embeddings, the output of each layer, and the output of the final norm: layers + 2 levels."""
-        return _hidden_states(self.config, self.params(), self._pattern_arrays, *check_tokens(tokens, lengths))
+        arrays = self._arrays(jnp.shape(tokens)[-1])
+        return _hidden_states(self.config, self.params(), arrays, *check_tokens(tokens, lengths))
 
     def token_log_likelihoods(
         self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
@@ -173,7 +197,8 @@ class Llama(nnx.Module):
 
         The logits of a few rows exist at a time, so this costs no more memory than a prefill.
         """
-        return _log_likelihoods(self.config, self.params(), self._pattern_arrays, *check_tokens(tokens, lengths))
+        arrays = self._arrays(jnp.shape(tokens)[-1])
+        return _log_likelihoods(self.config, self.params(), arrays, *check_tokens(tokens, lengths))
 
     def prefill(
         self,
@@ -228,7 +253,7 @@ class Llama(nnx.Module):
         result = _prefill(
             self.config,
             self.params(),
-            self._pattern_arrays,
+            self._arrays(tokens.shape[1], None if start is None or cache is None else cache.capacity),
             tokens,
             lengths,
             rope_lengths,
@@ -266,33 +291,6 @@ class Llama(nnx.Module):
         if jnp.shape(tokens) != cache.lengths.shape:
             raise ValueError(f"tokens must have shape {cache.lengths.shape} to fit the cache, got {jnp.shape(tokens)}")
         return _decode(self.config, self.params(), jnp.asarray(tokens, jnp.int32), cache)
-
-
-@partial(jax.jit, static_argnums=(0, 2))
-def _random_params(config: LlamaConfig, key: Array, dtype: str) -> dict[str, Array]:
-    """Drawn layer by layer: float32 numbers exist for one layer only."""
-    # Hardware-style random bits: the default generator takes seconds to compile for so many shapes.
-    key = jax.random.wrap_key_data(jax.random.bits(key, (4,), jnp.uint32), impl="rbg")
-
-    def draw(key: Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
-        params = {}
-        for index, (name, shape) in enumerate(shapes.items()):
-            if name.endswith("norm"):
-                params[name] = jnp.ones(shape, dtype)
-            elif name in ("bq", "bk", "bv"):
-                params[name] = jnp.zeros(shape, dtype)
-            else:
-                inputs = {"embed": shape[-1], "wo": config.num_heads * config.head_dim}.get(name, shape[0])
-                noise = jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
-                params[name] = (noise * inputs**-0.5).astype(dtype)
-        return params
-
-    outer, inner = jax.random.split(key)
-    params = draw(
-        outer, {name: shape for name, shape in param_shapes(config).items() if not name.startswith("layers.")}
-    )
-    layers = jax.lax.map(lambda key: draw(key, layer_shapes(config)), jax.random.split(inner, config.num_layers))
-    return params | {f"layers.{name}": value for name, value in layers.items()}
 
 
 @partial(jax.jit, static_argnums=0)

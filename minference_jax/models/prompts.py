@@ -19,22 +19,31 @@ from minference_jax.models.parts import prefill_parts
 class PromptRunner:
     """Runs prompts through the model: whole or in parts, and from where a cache leaves off."""
 
-    def __init__(self, model: Llama, chunk: int | None, implementation: str | None, return_info: bool, progress: Any):
+    def __init__(
+        self,
+        model: Llama,
+        chunk: int | None,
+        implementation: str | None,
+        return_info: bool,
+        progress: Any,
+        cache_dtype: str | None = None,
+    ):
         self._model, self._chunk, self._implementation = model, chunk, implementation
-        self._return_info, self._progress = return_info, progress
+        self._return_info, self._progress, self._cache_dtype = return_info, progress, cache_dtype
         self.info: list[Any] = []
 
     def __call__(
         self, prompts: np.ndarray, sizes: np.ndarray, cache: KVCache | None, new: int
     ) -> tuple[Array, KVCache, int]:
         """Last-token logits, the cache with room for `new` more tokens, and how many tokens came from `cache`."""
+        cache = None if cache is None else cache.on_device()
         start = 0 if cache is None else shared_prefix(self._model.config, prompts, sizes, cache)
         rows = bucket_length(int(sizes.max()) - start)
         chunk = min(self._chunk or rows, rows)
         rows = -(-rows // chunk) * chunk
         capacity = start + rows + new
         if cache is None or cache.lengths.shape != sizes.shape:
-            cache = self._model.init_cache(len(sizes), capacity)
+            cache = self._model.init_cache(len(sizes), capacity, self._cache_dtype)
         elif cache.capacity < capacity:
             cache = cache.grown(bucket_length(capacity))
         logits, cache = self._run(prompts, sizes, cache, start, rows, chunk)

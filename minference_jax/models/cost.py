@@ -1,0 +1,110 @@
+"""Dense or sparse? What one layer's attention takes either way, from measured rates; the faster one is chosen.
+
+With n heads of h, t query rows and pairs(…) visible (query, key) cells of a head:
+
+- dense: launch + 4 · n · h · pairs(all) / dense rate.
+- sparse: launch + index + 4 · n · h · pairs(budget) / sparse rate, where the index takes a constant and a share for
+  each key, and a row at position p visits at most min(p, budget) keys.
+
+The budget counts what a kernel visits: columns, and whole 64-key tiles. Of a prompt in one call 60 % of it are counted,
+since rows before a column, or nearer to the start than a band's distance, do not visit it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+
+from minference_jax.index import tile_budget
+from minference_jax.models.config import LlamaConfig
+from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, Pattern, VerticalSlash
+
+AUTO_PATTERN = VerticalSlash(columns=1000, tiles=tile_budget(6096))
+"""What `patterns="auto"` uses where sparse pays: the paper's largest budget, (1000, 6096), in tiles."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured on one device, bfloat16, head_dim 128: operations a second, seconds.
+
+    - `dense`, `sparse`: 4 · h operations for each visited cell, a second, of long prompts.
+    - `launch`: seconds that either attention takes beside that. `index`: seconds of an index of no keys;
+      `index_key`: for each key, of 32 query heads.
+    """
+
+    dense: float
+    sparse: float
+    launch: float
+    index: float
+    index_key: float
+
+
+RATES: dict[str, Rates] = {
+    "H100": Rates(dense=600e12, sparse=560e12, launch=0.05e-3, index=0.6e-3, index_key=2.8e-8),
+    "H200": Rates(dense=600e12, sparse=560e12, launch=0.05e-3, index=0.6e-3, index_key=2.8e-8),
+}
+"""By a part of the device's name. An H200 has an H100's arithmetic, which is what both are bound by."""
+
+OTHER = Rates(dense=1.0e12, sparse=0.5e12, launch=0.0, index=2e-3, index_key=1e-7)
+"""Anywhere else, our sparse attention is plain jnp: it has to visit half the cells or fewer to pay."""
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """What prefill does at one length: dense or sparse attention, and the predicted milliseconds a layer of each."""
+
+    dense: bool
+    dense_ms: float
+    sparse_ms: float
+    device: str
+
+    def __str__(self) -> str:
+        chosen = "dense" if self.dense else "sparse"
+        return f"{chosen} (predicted ms a layer: dense {self.dense_ms:.3g}, sparse {self.sparse_ms:.3g}; {self.device})"
+
+
+def choose_attention(
+    config: LlamaConfig, patterns: HeadPatterns, rows: int, keys: int, *, device: str | None = None
+) -> AttentionChoice:
+    """The faster of dense and sparse attention for `rows` queries at the end of `keys` keys, on `device`.
+
+    `device`: a device's name, by default that of JAX's first one.
+    """
+    device = jax.devices()[0].device_kind if device is None else device
+    name = next((name for name in RATES if name in device), "")
+    rates = RATES.get(name, OTHER)
+    operations = 4 * config.head_dim * config.num_heads
+    visited = sum(_layer_cells(layer, rows, keys) for layer in patterns) / patterns.num_layers
+    dense = rates.launch + operations * pairs(rows, keys, keys) / rates.dense
+    index = rates.index + rates.index_key * keys * config.num_heads / 32 if _needs_index(patterns) else 0.0
+    sparse = rates.launch + index + operations * visited / rates.sparse
+    return AttentionChoice(dense <= sparse, 1e3 * dense, 1e3 * sparse, name or f"no rates for {device}")
+
+
+def pairs(rows: int, keys: int, budget: float) -> float:
+    """Cells that the last `rows` of `keys` positions visit when each sees min(position + 1, budget) keys."""
+    first = keys - rows
+    short = max(0.0, min(keys, budget) - first)  # rows that see everything before them
+    return short * first + short * (short + 1) / 2 + (rows - short) * budget
+
+
+def _layer_cells(layer: tuple[Pattern, ...], rows: int, keys: int) -> float:
+    """Mean over a layer's heads."""
+    return sum(pairs(rows, keys, _budget(pattern, rows, keys)) for pattern in layer) / len(layer)
+
+
+def _budget(pattern: Pattern, rows: int, keys: int) -> float:
+    """Keys that a query visits."""
+    if isinstance(pattern, Dense):
+        return keys
+    if isinstance(pattern, AShape):
+        return pattern.sink + pattern.window + 64
+    if isinstance(pattern, BlockSparse):
+        return 64 * pattern.blocks
+    tiles = tile_budget(pattern.slashes) if pattern.tiles is None else pattern.tiles
+    return (1 - 0.4 * rows / keys) * (pattern.columns + 64 * (tiles + 2))
+
+
+def _needs_index(patterns: HeadPatterns) -> bool:
+    return any(isinstance(pattern, VerticalSlash | BlockSparse) for layer in patterns for pattern in layer)

@@ -1,0 +1,180 @@
+"""How much memory a prefill needs, from the config alone; what fits on which GPU; advice when it did not.
+
+With a bytes a number, r rows in one call (a whole prompt, or a part), s keys they attend to, batch b, width d, n query
+and k KV heads of h, MLP width f:
+
+- weights: every parameter; with FP8 projections those in one byte, and four for each output channel's scale.
+- cache: 2 · layers · b · s · k · (h · bytes + 2 if quantized), and 4 · b · s for the tokens.
+- activations: the larger of what attention and what the MLP of a layer take, and a copy of one layer's weights.
+  Attention: residual stream, queries, its output, and keys and values, b · (r·(d + 2·n·h) + 2·s·k·h) · a; probe scores,
+  at most 512 MiB; 2 bytes for each column and query tile of every head. MLP: residual stream, attention's output, and
+  b · 3·f·a for each of the 16,384 rows that it has at once.
+
+The first two are exact. The last is checked against what XLA allocates when it compiles for an H100: it is 1 to 15 %
+above.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from minference_jax.models.cache import QUANTIZED, cache_dtype
+from minference_jax.models.config import LlamaConfig
+from minference_jax.models.forward import CHUNK
+from minference_jax.models.fp8 import CONTRACTED, fp8_shapes
+from minference_jax.models.params import layer_shapes, param_shapes
+
+GPUS: dict[str, float] = {
+    "24 GB": 24.0,
+    "48 GB": 48.0,
+    "80 GB": 79.2,
+    "141 GB": 139.8,
+    "180 GB": 178.0,
+}
+"""Memory of GPUs in GiB, as their drivers report it: an H100 has 80 GB, an H200 141 GB, a B200 180 GB."""
+
+USABLE = 0.92
+"""Share of it that a program may take. JAX takes 0.75 unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; the command
+line sets this share where you have not."""
+
+PARTS = 32_768
+"""Rows of a part in what is suggested."""
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes of a prefill's weights, cache and activations."""
+
+    weights: int
+    cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them: they are needed at once."""
+        return self.weights + self.cache + self.activations
+
+    def __str__(self) -> str:
+        parts = (f"{name} {getattr(self, name) / 2**30:.1f}" for name in ("weights", "cache", "activations"))
+        return f"{self.total / 2**30:.1f} GiB ({', '.join(parts)})"
+
+
+class OutOfDeviceMemoryError(RuntimeError):
+    """The device's memory did not suffice; the text says what would fit."""
+
+
+def memory_need(
+    config: LlamaConfig,
+    *,
+    tokens: int,
+    batch: int = 1,
+    chunk: int | None = None,
+    dtype: str = "bfloat16",
+    cache: str | None = "model",
+    fp8_projections: bool = False,
+) -> MemoryNeed:
+    """What prefilling `batch` prompts of `tokens` takes; the formula is at the top of this file.
+
+    **Arguments:** `tokens`: capacity of the cache, generated tokens included. `chunk`: rows of a part; None for one
+    call. `cache`: "model" (in `dtype`), "fp8" or "int8"; None keeps no cache, which needs `chunk` None.
+    """
+    if chunk is not None and cache is None:
+        raise ValueError("a prefill in parts needs a cache")
+    size = jnp.dtype(dtype).itemsize
+    rows = min(chunk or tokens, tokens)
+    return MemoryNeed(
+        weights=_weights(param_shapes(config), size, fp8_projections),
+        cache=0 if cache is None else _cache(config, batch, tokens, cache, dtype),
+        activations=_activations(config, batch, rows, tokens, size, fp8_projections),
+    )
+
+
+def _weights(shapes: dict[str, tuple[int, ...]], size: int, fp8_projections: bool) -> int:
+    if not fp8_projections:
+        return size * sum(map(math.prod, shapes.values()))
+    total = 0
+    for name, shape in fp8_shapes(shapes).items():
+        each = 4 if name.endswith("_scale") else 1 if name.removeprefix("layers.") in CONTRACTED else size
+        total += each * math.prod(shape)
+    return total
+
+
+def _cache(config: LlamaConfig, batch: int, tokens: int, cache: str, dtype: str) -> int:
+    stored = cache_dtype(cache, dtype)
+    row = config.head_dim * stored.itemsize + (2 if stored.name in QUANTIZED else 0)
+    return 2 * config.num_layers * batch * tokens * config.num_kv_heads * row + 4 * batch * (tokens + 1)
+
+
+def _activations(config: LlamaConfig, batch: int, rows: int, keys: int, size: int, fp8_projections: bool) -> int:
+    n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
+    stream, queries = rows * config.hidden_size * size, rows * n * h * size
+    keys_and_values = 2 * keys * k * h * size
+    scores = min(512 << 20, n * 64 * keys * size)
+    columns = 2 * n * -(-rows // 128) * (1000 + 192)
+    attention = batch * (stream + 2 * queries + keys_and_values + columns) + scores
+    mlp = batch * (stream + queries + 3 * min(rows, CHUNK) * config.intermediate_size * size)
+    stacked = {f"layers.{name}": (1, *shape) for name, shape in layer_shapes(config).items()}
+    return max(attention, mlp) + _weights(stacked, size, fp8_projections)
+
+
+def longest_prompt(config: LlamaConfig, available: float, **options: Any) -> int:
+    """The most tokens, a multiple of 128, whose `memory_need(config, tokens=…, **options)` is within `available` bytes.
+
+    0 where not even 128 are.
+    """
+    low, high = 0, 1 << 18
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = memory_need(config, tokens=128 * middle, **options).total <= available
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return 128 * low
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "logits only, no cache": {"cache": None},
+    "cache in 16 bits": {"cache": "model"},
+    "cache in FP8": {"cache": "fp8"},
+    f"cache in FP8, in parts of {PARTS:,}": {"cache": "fp8", "chunk": PARTS},
+    "the same, FP8 projections": {"cache": "fp8", "chunk": PARTS, "fp8_projections": True},
+}
+"""What to choose between, from the fastest to the smallest."""
+
+
+def advice(config: LlamaConfig, available: float, *, tokens: int, **options: Any) -> str:
+    """What was needed, and what would fit into `available` bytes instead."""
+    need = memory_need(config, tokens=tokens, **options)
+    lines = [f"{tokens:,} tokens need about {need}; {available / 2**30:.1f} GiB are available."]
+    kept = {name: value for name, value in options.items() if name in ("batch", "dtype")}
+    ways = [(name, memory_need(config, tokens=tokens, **kept, **way)) for name, way in WAYS.items() if way["cache"]]
+    fitting = [f"{name}: {other}" for name, other in ways if other.total <= available]
+    if fitting:
+        lines.append("These fit: " + "; ".join(fitting) + ".")
+    else:
+        smallest = list(WAYS.values())[-1]
+        longest = longest_prompt(config, available, **kept, **smallest)
+        lines.append(f"At most {longest:,} tokens fit, with an FP8 cache, parts of {PARTS:,} and FP8 projections.")
+    return " ".join(lines)
+
+
+@contextlib.contextmanager
+def advise(config: LlamaConfig, **options: Any) -> Iterator[None]:
+    """Turns a device's out-of-memory error into an `OutOfDeviceMemoryError` with `advice(config, …, **options)`."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfDeviceMemoryError("out of device memory: " + advice(config, device_bytes(), **options)) from error
+
+
+def device_bytes() -> float:
+    """Bytes of the default device that this process may use, as far as it says; else those of an 80 GB GPU."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return float(stats.get("bytes_limit", USABLE * GPUS["80 GB"] * 2**30))

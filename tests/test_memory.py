@@ -1,0 +1,116 @@
+"""The memory formula against what arrays and the compiler take; what fits; advice; dense or sparse by cost."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from minference_jax.cli import main
+from minference_jax.models import fp8, memory
+from minference_jax.models.cache import KVCache
+from minference_jax.models.config import LlamaConfig
+from minference_jax.models.cost import AUTO_PATTERN, choose_attention, pairs
+from minference_jax.models.llama import Llama
+from minference_jax.models.memory import OutOfDeviceMemoryError, advice, advise, longest_prompt, memory_need
+from minference_jax.models.params import param_shapes
+from minference_jax.models.presets import CONFIGS
+from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, VerticalSlash
+
+GIB = 2**30
+LLAMA = CONFIGS["llama-3-8b"]
+TINY = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+
+
+def bytes_of(tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_and_caches_are_counted_exactly(name):
+    config = CONFIGS[name]
+    params = {key: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for key, shape in param_shapes(config).items()}
+    assert memory_need(config, tokens=128).weights == bytes_of(params)
+    narrow = jax.eval_shape(fp8.quantize_params, params)
+    assert memory_need(config, tokens=128, fp8_projections=True).weights == bytes_of(narrow)
+    for cache, dtype in (("model", jnp.bfloat16), ("fp8", jnp.float8_e4m3fn), ("int8", jnp.int8)):
+        shapes = jax.eval_shape(lambda dtype=dtype: KVCache.empty(config, 3, 1000, dtype))
+        assert memory_need(config, tokens=1000, batch=3, cache=cache).cache == bytes_of(shapes)
+
+
+@pytest.mark.parametrize(
+    ("options", "gib"),
+    # Temporary buffers of the compiled program, vertical-slash with 1,000 columns, XLA for an H100 SXM.
+    [
+        ({"tokens": 1 << 20, "cache": None}, 28.94),
+        ({"tokens": 1 << 17, "cache": None}, 3.95),
+        ({"tokens": 1 << 20, "cache": None, "fp8_projections": True}, 28.77),
+        ({"tokens": 1 << 20, "cache": "fp8"}, 28.59),
+        ({"tokens": 1 << 18, "chunk": 32_768}, 2.61),
+    ],
+)
+def test_activations_are_just_above_what_the_compiler_takes(options, gib):
+    assert gib <= memory_need(LLAMA, **options).activations / GIB <= 1.15 * gib
+
+
+def test_the_longest_prompt_fits_and_a_longer_one_does_not():
+    for options in memory.WAYS.values():
+        longest = longest_prompt(LLAMA, 70 * GIB, **options)
+        assert memory_need(LLAMA, tokens=longest, **options).total <= 70 * GIB
+        assert memory_need(LLAMA, tokens=longest + 128, **options).total > 70 * GIB
+    assert longest_prompt(LLAMA, 10 * GIB) == 0
+    with pytest.raises(ValueError, match="needs a cache"):
+        memory_need(LLAMA, tokens=128, chunk=128, cache=None)
+
+
+def test_out_of_memory_becomes_advice():
+    assert "These fit: cache in FP8: 39" in advice(LLAMA, 50 * GIB, tokens=1 << 18)
+    assert "At most 1" in advice(LLAMA, 22 * GIB, tokens=1 << 20)
+    with pytest.raises(OutOfDeviceMemoryError, match="200,000 tokens need about"), advise(LLAMA, tokens=200_000):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), advise(LLAMA, tokens=1):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_inspect_says_what_fits(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    assert main(["inspect", "llama-3-8b", "--memory", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out).values()
+    assert found["logits only, no cache"]["80 GB"] > 1 << 20
+    assert found["cache in FP8"]["141 GB"] > 1 << 20 > found["cache in 16 bits"]["141 GB"]
+    assert main(["inspect", "llama-3-8b", "--memory"]) == 0
+    assert "141 GB" in capsys.readouterr().out
+    assert main(["inspect", "--memory"]) == 2
+
+
+def test_cells_are_counted():
+    assert pairs(4, 4, 4) == 1 + 2 + 3 + 4
+    assert pairs(4, 4, 2) == 1 + 2 + 2 + 2
+    assert pairs(2, 6, 5) == 5 + 5 and pairs(2, 6, 6) == 5 + 6
+
+
+def test_short_prompts_are_dense_and_long_ones_sparse():
+    patterns = HeadPatterns.uniform(AUTO_PATTERN, LLAMA.num_layers, LLAMA.num_heads)
+    for device in ("NVIDIA H100 80GB HBM3", "cpu"):
+        chosen = [choose_attention(LLAMA, patterns, 1 << n, 1 << n, device=device).dense for n in range(10, 21)]
+        assert chosen[:4] == [True] * 4 and not any(chosen[7:])  # 1K to 8K, 128K to 1M
+    short = choose_attention(LLAMA, patterns, 4096, 4096, device="NVIDIA H100 80GB HBM3")
+    assert str(short).startswith("dense (predicted") and short.dense_ms < short.sparse_ms
+    # A part at the end of a long cache pays earlier than a prompt of its length.
+    assert not choose_attention(LLAMA, patterns, 4096, 1 << 18, device="NVIDIA H100 80GB HBM3").dense
+    for pattern in (AShape(), BlockSparse(), VerticalSlash()):
+        mine = HeadPatterns.uniform(pattern, 1, 32)
+        assert not choose_attention(LLAMA, mine, 1 << 18, 1 << 18, device="NVIDIA H100 80GB HBM3").dense
+    assert choose_attention(LLAMA, HeadPatterns.uniform(Dense(), 1, 32), 1 << 18, 1 << 18, device="cpu").dense
+
+
+def test_auto_runs_the_dense_program_where_that_is_its_choice(rng):
+    tokens = jnp.asarray(rng.integers(0, 61, (1, 128)))
+    model = Llama.random(TINY, jax.random.key(0))
+    auto = model.with_patterns("auto")
+    choice = auto.attention_choice(128)
+    assert choice is not None and choice.dense and model.attention_choice(128) is None
+    logits, _, info = auto.prefill(tokens, return_info=True)
+    assert info is None and (logits == model.prefill(tokens)[0]).all()
+    long = auto.with_fp8_projections().attention_choice(1 << 20)
+    assert long is not None and not long.dense
