@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import relative_error
+from helpers import random_qkv, relative_error
 from numpy_llama import numpy_llama, random_params
 
+from minference_jax.index import make_plan
 from minference_jax.models import LlamaConfig
 from minference_jax.models.cache import KVCache, cache_dtype, quantize_rows
 from minference_jax.models.llama import Llama
-from minference_jax.patterns import VerticalSlash
+from minference_jax.models.prefix_index import PrefixIndex, for_part
+from minference_jax.patterns import AShape, BlockSparse, VerticalSlash, head_arrays
 
 CONFIG = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
 
@@ -148,3 +150,20 @@ def test_the_cache_is_a_pytree_of_static_shape(model):
     assert cache.k.shape == (2, 2, 128, 2, 8) and cache.capacity == 128
     shapes = jax.eval_shape(lambda tokens, cache: model.decode(tokens, cache)[1], jnp.zeros(2, jnp.int32), cache)
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, cache)
+
+
+@pytest.mark.parametrize(
+    "pattern", [VerticalSlash(columns=8, tiles=3), BlockSparse(blocks=4), AShape(sink=4, window=70)]
+)
+def test_the_index_of_a_part_reads_a_prefix_and_finds_the_same(pattern, rng):
+    q, k, _ = random_qkv(rng, 1, 128, 1024, 4, 2, 16)
+    arrays = head_arrays(pattern, 4)
+    index = for_part(arrays, 128, 1024)
+    assert isinstance(index, PrefixIndex) and for_part(arrays, 600, 1024) is arrays and for_part(None, 1, 2) is None
+    where = {"lengths": jnp.asarray([900]), "scale": 0.25}
+    builders = (index, arrays)
+    build = jax.jit(lambda start: [make_plan(q, k, builder, q_offset=start, **where) for builder in builders])
+    for start in (0, 128, 384, 768):
+        got, expected = build(jnp.int32(start))
+        masks = [plan.to_mask(128, 1024, q_offset=start, lengths=where["lengths"]) for plan in (got, expected)]
+        np.testing.assert_array_equal(*masks)

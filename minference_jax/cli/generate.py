@@ -149,7 +149,6 @@ def _random(
             cache_dtype=cache,
             prefill_chunk=prefill_chunk,
             progress=update,
-            return_info=True,
         )
     figures = _figures(result, _described(network, patterns, tokens, prefill_chunk), network)
     if as_json:
@@ -180,11 +179,9 @@ def _print_figures(figures: dict[str, Any], console: Any) -> None:
 
 
 def _figures(result: Any, pattern: str, network: Any) -> dict[str, Any]:
-    import jax.numpy as jnp
-
     stats = result.stats
     known = [info for info in result.info if info is not None]
-    return {
+    figures = {
         "pattern": pattern,
         "dtype": network.dtype.name,
         "fp8_projections": network.fp8_projections,
@@ -195,6 +192,14 @@ def _figures(result: Any, pattern: str, network: Any) -> dict[str, Any]:
         "decode_seconds": stats.decode_seconds,
         "decode_tokens_per_second": stats.decode_tokens_per_second,
         "compilation_included": stats.compiled,
-        "density": float(jnp.mean(jnp.stack([jnp.mean(info.density) for info in known]))) if known else 1.0,
-        "estimated_recall": float(jnp.mean(jnp.stack([jnp.mean(info.recall) for info in known]))) if known else 1.0,
     }
+    if result.info:  # each is None where attention was dense
+        figures["density"] = _mean([info.density for info in known]) if known else 1.0
+        figures["estimated_recall"] = _mean([info.recall for info in known]) if known else 1.0
+    return figures
+
+
+def _mean(arrays: list[Any]) -> float:
+    import jax.numpy as jnp
+
+    return float(jnp.mean(jnp.stack([jnp.mean(array) for array in arrays])))

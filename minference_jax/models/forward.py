@@ -73,7 +73,9 @@ def attend(
                 return cast(Array, pallas_kernels.sparse_attention(q, k, v, everything, **where)), None
         return cast(Array, pallas_kernels.dense_attention(q, k, v, **where)), None
     from minference_jax.attention import sparse_attention  # a dense model needs no index
+    from minference_jax.models.prefix_index import for_part
 
+    patterns = for_part(patterns, q.shape[1], k.shape[1])
     return sparse_attention(q, k, v, patterns, **where, return_info=True)
 
 
