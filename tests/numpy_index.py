@@ -79,16 +79,24 @@ def vertical_slash(q, k, columns, slashes, length, q_offset=0):
     )
 
 
-def bands_of_lines(distances, kv_len):
-    """Band tiles (beyond the diagonal) that the lines run through, by walking through a query tile's 128 rows."""
-    bands = set()
-    for distance in distances:
-        for row in range(QUERY_TILE):
-            key = row - distance  # relative to the first row of the query tile
-            band = -(key // KEY_TILE) * KEY_TILE
-            if 0 < band < kv_len + KEY_TILE:
-                bands.add(band)
-    return np.array(sorted(bands), np.int32)
+def bands_of_lines(distances):
+    """Band tiles (beyond the diagonal) that cover the lines: each run of lines, less than a tile apart, end to end."""
+    bands, run, last = [], None, None
+    for distance in sorted(d for d in distances if d > 0):
+        near = max(distance - (QUERY_TILE - 1), 1)
+        if run is None or near - last > KEY_TILE:
+            run = near
+        while run <= distance:  # the next tile covers the distances run … run + 63
+            bands.append(run + KEY_TILE - 1)
+            run += KEY_TILE
+        last = distance
+    return np.array(bands, np.int32)
+
+
+def captured_share(band, distance):
+    """Share of a query tile's rows for which the key at `distance` lies in the tile at distance `band`."""
+    keys = np.arange(QUERY_TILE) - distance  # relative to the first row of the query tile
+    return np.mean((keys >= -band) & (keys < -band + KEY_TILE))
 
 
 def pooled(x, tile, length):

@@ -6,7 +6,7 @@ import numpy as np
 import numpy_index
 import pytest
 
-from minference_jax.index import tile_budget, tiles, vertical_slash
+from minference_jax.index import probes, tile_budget, tiles, vertical_slash
 from minference_jax.index.build import make_plan
 from minference_jax.index.select import unpack
 from minference_jax.patterns import VerticalSlash
@@ -61,24 +61,30 @@ def test_whole_index_equals_the_original_on_padded_batches(rng):
                     )
                     np.testing.assert_array_equal(listed(plan.columns, plan.column_count, i, head), expected)
                     bands = listed(plan.bands, plan.band_count, i, head)
-                    np.testing.assert_array_equal(bands, numpy_index.bands_of_lines(lines, lengths[i]))
+                    np.testing.assert_array_equal(bands, numpy_index.bands_of_lines(lines))
 
 
-@pytest.mark.parametrize("consecutive", [True, False])
-def test_diagonal_sums(rng, consecutive):
-    rows = np.arange(20, 84) if consecutive else np.sort(rng.choice(100, 64, replace=False))
-    weights = rng.random((64, 100)).astype(np.float32) * (np.arange(100) <= rows[:, None])
-    sums = vertical_slash.diagonal_sums(jnp.asarray(weights), jnp.asarray(rows, jnp.int32), consecutive=consecutive)
-    np.testing.assert_allclose(sums, numpy_index.diagonal_sums(weights, rows), rtol=1e-5)
+def test_weights_by_key_and_by_distance(rng):
+    """Sums over the probes, against NumPy; probes anywhere, one of them without a position."""
+    rows = np.sort(rng.choice(100, 64, replace=False))
+    scores = rng.standard_normal((64, 100)).astype(np.float32)
+    positions = jnp.asarray(np.where(np.arange(64) == 5, -1, rows), jnp.int32)
+    weights = np.exp(scores * 2) * (np.arange(100) <= rows[:, None])
+    weights = weights / weights.sum(-1, keepdims=True) * (np.arange(64) != 5)[:, None]
+    found = probes.lazy_weights(jnp.asarray(scores), 2.0, positions)
+    np.testing.assert_allclose(found.by_key().sum(-2), weights.sum(0), rtol=1e-5, atol=1e-7)
+    for skip in (0, 30):
+        expected = numpy_index.diagonal_sums(weights * (np.arange(100) >= skip), rows)
+        np.testing.assert_allclose(found.by_distance(skip).sum(-2), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_bands_of_single_lines():
-    """Each distance on its own against a walk through the 128 rows of a query tile."""
-    s = 520
-    flags = tiles.bands_of_lines(jnp.eye(s, dtype=bool))
-    for distance in range(s):
-        expected = numpy_index.bands_of_lines([distance], s)
-        np.testing.assert_array_equal(64 * (1 + np.flatnonzero(flags[distance, 1:])), expected)
+def test_mass_that_bands_capture():
+    """Mass at one distance, against a walk through the 128 rows of a query tile."""
+    s = 400
+    captured = tiles.band_scores(jnp.eye(s, dtype=jnp.float32))
+    for distance in range(0, s, 7):
+        expected = [numpy_index.captured_share(64 * band, distance) for band in range(captured.shape[-1])]
+        np.testing.assert_allclose(captured[distance], expected, atol=1e-6)
 
 
 def planted(rng, s, n, column, distance):
@@ -100,7 +106,7 @@ def test_planted_columns_and_slashes_are_found(rng, probes, column, distance):
     for head in (0, 2):
         assert column in listed(plan.columns, plan.column_count, 0, head)
     for head in (1, 3):
-        wanted = set(numpy_index.bands_of_lines([distance], 2048))
+        wanted = {band for band in range(64, 2048, 64) if numpy_index.captured_share(band, distance) > 0}
         assert wanted <= set(listed(plan.bands, plan.band_count, 0, head))
 
 

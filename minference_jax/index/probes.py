@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,39 +61,57 @@ def probe_scores(
     return scores, scale / power
 
 
+class Weights(NamedTuple):
+    """`probe_weights`, to be written out anew for each sum over them.
+
+    Every call is behind a barrier of its own. Without them a compiler may see one array of float32 weights with many
+    readers and store it, at twice the size of the scores; this way each sum fuses its own exponentials.
+    """
+
+    by_key: Callable[[], Float[Array, "*heads p s"]]
+    """Weight of the key at each position."""
+
+    by_distance: Callable[[int], Float[Array, "*heads p s"]]
+    """Weight of the key at each distance before the probe, without the keys below the given position."""
+
+
 def probe_weights(
     scores: Float[Array, "*heads p s"], factor: float, positions: Int[Array, "*heads p"]
 ) -> Float[Array, "*heads p s"]:
     """Causal softmax over the keys in float32; all zero for a probe at a negative position."""
-    return lazy_weights(scores, factor, positions)()
+    return lazy_weights(scores, factor, positions).by_key()
 
 
-def lazy_weights(
-    scores: Float[Array, "*heads p s"], factor: float, positions: Int[Array, "*heads p"]
-) -> Callable[[], Float[Array, "*heads p s"]]:
-    """`probe_weights` to be written out anew for each sum over it.
-
-    Every call is behind a barrier of its own. Without them a compiler may see one array of float32 weights with many
-    readers and store it, at twice the size of the scores; this way each sum fuses its own exponentials. Rows are one
-    axis here: with several axes, one of them of size 1, XLA prefers a layout that makes it copy all scores.
-    """
+def lazy_weights(scores: Float[Array, "*heads p s"], factor: float, positions: Int[Array, "*heads p"]) -> Weights:
+    """The softmax of the probes' scores times `factor`, each probe at its position."""
     shape = scores.shape
-    scores, positions = scores.reshape(-1, shape[-1]), positions.reshape(-1)
-    keys = jnp.arange(shape[-1], dtype=jnp.int32)
-    seen = keys <= positions[..., None]
+    # Rows are one axis here: with several axes, one of them of size 1, XLA prefers a layout that makes it copy all
+    # scores to transpose them.
+    scores, positions = scores.reshape(-1, shape[-1]), positions.reshape(-1, 1)
+    place = jnp.arange(shape[-1], dtype=jnp.int32)
 
-    def scaled(scores: Array) -> Array:
+    def scaled(scores: Array, seen: Array) -> Array:
         return jnp.where(seen, scores.astype(jnp.float32) * jnp.float32(factor), -jnp.inf)
 
-    top = jnp.max(scaled(scores), axis=-1, keepdims=True)
+    seen = place <= positions
+    top = jnp.max(scaled(scores, seen), axis=-1, keepdims=True)
     top = jnp.where(jnp.isfinite(top), top, 0)
-    total = jnp.sum(jnp.exp(scaled(jax.lax.optimization_barrier(scores)) - top), axis=-1, keepdims=True)
+    total = jnp.sum(jnp.exp(scaled(jax.lax.optimization_barrier(scores), seen) - top), axis=-1, keepdims=True)
     inverse = jnp.where(total > 0, 1 / total, 0)
 
-    def weights() -> Array:
-        return (jnp.exp(scaled(jax.lax.optimization_barrier(scores)) - top) * inverse).reshape(shape)
+    def by_key() -> Array:
+        return (jnp.exp(scaled(jax.lax.optimization_barrier(scores), seen) - top) * inverse).reshape(shape)
 
-    return weights
+    def by_distance(skip: int) -> Array:
+        # The shift is a gather of the scores, which fuses with all the rest. (Padding and reshaping, which shears the
+        # rows of consecutive probes, takes a GPU five times as long.)
+        key = positions - place
+        shifted = jnp.take_along_axis(
+            jax.lax.optimization_barrier(scores), jnp.clip(key, 0, shape[-1] - 1), axis=-1, mode="clip"
+        )
+        return (jnp.exp(scaled(shifted, (key >= skip) & (key < shape[-1])) - top) * inverse).reshape(shape)
+
+    return Weights(by_key, by_distance)
 
 
 def seen_tiles(

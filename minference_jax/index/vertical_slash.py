@@ -9,15 +9,15 @@ Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2; the constants are thos
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minference_jax.index import probes, select, tiles
-from minference_jax.patterns import PatternArrays
+from minference_jax.patterns import Limits, PatternArrays
 from pallas_kernels.plan import KEY_TILE, num_key_tiles
+from pallas_kernels.plan_builders import slashes_to_bands
 
 SINK_COLUMNS, WINDOW_DISTANCES = 30, 100
 """Columns and distances that the original always takes."""
@@ -74,55 +74,63 @@ def vertical_slash_index(
     def some_heads(k: Array, per_head: dict[str, Array], visible: Array) -> Any:
         scores, factor = probes.probe_scores(per_head["probes"], k, scale)
         weights = probes.lazy_weights(scores, factor, per_head["positions"])
-        return _select(weights, per_head, visible[:, None, None], patterns, s)
+        return _select(weights, per_head, visible[:, None, None], patterns.limits)
 
     size = n // kv_heads * probes.PROBES * s * k.dtype.itemsize
-    index = probes.map_heads(some_heads, k, per_head, visible, bytes_per_kv_head=size)
-    return VerticalSlashIndex(*(x.reshape(b, n, *x.shape[3:]) for x in index))
+    bitmaps = probes.map_heads(some_heads, k, per_head, visible, bytes_per_kv_head=size)
+    column_words, line_words, band_words = (x.reshape(b, n, -1) for x in bitmaps)
+    columns, column_count = select.word_positions(column_words, column_width(patterns, s), s)
+    return VerticalSlashIndex(columns, column_count, *_bands(line_words, band_words, patterns, s))
 
 
 def _select(
-    weights: Callable[[], Float[Array, "b k g p s"]],
-    heads: dict[str, Array],
-    visible: Int[Array, "b 1 1"],
-    patterns: PatternArrays,
-    s: int,
-) -> VerticalSlashIndex:
-    limits = patterns.limits
-    coverage, mass = heads["coverage"], jnp.sum(heads["positions"] >= 0, axis=-1).astype(jnp.float32)
-    target = coverage * mass if limits.adaptive else None
-    columns, bands = [], []
+    weights: probes.Weights, heads: dict[str, Array], visible: Int[Array, "b 1 1"], limits: Limits
+) -> tuple[UInt32[Array, "b k g w"], UInt32[Array, "b k g w"], UInt32[Array, "b k g w"]]:
+    """Bitmaps of columns, of line distances and of bands (by number); one that no head needs has no words."""
+    mass = jnp.sum(heads["positions"] >= 0, axis=-1).astype(jnp.float32)
+    target = heads["coverage"] * mass if limits.adaptive else None
+    columns, lines, bands = [], mass[..., :0].astype(jnp.uint32), mass[..., :0].astype(jnp.uint32)
     if limits.lines:
-        distances = diagonal_sums(weights(), heads["positions"], consecutive=not limits.spread)
-        lines = slash_lines(distances, heads["second"], visible, target)
-        columns.append(column_words(weights().sum(-2), heads["first"], visible, target))
-        bands.append(tiles.bands_of_lines(select.unpack(lines, s)))
+        lines = slash_lines(weights.by_distance(0).sum(-2), heads["second"], visible, target)
+        columns.append(column_words(weights.by_key().sum(-2), heads["first"], visible, target))
     if limits.tiles or not limits.lines:
-        flags = best_bands(weights(), heads["positions"], heads["tiles"], visible, target)
+        # The sink belongs to the columns; at the probes' distances it would pass for a band.
+        distances = weights.by_distance(KEY_TILE).sum(-2)
+        flags = best_bands(distances, heads["tiles"], visible, target)
         # Under the last rows alone a column looks like a band, and what the bands leave says nothing about it.
-        rest = uncovered(weights(), heads["positions"], flags, heads["spread"])
+        rest = uncovered(weights.by_key(), heads["positions"], flags, heads["spread"])
         left = None if target is None else target - (mass - rest.sum(-1))
         columns.append(uncovered_words(rest, heads["first"], visible, left))
-        bands.append(flags)
-    counted_in_lines = (heads["tiles"] < 0)[..., None]
-    words = columns[0] if len(columns) == 1 else jnp.where(counted_in_lines, *columns)
-    flags = bands[0] if len(bands) == 1 else jnp.where(counted_in_lines, *bands)
-    nearest = jnp.arange(flags.shape[-1], dtype=jnp.int32) == 0  # the diagonal needs no naming
-    positions, column_count = select.word_positions(words, column_width(patterns, s), s)
-    distances, band_count = select.compact(flags & ~nearest, band_width(patterns, s))
-    return VerticalSlashIndex(positions, column_count, distances * KEY_TILE, band_count)
+        bands = select.pack(flags)
+    words = columns[0] if len(columns) == 1 else jnp.where((heads["tiles"] < 0)[..., None], *columns)
+    return words, lines, bands
+
+
+def _bands(
+    line_words: UInt32[Array, "b n w"], band_words: UInt32[Array, "b n w"], patterns: PatternArrays, s: int
+) -> tuple[Int[Array, "b n R"], Int[Array, "b n"]]:
+    """Ascending distances of the bands that were chosen or that cover the lines, and their count."""
+    found, limits = [], patterns.limits
+    if line_words.shape[-1]:
+        slashes, count = select.word_positions(line_words, min(s, max(limits.slashes, MIN_SLASHES)), s)
+        found.append(slashes_to_bands(slashes, count, max_distance=s - 1))
+    if band_words.shape[-1]:
+        numbers, count = select.word_positions(band_words, max(1, min(num_key_tiles(s), limits.tiles)), 0)
+        found.append((numbers * KEY_TILE, count))
+    if len(found) == 1:
+        return found[0]
+    width = max(bands.shape[-1] for bands, _ in found)
+    (bands, count), (other, other_count) = (
+        (jnp.pad(bands, ((0, 0), (0, 0), (0, width - bands.shape[-1]))), count) for bands, count in found
+    )
+    in_lines = jnp.broadcast_to(patterns.tiles < 0, count.shape)
+    return jnp.where(in_lines[..., None], bands, other), jnp.where(in_lines, count, other_count)
 
 
 def column_width(patterns: PatternArrays, s: int) -> int:
     """Static number of column slots."""
     limits = patterns.limits
     return min(s, max(limits.columns, MIN_COLUMNS if limits.lines else 0, 1))
-
-
-def band_width(patterns: PatternArrays, s: int) -> int:
-    """Static number of band slots: a line crosses up to three bands."""
-    lines = 3 * max(patterns.limits.slashes, MIN_SLASHES) if patterns.limits.lines else 0
-    return max(1, min(num_key_tiles(s), max(lines, patterns.limits.tiles)))
 
 
 def column_words(
@@ -160,38 +168,14 @@ def _forced_top_k(sums: Array, forced: int, budget: Array, visible: Array, targe
     return select.top_k_words(scores, budget)
 
 
-def diagonal_sums(
-    weights: Float[Array, "*heads p s"], positions: Int[Array, "*heads p"], *, consecutive: bool
-) -> Float[Array, "*heads s"]:
-    """sums[d] = total weight at distance d (row position − key position).
-
-    `consecutive` (static): the probes' rows follow one another, so the diagonals can be brought under each other by
-    one reshape; otherwise each row is gathered at its own shift.
-    """
-    p, s = weights.shape[-2:]
-    if not consecutive:
-        key = positions[..., None] - jnp.arange(s, dtype=jnp.int32)
-        shifted = jnp.take_along_axis(weights, jnp.clip(key, 0, s - 1), axis=-1, mode="clip")
-        return jnp.where((key >= 0) & (key < s), shifted, 0).sum(-2)
-    lead = [(0, 0)] * (weights.ndim - 2)
-    # by_offset[x] = Σ_r weights[r, x − (p − 1) + r]: laying rows one place further apart shifts row r by r places.
-    sheared = jnp.pad(weights, [*lead, (0, 0), (p - 1, 0)]).reshape(*weights.shape[:-2], p * (s + p - 1))
-    sheared = jnp.pad(sheared, [*lead, (0, p)]).reshape(*weights.shape[:-2], p, s + p)
-    by_offset = sheared[..., :s].sum(-2)
-    offset = positions[..., -1:] - jnp.arange(s, dtype=jnp.int32)
-    sums = jnp.take_along_axis(by_offset, jnp.clip(offset, 0, s - 1), axis=-1, mode="clip")
-    return jnp.where((offset >= 0) & (positions[..., -1:] >= 0), sums, 0)
-
-
 def best_bands(
-    weights: Float[Array, "*heads p s"],
-    positions: Int[Array, "*heads p"],
+    distances: Float[Array, "*heads s"],
     budget: Int[Array, "*heads"],
     visible: Int[Array, "*sequences"],
     target: Float[Array, "*heads"] | None = None,
 ) -> Bool[Array, "*heads r"]:
-    """The `budget` bands that capture most probe mass; the one next to the diagonal is always among them."""
-    captured = tiles.band_scores(weights, positions, skip=KEY_TILE)
+    """The `budget` bands that capture most of the mass at each distance; the one next to the diagonal among them."""
+    captured = tiles.band_scores(distances)
     band = jnp.arange(captured.shape[-1], dtype=jnp.int32)
     scores = jnp.where(band == 1, jnp.inf, captured)
     reached = (band > 0) & (band * KEY_TILE < visible[..., None] + KEY_TILE) & (scores > 0)
