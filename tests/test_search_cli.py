@@ -1,0 +1,106 @@
+"""`minference-jax search` and the pictures of `inspect`, on a random model of bytes."""
+
+import json
+
+import pytest
+from checkpoints import CONFIG, random_tensors, write_hf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from minference_jax import load_patterns
+from minference_jax.cli import main
+from minference_jax.cli.search import _target
+from minference_jax.patterns import AShape
+from minference_jax.search import Latency
+
+TOKENS = ("--tokens", 256, "--target", "0.6", "--query-tiles", 2)
+CANDIDATE = ("--candidate", "a-shape:sink=16,window=512")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with one token for each byte, and two texts."""
+    folder = tmp_path_factory.mktemp("search")
+    vocab = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    config = CONFIG | {"vocab_size": len(vocab)}
+    write_hf(folder / "model", random_tensors(config), config)
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "model" / "tokenizer.json"))
+    for name, word in (("a.txt", "sparse "), ("b.txt", "dense\n")):
+        (folder / name).write_text("".join(f"{word}{i}" for i in range(200)))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_compile_cache(monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+
+def run(capsys, *arguments):
+    status = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_search_writes_patterns_and_verifies_them(folder, capsys):
+    out = folder / "patterns.json"
+    texts = ("--text", folder / "a.txt", folder / "b.txt", "--out", out)  # as a shell expands *.txt
+    arguments = ("search", "--model", folder / "model", *texts, *TOKENS, *CANDIDATE)
+    status, table, news = run(capsys, *arguments, "--verify", folder / "b.txt")
+    assert status == 0
+    patterns = load_patterns(out, heads=3, layers=2)
+    assert f"{out}: 6 a-shape" in table
+    assert "| searched | " in table
+    assert "b.txt, 256 tokens" in table
+    assert "layer 2 of 2" in news
+    assert all(isinstance(p, AShape) for layer in patterns for p in layer)
+    status, found, _ = run(capsys, *arguments, "--json")
+    found = json.loads(found)["search"]
+    assert status == 0
+    assert [sample["tokens"] for sample in found["samples"]] == [256, 256]
+    assert found["mean density"] <= 0.6
+    assert load_patterns(out) == patterns
+
+
+def test_one_head_is_drawn(folder, capsys):
+    (folder / "one.json").write_text(json.dumps([{str(j): ["stream_llm", 8, 64, 1] for j in range(3)}] * 2))
+    arguments = ("inspect", folder / "model", "--patterns", folder / "one.json", "--plot", folder / "head.png")
+    status, out, _ = run(capsys, *arguments, "--head", "1.2", "--text", folder / "a.txt", "--tokens", 256, "--json")
+    assert status == 0
+    assert 0 < json.loads(out)["head"]["recall"] <= 1
+    assert (folder / "head.png").read_bytes().startswith(b"\x89PNG")
+    status, _, news = run(capsys, *arguments, "--head", "2.0", "--text", folder / "a.txt")
+    assert (status, news.count("\n")) == (1, 1)
+    assert "2 layers of 3 heads" in news
+
+
+def test_targets_as_words():
+    assert _target("") is None
+    assert _target("0.25") == 0.25
+    assert _target("2.5ms") == Latency(2.5)
+    assert _target("a-shape:sink=64,window=512") == AShape(64, 512)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("--text", "a.txt", "--out", "p.json"), 2, "--model"),
+        (("--model", "model", "--text", "a.txt"), 2, "--out"),
+        (("--model", "model"), 2, "--text"),
+        (("--model", "model", "--patterns", "streaming-llm"), 2, "--verify"),
+        (("--model", "model", "--text", "a.txt", "--out", "p.json", "--target", "?"), 2, "--target '?'"),
+        (("--model", "model", "--text", "a.txt", "--out", "p.json", "--target", "2"), 1, "between 0 and 1"),
+        (("--model", "model", "--text", "a.txt", "--out", "p.json", "--candidate", "blob"), 1, "is no pattern"),
+        (("--model", "model", "--text", "a.txt", "--out", "nowhere/p.json"), 1, "is no directory"),
+        (("--model", "model", "--text", "a.txt", "--out", "p.json", "--tokens", "99999"), 1, "99,999 are wanted"),
+        (("--model", "model", "--text", "none.txt", "--out", "p.json"), 1, "none.txt"),
+    ],
+)
+def test_mistakes_are_one_line(folder, capsys, monkeypatch, arguments, status, message):
+    monkeypatch.chdir(folder)
+    found, out, news = run(capsys, "search", *arguments)
+    assert (found, out) == (status, "")
+    assert news.startswith("error: ")
+    assert news.count("\n") == 1
+    assert message in news
