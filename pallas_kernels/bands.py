@@ -23,13 +23,18 @@ NO_BAND = jnp.iinfo(jnp.int32).max
 
 
 def kept_bands(
-    bands: Int[Array, "*z R"], count: Int[Array, "*z"], block_count: Int[Array, "*z i"] | None
+    bands: Int[Array, "*z R"], count: Int[Array, "*z"], block_count: Int[Array, "*z i"] | None, *, multiple: int
 ) -> Bool[Array, "*z R"]:
     """Which entries of a plan's bands count, by the rules of `SparsePlan`: they name disjoint tiles.
 
-    **Arguments:** the fields of the plan; `block_count` is that of the same heads, or None without blocks.
+    **Arguments:** the fields of the plan; `block_count` is that of the same heads, or None without blocks; `multiple`:
+    the plan's `band_multiple`.
     """
-    valid = (jnp.arange(bands.shape[-1], dtype=jnp.int32) < count[..., None]) & (bands >= KEY_TILE)
+    valid = (
+        (jnp.arange(bands.shape[-1], dtype=jnp.int32) < count[..., None])
+        & (bands >= KEY_TILE)
+        & (bands % multiple == 0)
+    )
     if block_count is not None:
         valid &= (bands % KEY_TILE == 0) | (block_count.max(-1, initial=0) == 0)[..., None]
     distance = jnp.where(valid, bands, 0)
@@ -38,10 +43,10 @@ def kept_bands(
 
 
 def listed_bands(
-    bands: Int[Array, "z R"], count: Int[Array, " z"], block_count: Int[Array, "z i"] | None
+    bands: Int[Array, "z R"], count: Int[Array, " z"], block_count: Int[Array, "z i"] | None, *, multiple: int
 ) -> Int[Array, "z R"]:
     """The distances that count, ascending without gaps; the rest of each list holds `NO_BAND`."""
-    keep = kept_bands(bands, count, block_count)
+    keep = kept_bands(bands, count, block_count, multiple=multiple)
     order = running_count(keep)
     nth = jnp.broadcast_to(jnp.arange(1, bands.shape[-1] + 1, dtype=jnp.int32), bands.shape)
     listed = jnp.take_along_axis(bands, entries_before(order, nth), axis=-1, mode="clip")

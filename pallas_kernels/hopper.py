@@ -36,7 +36,8 @@ from pallas_kernels import hopper_tables
 from pallas_kernels.hopper_config import HEAD_DIMS, KernelConfig
 from pallas_kernels.hopper_kernel import kernel_body
 from pallas_kernels.hopper_launch import Launch, Refs, scratch_types
-from pallas_kernels.plan import QUERY_TILE, SparsePlan, num_query_tiles
+from pallas_kernels.plan import SparsePlan
+from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_query_tiles
 
 
 def unsupported_reason(
@@ -117,7 +118,9 @@ def hopper_attention(
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
 def _attention(q, k, v, plan, lengths, q_offset, scale, return_lse, config, interpret):
     tables = hopper_tables.prepare(plan, q, k, v, lengths=lengths, q_offset=q_offset)
-    return attend(q, k, v, tables, scale=scale, return_lse=return_lse, config=config, interpret=interpret)
+    aligned = plan.bands is None or plan.band_multiple % KEY_TILE == 0
+    options = {"scale": scale, "return_lse": return_lse, "config": config, "interpret": interpret}
+    return attend(q, k, v, tables, aligned=aligned, **options)
 
 
 def attend(
@@ -129,9 +132,13 @@ def attend(
     scale: float,
     return_lse: bool,
     config: KernelConfig,
+    aligned: bool,
     interpret: Any = None,
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"] | None]:
-    """Launches the kernel on prepared tables: `hopper_attention` without its checks and preparation."""
+    """Launches the kernel on prepared tables: `hopper_attention` without its checks and preparation.
+
+    `aligned` promises that every band of the tables is a multiple of 64.
+    """
     b, t, n, h = q.shape
     query_tiles = num_query_tiles(t)
     work = b * n * query_tiles
@@ -147,6 +154,7 @@ def attend(
         head_dim=h,
         scale=scale,
         dtype=q.dtype,
+        aligned=aligned,
         emulate=interpret is not None,
     )
     q, k, v = (_pad_rows(x) for x in (q, k, v))

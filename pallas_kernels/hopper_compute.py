@@ -78,7 +78,6 @@ def compute(
         steps = refs.work[z, tile, tables.STEPS]
         whole = refs.work[z, tile, tables.TILES]
         rows_valid = refs.work[z, tile, tables.ROWS_VALID]
-        cut = refs.work[z, tile, tables.CUT]
         buffer = lax.rem(index, jnp.int32(2))
         queries = q_smem.at[buffer * COMPUTE_WARPGROUPS + warpgroup]
 
@@ -88,12 +87,8 @@ def compute(
         def bias_of(step):
             place = 2 * step - 2 - whole  # of the step's first half among the columns; negative for whole tiles
             start = pl.multiple_of((place + 2) * KEY_TILE, KEY_TILE)
-            row = (0, 0) if refs.keys is None else (z, tile)
-            bias = plgpu.load(refs.bias.at[(*row, pl.ds(start, STEP_KEYS))], layout=layout.reduce(0), optimized=False)
-            # Of a last whole tile that begins before key 0, its last `cut` keys belong to other tiles.
-            key = plgpu.broadcasted_iota(jnp.int32, (STEP_KEYS,), 0, layout=layout.reduce(0)) + place * KEY_TILE
-            hidden = (key >= -cut) & (key < 0)
-            return jnp.where(hidden, -jnp.inf, bias.astype(jnp.float32))
+            row = (z if refs.bias.shape[0] > 1 else 0, tile if refs.bias.shape[1] > 1 else 0)
+            return plgpu.load(refs.bias.at[(*row, pl.ds(start, STEP_KEYS))], layout=layout.reduce(0), optimized=False)
 
         def zeros():
             return tuple(plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), layout) for _ in range(parts))
@@ -149,7 +144,7 @@ def compute(
                 def finish(s, bias):
                     plgpu.barrier_arrive(k_free.at[slot])
                     if bias is not None:
-                        s = s + lax.broadcast_in_dim(bias, shape, [1])
+                        s = s + lax.broadcast_in_dim(bias.astype(jnp.float32), shape, [1])
                     return softmax(s, m, total)
 
                 if launch.emulate:

@@ -15,7 +15,11 @@ from pallas_kernels.hopper_config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS, Ke
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Everything static about one launch. `emulate` replaces wgmma by jnp.dot, for the interpreter."""
+    """Everything static about one launch.
+
+    - `aligned`: every key tile starts at a multiple of 8 keys (of 64, in fact): whole rows are copied in one piece.
+    - `emulate`: jnp.dot instead of wgmma, for the interpreter.
+    """
 
     config: KernelConfig
     lanes: int  # thread blocks that take turns over neighbouring query tiles
@@ -27,11 +31,14 @@ class Launch:
     head_dim: int
     scale: float
     dtype: Any
+    aligned: bool
     emulate: bool
 
     @property
     def part_width(self) -> int:
-        """Elements of a row that lie side by side in shared memory: one swizzle width, 128 or 64 bytes."""
+        """Elements of a row that one copy takes: all of them, or where tiles start anywhere one swizzle width."""
+        if self.aligned:
+            return self.head_dim
         return 64 if self.head_dim % 64 == 0 else 32
 
     @property
@@ -60,8 +67,9 @@ def scratch_types(launch: Launch, with_lse: bool) -> dict[str, Any]:
     """Shared memory and barriers of one thread block."""
     stages, dtype = launch.config.stages, launch.dtype
     parts, width = launch.parts, launch.part_width
-    swizzle = plgpu.SwizzleTransform(2 * width)  # pyright: ignore[reportAbstractUsage]
-    tiling = plgpu.TilingTransform((8, width))  # pyright: ignore[reportAbstractUsage]
+    swizzle_bytes = 128 if width % 64 == 0 else 64
+    swizzle = plgpu.SwizzleTransform(swizzle_bytes)  # pyright: ignore[reportAbstractUsage]
+    tiling = plgpu.TilingTransform((8, swizzle_bytes // 2))  # pyright: ignore[reportAbstractUsage]
 
     def rows_of(*shape: int):
         return plgpu.SMEM((*shape, width), dtype, transforms=(tiling, swizzle))
@@ -71,6 +79,8 @@ def scratch_types(launch: Launch, with_lse: bool) -> dict[str, Any]:
         # copy into the untiled view may start at any row of the source, one into the tiled view only at every eighth.
         if launch.emulate:
             return plgpu.SMEM((*shape, width), dtype)
+        if launch.aligned:
+            return rows_of(*shape)
         return plgpu.RefUnion(plgpu.SMEM((*shape, width), dtype, transforms=(swizzle,)), rows_of(*shape))
 
     types = {
@@ -92,7 +102,7 @@ def scratch_types(launch: Launch, with_lse: bool) -> dict[str, Any]:
 
 def views(ref: Any, launch: Launch) -> tuple[Any, Any]:
     """(what copies write, what wgmma reads) of a `loaded` buffer."""
-    return (ref, ref) if launch.emulate else tuple(ref)
+    return (ref, ref) if launch.emulate or launch.aligned else tuple(ref)
 
 
 def _first(launch: Launch) -> jax.Array:

@@ -65,7 +65,7 @@ def load(launch: Launch, refs: Refs, *, q_smem, k_smem, v_smem, q_full, q_free, 
             copy_rows(lambda columns, rows=rows: refs.q.at[batch, rows, head, columns], target, q_full.at[buffer])
 
         def whole_tile(source, smem, full, start):
-            rows = pl.ds(start, KEY_TILE)
+            rows = pl.ds(pl.multiple_of(start, KEY_TILE) if launch.aligned else start, KEY_TILE)
             copy_rows(lambda columns: source.at[batch, rows, kv_head, columns], smem, full)
 
         def next_tile(place, pointer):

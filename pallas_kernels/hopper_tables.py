@@ -25,7 +25,6 @@ BANDS = 2  # band tiles that hold a key at or after key 0
 TILES = 3  # band tiles and block tiles
 DIAGONAL = 4  # position of the query tile's first row
 ROWS_VALID = 5  # rows before the sequence's length
-CUT = 6  # keys of the last band tile that would lie before key 0
 WORK_FIELDS = 8  # padded to a power of two
 
 
@@ -43,10 +42,10 @@ class KernelTables:
     - `blocks`: int32 `[z, i, M]`, key tiles; -1 where the kernel skips (repeats, tiles of a band, out of range). None
       without blocks.
     - `keys`, `values`: `[z, C, h]`, the keys and values of the columns, gathered. None without columns.
-    - `bias`: bf16 `[z, i, 128 + C' + 64]` with C' = C rounded up to 64: 128 zeros, then 0 or -inf for each column (-inf
-      where the query tile sees that key elsewhere, or not at all), then -inf. The zeros stand for the last whole
-      tiles, where they share a step with columns or need its bias (a band tile cut at key 0); a step whose second half
-      is missing ends in the -inf. `[1, 1, 256]` without columns.
+    - `bias`: bf16 `[z, i, 128 + C' + 64]` with C' = C rounded up to 64: 128 entries for the last two whole tiles, where
+      they share a step with columns or need its bias (0, or -inf for what a band cut at key 0 does not hold), then 0 or
+      -inf for each column (-inf where the query tile sees that key elsewhere, or not at all), then -inf. A step whose
+      second half is missing ends in the last 64. `[1, 1, 256]` with neither columns nor bands.
     """
 
     work: Int[Array, "z i 8"]
@@ -81,9 +80,12 @@ def prepare(
     if plan.columns is None or plan.columns.shape[-1] == 0:
         keys = values = None
         column_tiles = jnp.zeros_like(whole)
-        bias = jnp.where(jnp.arange(4 * KEY_TILE) < 2 * KEY_TILE, 0, -jnp.inf).astype(jnp.bfloat16)[None, None]
+        bias = jnp.full((1, 1, KEY_TILE) if bands is None else (*whole.shape, KEY_TILE), -jnp.inf, jnp.bfloat16)
     else:
         keys, values, column_tiles, bias = _columns(plan, k, v, first, bands, ascending)
+    last = jnp.arange(2 * KEY_TILE, dtype=jnp.int32) < 2 * KEY_TILE - cut[..., None]  # of a cut tile, the keys it holds
+    last = jnp.where(last[: bias.shape[0], : bias.shape[1]], 0, -jnp.inf).astype(jnp.bfloat16)
+    bias = jnp.concatenate([last, bias, jnp.full((*bias.shape[:2], KEY_TILE), -jnp.inf, jnp.bfloat16)], -1)
 
     valid = rows > 0
     unbiased = whole - (cut > 0).astype(jnp.int32)
@@ -94,7 +96,7 @@ def prepare(
         whole,
         jnp.broadcast_to(first, whole.shape),
         rows,
-        cut,
+        jnp.zeros_like(whole),
         jnp.zeros_like(whole),
     ]
     listed = jnp.zeros((b * n, 1), jnp.int32) if bands is None else jnp.where(bands == NO_BAND, 0, bands)
@@ -113,7 +115,8 @@ def _bands(
         none = jnp.zeros((z, first.size), jnp.int32)
         return None, none, none
     count, blocks = plan.band_count.reshape(z), plan.block_count
-    bands = listed_bands(plan.bands.reshape(z, -1), count, None if blocks is None else blocks.reshape(z, -1))
+    blocks = None if blocks is None else blocks.reshape(z, -1)
+    bands = listed_bands(plan.bands.reshape(z, -1), count, blocks, multiple=plan.band_multiple)
     counts = entries_before(bands, jnp.broadcast_to(first + KEY_TILE, (z, first.size)))
     farthest = jnp.take_along_axis(bands, jnp.maximum(counts - 1, 0), axis=-1, mode="clip")
     cut = jnp.where(counts > 0, jnp.maximum(farthest - first, 0), 0)
@@ -177,9 +180,7 @@ def _columns(
         tile = columns // KEY_TILE
         visible = lax.cond(mixed, lambda: visible & ~_in_blocks(blocks, tile), lambda: visible)
     bias = jnp.where(visible, 0, -jnp.inf).astype(jnp.bfloat16)
-    right = -width % KEY_TILE + KEY_TILE
-    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, right)), constant_values=-jnp.inf)
-    bias = jnp.pad(bias, ((0, 0), (0, 0), (2 * KEY_TILE, 0)))
+    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, -width % KEY_TILE)), constant_values=-jnp.inf)
 
     index = jnp.maximum(columns, 0).reshape(b, kv_heads, n // kv_heads * width)
     batch = jnp.arange(b, dtype=jnp.int32)[:, None, None]

@@ -22,7 +22,7 @@ _PARTS = {"columns": "column_count", "bands": "band_count", "blocks": "block_cou
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["columns", "column_count", "bands", "band_count", "blocks", "block_count"],
-    meta_fields=[],
+    meta_fields=["band_multiple"],
 )
 @dataclasses.dataclass(frozen=True)
 class SparsePlan:
@@ -44,12 +44,13 @@ class SparsePlan:
     - `columns`: int32 `[b, n, C]`, ascending key positions; `column_count`: int32 `[b, n]`.
     - `bands`: int32 `[b, n, R]`, ascending distances of 64 or more, at least 64 apart, in a head that has blocks
       multiples of 64; `band_count`: int32 `[b, n]`.
+      `band_multiple` (static): a number that every distance is a multiple of; 64 lets a kernel copy whole tiles faster.
     - `blocks`: int32 `[b, n, i, M]`, ascending key-tile numbers (key position // 64) of each query tile;
       `block_count`: int32 `[b, n, i]`.
 
     Entries at or past the count are ignored, whatever they hold. So are entries out of range (negative, past the
     last key, after the diagonal), repeats, and bands that break their rule: less than 64 after a listed one before
-    them (which they would overlap), or no multiple of 64 in a head that has blocks.
+    them (which they would overlap), no multiple of `band_multiple`, or none of 64 in a head that has blocks.
 
     Source: MInference (arXiv 2407.02490) §3.2 for the patterns. The official index stores a tile list per query
     tile for slashes too; bands say the same once per head, because slash tiles are shift-invariant.
@@ -61,6 +62,7 @@ class SparsePlan:
     band_count: Int[Array, "b n"] | None = None
     blocks: Int[Array, "b n i M"] | None = None
     block_count: Int[Array, "b n i"] | None = None
+    band_multiple: int = 1
 
     def validate(self, batch: int, heads: int, q_len: int) -> None:
         """Raises ValueError, naming the part and both shapes, unless the plan fits `[batch, q_len, heads]` queries."""
@@ -187,7 +189,7 @@ def kv_limit(lengths: Int[Array, " b"] | None, batch: int, kv_len: int) -> Int[A
 def _kept(plan: SparsePlan) -> Bool[Array, "b n R"] | None:
     if plan.bands is None or plan.band_count is None:
         return None
-    return kept_bands(plan.bands, plan.band_count, plan.block_count)
+    return kept_bands(plan.bands, plan.band_count, plan.block_count, multiple=plan.band_multiple)
 
 
 def block_tiles(plan: SparsePlan, i: Int[Array, ""], kv_len: int, q_offset: Int[Array, ""]) -> Bool[Array, "b n kt"]:

@@ -49,7 +49,7 @@ def a_shape_plan(b: int, n: int, *, sink: int, window: int) -> SparsePlan:
             return None, None
         return jnp.broadcast_to(values, (b, n, values.size)), jnp.full((b, n), values.size, jnp.int32)
 
-    return SparsePlan(*part(columns), *part(bands))
+    return SparsePlan(*part(columns), *part(bands), band_multiple=KEY_TILE)
 
 
 def slashes_to_bands(

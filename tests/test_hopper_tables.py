@@ -13,7 +13,7 @@ from pallas_kernels.plan import KEY_TILE, QUERY_TILE
 def visits(tables: hopper_tables.KernelTables, plan: SparsePlan, z: int, i: int, s: int, q_offset: int) -> np.ndarray:
     """How often each row of query tile `i` of head `z` sees each key, following the steps of the kernel."""
     work = np.asarray(tables.work)[z, i]
-    no_bias, steps, bands, whole, diagonal, rows, cut = (int(x) for x in work[:7])
+    no_bias, steps, bands, whole, diagonal, rows = (int(x) for x in work[:6])
     count = np.zeros((QUERY_TILE, s + 4 * KEY_TILE), int)
     if steps == 0:
         assert rows == 0
@@ -24,17 +24,15 @@ def visits(tables: hopper_tables.KernelTables, plan: SparsePlan, z: int, i: int,
     listed = [] if tables.blocks is None else [KEY_TILE * x for x in np.asarray(tables.blocks)[z, i] if x >= 0]
     starts = [max(q0 - int(x), 0) for x in np.asarray(tables.bands)[z, :bands]] + listed
     assert len(starts) == whole
-    assert no_bias == 1 + (whole - (cut > 0)) // 2
+    assert no_bias in (1 + whole // 2, whole // 2) and no_bias > 0
     for start in starts[: 2 * (no_bias - 1)]:
         count[:, start : start + KEY_TILE] += 1
     bias = np.asarray(tables.bias, np.float32)
     bias = bias[min(z, len(bias) - 1), min(i, bias.shape[1] - 1)]
     for step in range(no_bias, steps):
         for place in (2 * step - 2 - whole, 2 * step - 1 - whole):  # among the columns; negative for whole tiles
-            half = bias[(place + 2) * KEY_TILE : (place + 3) * KEY_TILE].copy()
+            half = bias[(place + 2) * KEY_TILE : (place + 3) * KEY_TILE]
             assert half.shape == (KEY_TILE,)
-            if place == -1:
-                half[KEY_TILE - cut :] = -np.inf
             if place < 0:
                 keys = starts[whole + place] + np.arange(KEY_TILE)
             elif place * KEY_TILE < len(bias) - 3 * KEY_TILE and plan.columns is not None:

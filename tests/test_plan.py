@@ -1,5 +1,7 @@
 """What a plan means, in hand-written pictures of tiles, and the rules for entries that do not count."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,6 +154,11 @@ def test_block_sparse_plan_sorts_and_drops_minus_one():
 def test_entries_that_do_not_count(bad, good):
     mask = one_head(**bad).to_mask(384, 384)
     np.testing.assert_array_equal(mask, one_head(**good).to_mask(384, 384))
+
+
+def test_a_promised_multiple_is_kept():
+    plan = dataclasses.replace(one_head(bands=[70, 128]), band_multiple=64)
+    np.testing.assert_array_equal(plan.to_mask(384, 384), one_head(bands=[128]).to_mask(384, 384))
 
 
 def test_entries_past_the_count_are_ignored():

@@ -54,8 +54,9 @@ def visible_keys(plan: SparsePlan, batch: int, head: int, row: int, kv_len: int)
         where = (batch, head, q0 // 128) if name == "blocks" else (batch, head)
         for value in np.asarray(part[where])[: int(count[where])]:
             start = value if name == "columns" else q0 - value if name == "bands" else 64 * value
-            if 0 <= start < kv_len:
-                seen[start : start + (1 if name == "columns" else 64)] = True
+            width = 1 if name == "columns" else 64
+            if -width < start < kv_len:
+                seen[max(start, 0) : start + width] = True
     return seen[:kv_len] & (np.arange(kv_len) <= row)
 
 
