@@ -46,7 +46,7 @@ def test_weights_and_caches_are_counted_exactly(name):
         ({"tokens": 1 << 17, "cache": None}, 3.95),
         ({"tokens": 1 << 20, "cache": None, "fp8_projections": True}, 28.77),
         ({"tokens": 1 << 20, "cache": "fp8"}, 28.59),
-        ({"tokens": 1 << 18, "chunk": 32_768}, 2.61),
+        ({"tokens": 1 << 18, "chunk": 32_768}, 2.80),
     ],
 )
 def test_activations_are_just_above_what_the_compiler_takes(options, gib):

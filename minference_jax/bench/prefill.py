@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from minference_jax.bench.kernels import environment
-from minference_jax.bench.prefill_pieces import Pieces, time_pieces
+from minference_jax.bench.prefill_pieces import time_pieces
 from minference_jax.index import tile_budget
 from minference_jax.models import llama
 from minference_jax.models.forward import CHUNK
 from minference_jax.models.llama import Llama
+from minference_jax.models.memory import advise
 from minference_jax.patterns import AShape, Pattern, VerticalSlash
 
 VERTICAL_SLASH = VerticalSlash(columns=1000, tiles=tile_budget(6096))
@@ -94,19 +95,11 @@ def bench_prefill(
             network = models[fp8].with_patterns(pattern)
             say(f"{tokens:,} tokens, {name}")
             estimated = pattern is None and tokens > dense_limit
-            compile_seconds, memory, seconds = float("nan"), float("nan"), float("nan")
-            prompt = jax.random.randint(jax.random.key(tokens), (1, tokens), 0, model.config.vocab_size, jnp.int32)
-            if not estimated:
-                program, compile_seconds = compile_prefill(network, prompt)
-                memory = program_bytes(program) / 2**30
-                seconds = median_seconds(lambda p=program, n=network, t=prompt: p(*arguments(n, t)), repeats)
-                del program
-            pieces = time_pieces(network, prompt, pattern, lambda run: median_seconds(run, repeats))
-            if estimated:
-                seconds = pieces.attention + pieces.indexing + pieces.projections
+            with advise(model.config, tokens=tokens, dtype=model.dtype.name, cache=None, fp8_projections=fp8):
+                row = _time(network, name, pattern, tokens, repeats, estimated)
             if name == "dense":
-                dense_seconds = seconds
-            yield _row(tokens, name, seconds, dense_seconds, pieces, memory, compile_seconds, estimated)
+                dense_seconds = row.seconds
+            yield dataclasses.replace(row, speedup=dense_seconds / row.seconds)
 
 
 def arguments(model: Llama, tokens: Any) -> tuple:
@@ -142,23 +135,25 @@ def median_seconds(run: Callable[[], Any], repeats: int, *, long: float = 3.0) -
     return statistics.median(times[1:] or times)
 
 
-def _row(
-    tokens: int,
-    method: str,
-    seconds: float,
-    dense: float,
-    pieces: Pieces,
-    memory: float,
-    compile_seconds: float,
-    estimated: bool,
-) -> Row:
+def _time(network: Llama, method: str, pattern: Pattern | None, tokens: int, repeats: int, estimated: bool) -> Row:
+    """A row whose speed-up is still unknown."""
+    prompt = jax.random.randint(jax.random.key(tokens), (1, tokens), 0, network.config.vocab_size, jnp.int32)
+    compile_seconds, memory, seconds = float("nan"), float("nan"), float("nan")
+    if not estimated:
+        program, compile_seconds = compile_prefill(network, prompt)
+        memory = program_bytes(program) / 2**30
+        seconds = median_seconds(lambda: program(*arguments(network, prompt)), repeats)
+        del program
+    pieces = time_pieces(network, prompt, pattern, lambda run: median_seconds(run, repeats))
+    if estimated:
+        seconds = pieces.attention + pieces.indexing + pieces.projections
     device = jax.devices()[0].memory_stats() or {}
     return Row(
         tokens=tokens,
         method=method,
         seconds=seconds,
         tokens_per_second=tokens / seconds,
-        speedup=dense / seconds,
+        speedup=float("nan"),
         attention=pieces.attention,
         index=pieces.indexing,
         projections=pieces.projections,

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from minference_jax.cli import bench, compare, convert, demo, eval, fetch, generate, inspect, search
-from minference_jax.cli.console import enable_compile_cache
+from minference_jax.cli.console import enable_compile_cache, use_most_of_the_gpu
 
 # Typer exports this class's children only.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # pyright: ignore[reportAssignmentType]
@@ -53,6 +53,7 @@ def _settings(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
+    use_most_of_the_gpu()
     enable_compile_cache()
 
 

@@ -20,6 +20,7 @@ def compare(
     tokens: Annotated[int, typer.Option(min=2, help="How many tokens of the text to compare.")] = 2048,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, on both sides.")] = "float32",
     pattern: Annotated[str, typer.Option(help=f"Of our side: {PATTERN_HELP}")] = "dense",
+    fp8: Annotated[bool, typer.Option("--fp8", help="Our projections in FP8 (not with --task).")] = False,
     max_new_tokens: Annotated[
         int, typer.Option(min=0, help="Length of the greedy continuations; with --task the task's.")
     ] = 64,
@@ -41,4 +42,5 @@ def compare(
     if task:
         haystack = read_text(text) if text else None
         return run_compare_task(model, task, text=haystack, length=length, samples=samples, **options)
-    return run_compare(model, read_text(text), tokens=tokens, max_new_tokens=max_new_tokens, **options)
+    options |= {"fp8_projections": fp8, "max_new_tokens": max_new_tokens}
+    return run_compare(model, read_text(text), tokens=tokens, **options)

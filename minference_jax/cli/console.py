@@ -88,6 +88,11 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minference_jax"
 
 
+def use_most_of_the_gpu() -> None:
+    """Lets JAX take 92 % of a GPU's memory instead of 75 %, unless XLA_PYTHON_CLIENT_MEM_FRACTION says how much."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+
+
 def enable_compile_cache() -> None:
     """Keeps compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where (empty: nowhere)."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:

@@ -29,6 +29,7 @@ def compare(
     lengths: Int[Any, " b"] | None = None,
     dtype: str = "float32",
     patterns: Any = None,
+    fp8_projections: bool = False,
     max_new_tokens: int = 64,
     positions: Sequence[int] | None = None,
     layers: bool = True,
@@ -52,6 +53,7 @@ def compare(
         lengths: int [b], how many tokens of each row are valid; None for all.
         dtype: of weights and activations on both sides: "float32", "bfloat16" or "float16".
         patterns: as for `Llama.from_pretrained`; None is dense.
+        fp8_projections: ours in FP8, so that the comparison says what that costs.
         max_new_tokens: length of the greedy continuations; end-of-text tokens do not end them.
         positions: where hidden states and logits are compared; None: all, or 2,048 evenly spread ones. Everything
             else is compared at all positions.
@@ -98,7 +100,9 @@ def compare(
         versions = run_torch_jobs([job], torch_python=python, timeout=timeout, threads=threads, progress=progress)
 
         started = time.perf_counter()
-        llama = Llama.from_pretrained(model, dtype=dtype, patterns=patterns)
+        llama = Llama.from_pretrained(model, dtype=dtype, patterns=patterns, fp8_projections=fp8_projections)
+        changed = [] if llama.patterns is None else [_describe(llama.patterns)]
+        changed += ["FP8 projections"] if fp8_projections else []
         loaded = time.perf_counter() - started
         run_jax(
             *(llama, ours),
@@ -117,9 +121,9 @@ def compare(
             positions=positions,
             model=model.name,
             dtype=dtype,
-            patterns=None if llama.patterns is None else _describe(llama.patterns),
+            patterns=" and ".join(changed) or None,
             versions=versions,
-            tolerance=tolerance or Tolerance.default(dtype, sparse=patterns is not None),
+            tolerance=tolerance or Tolerance.default(dtype, sparse=bool(changed)),
         )
 
 

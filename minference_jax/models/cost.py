@@ -6,8 +6,9 @@ With n heads of h, t query rows and pairs(…) visible (query, key) cells of a h
 - sparse: launch + index + 4 · n · h · pairs(budget) / sparse rate, where the index takes a constant and a share for
   each key, and a row at position p visits at most min(p, budget) keys.
 
-The budget counts what a kernel visits: columns, and whole 64-key tiles. Of a prompt in one call 60 % of it are counted,
-since rows before a column, or nearer to the start than a band's distance, do not visit it.
+The budget counts what a kernel visits: columns, and whole 64-key tiles. Of a prompt in one call half of it is counted,
+since rows before a column, or nearer to the start than a band's distance, do not visit it. Sparse attention has to be
+5 % faster to be chosen.
 """
 
 from __future__ import annotations
@@ -41,10 +42,13 @@ class Rates:
 
 
 RATES: dict[str, Rates] = {
-    "H100": Rates(dense=600e12, sparse=560e12, launch=0.05e-3, index=0.6e-3, index_key=2.8e-8),
-    "H200": Rates(dense=600e12, sparse=560e12, launch=0.05e-3, index=0.6e-3, index_key=2.8e-8),
+    "H100": Rates(dense=600e12, sparse=500e12, launch=0.05e-3, index=0.5e-3, index_key=1.3e-8),
+    "H200": Rates(dense=600e12, sparse=500e12, launch=0.05e-3, index=0.5e-3, index_key=1.3e-8),
 }
 """By a part of the device's name. An H200 has an H100's arithmetic, which is what both are bound by."""
+
+MARGIN = 1.05
+"""How much slower than sparse attention dense attention may be predicted to be and still be chosen: it is exact."""
 
 OTHER = Rates(dense=1.0e12, sparse=0.5e12, launch=0.0, index=2e-3, index_key=1e-7)
 """Anywhere else, our sparse attention is plain jnp: it has to visit half the cells or fewer to pay."""
@@ -79,7 +83,7 @@ def choose_attention(
     dense = rates.launch + operations * pairs(rows, keys, keys) / rates.dense
     index = rates.index + rates.index_key * keys * config.num_heads / 32 if _needs_index(patterns) else 0.0
     sparse = rates.launch + index + operations * visited / rates.sparse
-    return AttentionChoice(dense <= sparse, 1e3 * dense, 1e3 * sparse, name or f"no rates for {device}")
+    return AttentionChoice(dense <= MARGIN * sparse, 1e3 * dense, 1e3 * sparse, name or f"no rates for {device}")
 
 
 def pairs(rows: int, keys: int, budget: float) -> float:
@@ -103,7 +107,7 @@ def _budget(pattern: Pattern, rows: int, keys: int) -> float:
     if isinstance(pattern, BlockSparse):
         return 64 * pattern.blocks
     tiles = tile_budget(pattern.slashes) if pattern.tiles is None else pattern.tiles
-    return (1 - 0.4 * rows / keys) * (pattern.columns + 64 * (tiles + 2))
+    return (1 - 0.5 * rows / keys) * (pattern.columns + 64 * (tiles + 2))
 
 
 def _needs_index(patterns: HeadPatterns) -> bool:
