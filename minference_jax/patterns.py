@@ -19,6 +19,10 @@ MAX_BUDGET = 1 << 24
 """Largest accepted budget: sixteen million tokens, longer than any prompt, so a larger number is a mistake."""
 
 
+GROWTH = 8
+"""How many times its budget a head of `VerticalSlash(threshold=...)` may take: it decides static widths."""
+
+
 def _check_budget(owner: str, name: str, value: object, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
@@ -61,10 +65,15 @@ class VerticalSlash:
       last 32 and 32 more spread evenly over the prompt, for attention that changes along the prompt).
     - `coverage`: if given, each head keeps only its best entries until they hold this share of the estimated
       mass; the budgets remain upper limits, so shapes and compiled code do not change.
+    - `threshold`: if given (with `tiles`), the budgets are what every head gets at least, and a head whose attention
+      is spread wider takes more, up to `GROWTH` times: all tiles whose keys have at least this mean attention weight
+      by the estimate, and all columns from a quarter of it. About 1 / (prompt length) is a start; halve it to visit
+      more.
 
     The defaults are the original's rule and its most frequent budget.
 
-    Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2. `tiles`, `probes="spread"` and `coverage` are ours.
+    Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2. `tiles`, `probes="spread"`, `coverage` and `threshold`
+    are ours.
     """
 
     columns: int = 1000
@@ -72,6 +81,7 @@ class VerticalSlash:
     tiles: int | None = None
     probes: Literal["last", "spread"] = "last"
     coverage: float | None = None
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         _check_budget("VerticalSlash", "columns", self.columns, 0)
@@ -82,6 +92,10 @@ class VerticalSlash:
             raise ValueError(f"VerticalSlash: probes must be 'last' or 'spread', got {self.probes!r}")
         if self.coverage is not None and not 0.0 < self.coverage <= 1.0:
             raise ValueError(f"VerticalSlash: coverage must be in (0, 1], got {self.coverage}")
+        if self.threshold is not None and not 0.0 < self.threshold < 1.0:
+            raise ValueError(f"VerticalSlash: threshold must be in (0, 1), got {self.threshold}")
+        if self.threshold is not None and self.tiles is None:
+            raise ValueError("VerticalSlash: threshold needs tiles; lines have no mean weight to compare")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +136,7 @@ class Limits:
     lines: bool = False
     spread: bool = False
     adaptive: bool = False
+    threshold: bool = False
     covers: int = 0
     """Up to this many keys, every head's budget covers every key: the patterns are dense attention."""
 
@@ -151,7 +166,7 @@ class PlanBuilder(abc.ABC):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["kind", "first", "second", "tiles", "spread", "coverage"],
+    data_fields=["kind", "first", "second", "tiles", "spread", "coverage", "threshold"],
     meta_fields=["limits"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +179,7 @@ class PatternArrays:
     - `kind`: int32 codes DENSE, A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE.
     - `first`: int32; sink, columns or blocks. `second`: int32; window or slashes.
     - `tiles`: int32; −1 where slashes are counted as lines.
-    - `spread`: bool, `probes == "spread"`. `coverage`: float32, `inf` for none.
+    - `spread`: bool, `probes == "spread"`. `coverage`, `threshold`: float32, `inf` for none.
     """
 
     kind: Int[Array, "*layers n"]
@@ -173,6 +188,7 @@ class PatternArrays:
     tiles: Int[Array, "*layers n"]
     spread: Bool[Array, "*layers n"]
     coverage: Float[Array, "*layers n"]
+    threshold: Float[Array, "*layers n"]
     limits: Limits
 
     def layer(self, index: int) -> PatternArrays:
@@ -281,10 +297,15 @@ def _covers(pattern: Pattern) -> int:
     return max(pattern.columns, pattern.slashes) if pattern.tiles is None else 64 * pattern.tiles
 
 
+def _growth(pattern: VerticalSlash) -> int:
+    return 1 if pattern.threshold is None else GROWTH
+
+
 def _arrays(layers: tuple[tuple[Pattern, ...], ...]) -> PatternArrays:
     shape = (len(layers), len(layers[0]))
     kind, first, second = (np.zeros(shape, np.int32) for _ in range(3))
-    tiles, spread, coverage = np.full(shape, -1, np.int32), np.zeros(shape, bool), np.full(shape, np.inf, np.float32)
+    tiles, spread = np.full(shape, -1, np.int32), np.zeros(shape, bool)
+    coverage, threshold = (np.full(shape, np.inf, np.float32) for _ in range(2))
     patterns = [pattern for layer in layers for pattern in layer]
     for at, pattern in zip(np.ndindex(shape), patterns, strict=True):
         kind[at] = _CODES[type(pattern)]
@@ -297,6 +318,7 @@ def _arrays(layers: tuple[tuple[Pattern, ...], ...]) -> PatternArrays:
             tiles[at] = -1 if pattern.tiles is None else pattern.tiles
             spread[at] = pattern.probes == "spread"
             coverage[at] = np.inf if pattern.coverage is None else pattern.coverage
+            threshold[at] = np.inf if pattern.threshold is None else pattern.threshold
     a_shape = [p for p in patterns if isinstance(p, AShape)]
     vertical_slash = [p for p in patterns if isinstance(p, VerticalSlash)]
     lines = [p for p in vertical_slash if p.tiles is None]
@@ -304,14 +326,15 @@ def _arrays(layers: tuple[tuple[Pattern, ...], ...]) -> PatternArrays:
         kinds=tuple(sorted({_CODES[type(p)] for p in patterns})),
         sink=max((p.sink for p in a_shape), default=0),
         window=max((p.window for p in a_shape), default=0),
-        columns=max((p.columns for p in vertical_slash), default=0),
+        columns=max((_growth(p) * p.columns for p in vertical_slash), default=0),
         slashes=max((p.slashes for p in lines), default=0),
-        tiles=max((p.tiles for p in vertical_slash if p.tiles is not None), default=0),
+        tiles=max((_growth(p) * p.tiles for p in vertical_slash if p.tiles is not None), default=0),
         blocks=max((p.blocks for p in patterns if isinstance(p, BlockSparse)), default=0),
         lines=bool(lines),
         spread=any(p.probes == "spread" for p in vertical_slash),
         adaptive=any(p.coverage is not None for p in vertical_slash),
+        threshold=any(p.threshold is not None for p in vertical_slash),
         covers=min(map(_covers, patterns)),
     )
-    leaves = (jnp.asarray(leaf) for leaf in (kind, first, second, tiles, spread, coverage))
+    leaves = (jnp.asarray(leaf) for leaf in (kind, first, second, tiles, spread, coverage, threshold))
     return PatternArrays(*leaves, limits=limits)

@@ -81,10 +81,10 @@ def vertical_slash(q, k, columns, slashes, length, q_offset=0):
 
 def bands_of_lines(distances):
     """Band tiles (beyond the diagonal) that cover the lines: each run of lines, less than a tile apart, end to end."""
-    bands, run, last = [], None, None
+    bands, run, last = [], 1, -np.inf
     for distance in sorted(d for d in distances if d > 0):
         near = max(distance - (QUERY_TILE - 1), 1)
-        if run is None or near - last > KEY_TILE:
+        if near - last > KEY_TILE:
             run = near
         while run <= distance:  # the next tile covers the distances run … run + 63
             bands.append(run + KEY_TILE - 1)

@@ -102,7 +102,7 @@ def planted(rng, s, n, column, distance):
 @pytest.mark.parametrize(("column", "distance"), [(100, 900), (777, 333), (1300, 1500)])
 def test_planted_columns_and_slashes_are_found(rng, probes, column, distance):
     q, k = planted(rng, 2048, 4, column, distance)
-    plan = PLAN(q, k, VerticalSlash(columns=64, tiles=6, probes=probes))
+    plan = PLAN(q, k, VerticalSlash(columns=64, tiles=10, probes=probes))
     for head in (0, 2):
         assert column in listed(plan.columns, plan.column_count, 0, head)
     for head in (1, 3):
@@ -117,8 +117,9 @@ def test_planted_columns_and_slashes_are_found(rng, probes, column, distance):
         VerticalSlash(columns=20, slashes=60, probes="spread"),
         VerticalSlash(columns=20, tiles=2, probes="spread"),
         VerticalSlash(columns=20, tiles=3, coverage=0.8),
+        VerticalSlash(columns=10, tiles=1, probes="spread", threshold=0.004),
     ],
-    ids=["lines", "spread lines", "tiles", "coverage"],
+    ids=["lines", "spread lines", "tiles", "coverage", "threshold"],
 )
 def test_padded_batch_equals_each_sequence_alone_and_vmap(rng, pattern):
     lengths = np.array([448, 190, 64, 1], np.int32)
@@ -171,6 +172,19 @@ def test_coverage_shrinks_counts_only(rng):
     assert full.bands.shape == less.bands.shape
     assert int(less.band_count[0, 1]) < int(full.band_count[0, 1])
     assert 100 in listed(less.columns, less.column_count, 0, 0)
+
+
+def test_threshold_gives_wide_heads_more(rng):
+    """A head that attends to one column stays at its budgets; one that attends to everything goes up to the limit."""
+    q, k = planted(rng, 1024, 4, 3, 500)
+    q = q.at[:, :, 2:].set(0)  # two heads of uniform attention, at a mean weight above 1/1024
+    plan = PLAN(q, k, VerticalSlash(columns=12, tiles=1, probes="spread", threshold=4e-4))
+    np.testing.assert_array_equal(plan.band_count[0, 2:], 8)
+    assert int(plan.band_count[0, 0]) == 1
+    assert int(plan.column_count[0, 0]) <= 12
+    fewer = PLAN(q, k, VerticalSlash(columns=12, tiles=1, probes="spread", threshold=0.5))
+    np.testing.assert_array_equal(fewer.band_count[0], 1)
+    np.testing.assert_array_equal(fewer.column_count[0, 2:], 12)
 
 
 def test_tile_budget():

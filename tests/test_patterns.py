@@ -46,6 +46,8 @@ def test_patterns_are_hashable_and_equal_by_value():
         (lambda: VerticalSlash(slashes=1.5), TypeError, "slashes"),
         (lambda: VerticalSlash(probes="first"), ValueError, "probes"),
         (lambda: VerticalSlash(coverage=1.5), ValueError, "coverage"),
+        (lambda: VerticalSlash(tiles=3, threshold=0.0), ValueError, "threshold"),
+        (lambda: VerticalSlash(threshold=0.001), ValueError, "tiles"),
         (lambda: AShape(window=0), ValueError, "window"),
         (lambda: BlockSparse(0), ValueError, "blocks"),
         (lambda: HeadPatterns(()), ValueError, "at least one layer"),

@@ -25,6 +25,10 @@ bfloat16) they just fit."""
 
 _HALF = PROBES // 2
 
+LAST_IMPORTANCE = 0.3
+"""How much each of the last rows counts where the other half of the probes is spread over the prompt: they stand for
+far fewer rows. (In proportion they would hardly count, but what the end asks for is what a prompt is read for.)"""
+
 
 def probe_rows(valid: Int[Array, " b"], spread: Bool[Array, " n"]) -> Int[Array, "b n p"]:
     """Row numbers of the probes, ascending; negative where a sequence has fewer valid rows than probes.
@@ -38,6 +42,13 @@ def probe_rows(valid: Int[Array, " b"], spread: Bool[Array, " n"]) -> Int[Array,
     # The middle of each of 32 equal parts; (2i + 1)(valid − 32) stays below 2³¹ up to 34 million rows.
     even = (2 * i + 1) * (valid - _HALF) // PROBES
     return jnp.where(spread[:, None] & (valid > PROBES) & (i < _HALF), even, last)
+
+
+def probe_importance(rows: Int[Array, "b n p"], spread: Bool[Array, " n"]) -> Float[Array, "b n p"]:
+    """How much each probe counts: 0 where there is none; less for the last rows where others are spread."""
+    i = jnp.arange(PROBES, dtype=jnp.int32)
+    last = spread[:, None] & (rows[..., -1:] >= PROBES) & (i >= _HALF)
+    return jnp.where(rows >= 0, jnp.where(last, LAST_IMPORTANCE, 1.0), 0.0)
 
 
 def gather_probes(q: Float[Array, "b t n h"], rows: Int[Array, "b n p"]) -> Float[Array, "b n p h"]:
@@ -82,8 +93,13 @@ def probe_weights(
     return lazy_weights(scores, factor, positions).by_key()
 
 
-def lazy_weights(scores: Float[Array, "*heads p s"], factor: float, positions: Int[Array, "*heads p"]) -> Weights:
-    """The softmax of the probes' scores times `factor`, each probe at its position."""
+def lazy_weights(
+    scores: Float[Array, "*heads p s"],
+    factor: float,
+    positions: Int[Array, "*heads p"],
+    importance: Float[Array, "*heads p"] | None = None,
+) -> Weights:
+    """The softmax of the probes' scores times `factor`, each probe at its position, times the probe's importance."""
     shape = scores.shape
     # Rows are one axis here: with several axes, one of them of size 1, XLA prefers a layout that makes it copy all
     # scores to transpose them.
@@ -98,6 +114,8 @@ def lazy_weights(scores: Float[Array, "*heads p s"], factor: float, positions: I
     top = jnp.where(jnp.isfinite(top), top, 0)
     total = jnp.sum(jnp.exp(scaled(jax.lax.optimization_barrier(scores), seen) - top), axis=-1, keepdims=True)
     inverse = jnp.where(total > 0, 1 / total, 0)
+    if importance is not None:
+        inverse = inverse * importance.reshape(-1, 1)
 
     def by_key() -> Array:
         return (jnp.exp(scaled(jax.lax.optimization_barrier(scores), seen) - top) * inverse).reshape(shape)

@@ -57,8 +57,8 @@ def check_candidates(candidates: Sequence[Pattern]) -> tuple[Pattern, ...]:
     for candidate in candidates:
         if isinstance(candidate, Dense) or type(candidate) not in _BUDGETS:
             raise TypeError(f"candidates: {candidate!r} is no pattern with budgets")
-        if isinstance(candidate, VerticalSlash) and candidate.coverage is not None:
-            raise ValueError(f"candidates: {candidate!r}: the cost of a coverage is not a budget's; leave it out")
+        if isinstance(candidate, VerticalSlash) and (candidate.coverage, candidate.threshold) != (None, None):
+            raise ValueError(f"candidates: {candidate!r}: with a coverage or threshold the cost is not the budgets'")
     return candidates
 
 
