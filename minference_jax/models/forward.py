@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 import pallas_kernels
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.layers import Layer, finish_layer, map_chunks, project_qkv, rms_norm
+from minference_jax.models.layers import Layer, StackedLayer, finish_layer, map_chunks, project_qkv, rms_norm
 from minference_jax.models.rope import inverse_frequencies, rope_tables
 from pallas_kernels.attention import full_plan
 from pallas_kernels.dispatch import choose_implementation
@@ -150,17 +150,18 @@ def decode(
     """
     rows, positions = jnp.arange(tokens.shape[0], dtype=jnp.int32), cache.lengths
     cos, sin = rope_tables(config, inverse_frequencies(config, positions + 1), positions[:, None])
+    stacked = stacked_layers(params)
 
-    def step(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+    def step(carry: tuple, index: Array) -> tuple[tuple, None]:
         x, cache = carry
-        index, layer = inputs
+        layer = StackedLayer(stacked, index)
         q, k, v = project_qkv(config, layer, x, cos, sin)
         cache = cache.append(index, positions, k[:, 0], v[:, 0])
         out = cache.attend(index, q[:, 0], positions + 1)
         return (finish_layer(config, layer, x, out[:, None]), cache), None
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
-    (x, cache), _ = jax.lax.scan(step, (embed(params, tokens[:, None]), cache), (indices, stacked_layers(params)))
+    (x, cache), _ = jax.lax.scan(step, (embed(params, tokens[:, None]), cache), indices)
     written = cache.tokens.at[rows, positions].set(tokens, mode="drop")
     longer = positions + (1 if active is None else active.astype(jnp.int32))
     cache = dataclasses.replace(cache, tokens=written, lengths=jnp.minimum(longer, cache.capacity))

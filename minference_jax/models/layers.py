@@ -5,18 +5,50 @@ A layer's parameters are a plain mapping name → array, as `params.layer_shapes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from minference_jax.models import fp8
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.rope import apply_rope
+from pallas_kernels.matvec import stacked_matvec, unsupported_reason
 
 Layer = Mapping[str, Array]
+
+
+class StackedLayer(Mapping[str, Array]):
+    """One layer of stacked parameters `[layers, …]`, sliced when asked for.
+
+    Decoding multiplies single rows with every weight; `project` then reads the stack itself, without the slice.
+    """
+
+    def __init__(self, stacked: Layer, index: Int32[Array, ""]):
+        self.stacked, self.index = stacked, index
+
+    def __getitem__(self, name: str) -> Array:
+        return jax.lax.dynamic_index_in_dim(self.stacked[name], self.index, keepdims=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stacked)
+
+    def __len__(self) -> int:
+        return len(self.stacked)
+
+    def matvec(self, name: str, x: Float[Array, "b i"]) -> Array | None:
+        """x times a weight `[layers, *in, *out]` as `[b, o]`; None where no kernel serves the call."""
+        weight = self.stacked[name]
+        weight = weight.reshape(weight.shape[0], x.shape[1], -1)
+        if unsupported_reason(x, weight) is not None:
+            return None
+
+        def sliced(x: Array, weight: Array, index: Array) -> Array:
+            return x @ jax.lax.dynamic_index_in_dim(weight, index, keepdims=False)
+
+        return jax.lax.platform_dependent(x, weight, self.index, cuda=stacked_matvec, default=sliced)
 
 
 def matmul(equation: str, x: Array, weight: Array) -> Array:
@@ -27,6 +59,14 @@ def matmul(equation: str, x: Array, weight: Array) -> Array:
 
 def project(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"]) -> list[Array]:
     """x times each of the named weights `[*in, *out]`, or their FP8 form, for which x is quantized once."""
+    if isinstance(layer, StackedLayer) and x.shape[1] == 1 and f"{names[0]}_scale" not in layer:
+        flat = x.reshape(x.shape[0], -1)
+        outs = [layer.matvec(name, flat) for name in names]
+        if all(out is not None for out in outs):
+            shapes = [layer.stacked[name].shape[1 + x.ndim - 2 :] for name in names]
+            return [
+                out.reshape(*x.shape[:2], *shape) for out, shape in zip(outs, shapes, strict=True) if out is not None
+            ]
     if f"{names[0]}_scale" in layer:
         rows = fp8.quantize(x.reshape(*x.shape[:2], -1))
         return [fp8.product(rows, layer[name], layer[f"{name}_scale"], x.dtype) for name in names]
