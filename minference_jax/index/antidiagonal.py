@@ -1,0 +1,110 @@
+"""Key tiles by their antidiagonal sums: an estimate of block mass that sees every query and every key.
+
+In each cell of `stride` queries by `stride` keys only the antidiagonal is scored, as one product of `stride` rows laid
+end to end: every row and every column, and any slash through the cell, crosses it. A softmax over the cells of a row,
+summed over a tile, stands for the tile's mass; each query tile keeps the fewest tiles that hold `coverage` of it.
+
+Source: XAttention (arXiv 2503.16428) §2. Its tiles are 128 by 128; here 128 queries by 64 keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minference_jax.index import select
+from minference_jax.patterns import PlanBuilder
+from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, num_key_tiles, num_query_tiles
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Antidiagonal(PlanBuilder):
+    """For each query tile, the fewest key tiles that hold `coverage` of the estimated mass; see the module.
+
+    - `blocks`: most tiles before the diagonal that a query tile may take; a static width.
+    - `coverage`: in (0, 1]; the original's "threshold".
+    - `stride`: 4, 8, 16 or 32. The estimate costs 1 / stride of what dense scores cost.
+
+    The diagonal and tile 0 are always taken.
+    """
+
+    blocks: int = 256
+    coverage: float = 0.9
+    stride: int = 8
+
+    def __post_init__(self) -> None:
+        if self.blocks < 1:
+            raise ValueError(f"Antidiagonal: blocks must be at least 1, got {self.blocks}")
+        if not 0.0 < self.coverage <= 1.0:
+            raise ValueError(f"Antidiagonal: coverage must be in (0, 1], got {self.coverage}")
+        if self.stride not in (4, 8, 16, 32):
+            raise ValueError(f"Antidiagonal: stride must be 4, 8, 16 or 32, got {self.stride}")
+
+    def build(
+        self,
+        q: Float[Array, "b t n h"],
+        k: Float[Array, "b s k h"],
+        *,
+        lengths: Int[Array, " b"],
+        q_offset: Int[Array, ""],
+        scale: float,
+    ) -> SparsePlan:
+        b, t, n, _ = q.shape
+        s, kv_heads = k.shape[1], k.shape[2]
+        count, width = num_query_tiles(t), min(self.blocks, num_key_tiles(s))
+        visible = jnp.minimum(lengths, q_offset + t)
+        rows = _cells(q, visible - q_offset, QUERY_TILE, self.stride).reshape(
+            b, count, -1, kv_heads, n // kv_heads, q.shape[-1] * self.stride
+        )
+        keys = _cells(k, visible, KEY_TILE, self.stride, reverse=True)
+        exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+
+        def one_tile(i: Int[Array, ""]) -> tuple[Array, Array]:
+            some = jax.lax.dynamic_index_in_dim(rows, i, axis=1, keepdims=False)
+            scores = jnp.einsum("bpkgh,bskh->bkgps", some, keys, precision=exact, preferred_element_type=jnp.float32)
+            start = q_offset + i * QUERY_TILE
+            # A cell on the diagonal is half in the future, but its antidiagonal is too: it stays in.
+            position = start + self.stride * jnp.arange(some.shape[1], dtype=jnp.int32)
+            key = self.stride * jnp.arange(keys.shape[1], dtype=jnp.int32)
+            seen = (
+                (key <= position[:, None]) & (key < visible[:, None, None]) & (position < visible[:, None])[..., None]
+            )
+            mass = _tile_mass(scores * (scale / self.stride), seen[:, None, None], KEY_TILE // self.stride)
+            return self.choose(mass, start // KEY_TILE, width)
+
+        found = jax.lax.map(one_tile, jnp.arange(count, dtype=jnp.int32))
+        blocks, block_count = (jnp.moveaxis(x, 0, 3).reshape(b, n, count, *x.shape[4:]) for x in found)
+        return SparsePlan(blocks=blocks, block_count=block_count)
+
+    def choose(
+        self, mass: Float[Array, "*heads kt"], past: Int[Array, ""], width: int
+    ) -> tuple[Int[Array, "*heads width"], Int[Array, "*heads"]]:
+        """The fewest of the first `past` tiles, tile 0 among them, that hold `coverage` with those from there on."""
+        tile = jnp.arange(mass.shape[-1], dtype=jnp.int32)
+        scores = jnp.where(tile < past, jnp.where(tile == 0, jnp.inf, mass), -jnp.inf)
+        target = self.coverage * mass.sum(-1) - jnp.where(tile < past, 0, mass).sum(-1)
+        return select.top_k(scores, jnp.maximum(select.count_reaching(scores, mass, target), 1), width)
+
+
+def _cells(
+    x: Float[Array, "b t n h"], valid: Int[Array, " b"], tile: int, stride: int, reverse: bool = False
+) -> Float[Array, "b c n sh"]:
+    """Rows `stride` at a time, end to end (the last first with `reverse`), up to a whole tile; zero past `valid`."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, 0), (0, 0)))
+    x = jnp.where((jnp.arange(x.shape[1]) < valid[:, None])[..., None, None], x, 0)
+    x = x.reshape(x.shape[0], -1, stride, *x.shape[2:])
+    x = x[:, :, ::-1] if reverse else x
+    return x.swapaxes(2, 3).reshape(x.shape[0], x.shape[1], x.shape[3], -1)
+
+
+def _tile_mass(scores: Float[Array, "*heads p c"], seen: Array, per_tile: int) -> Float[Array, "*heads kt"]:
+    """Softmax over the seen cells of each row, summed over the rows and over each tile's cells."""
+    scores = jnp.where(seen, scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0))
+    weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    return weights.sum(-2).reshape(*scores.shape[:-2], -1, per_tile).sum(-1)
