@@ -29,14 +29,13 @@ class LayerRecord:
     """Measurements of one layer's heads: what `choose` works on, and what an interrupted search keeps.
 
     `factors`: float64 `[candidates, n]`, of equal cost. Of each option (candidate · ladder + step): `density`
-    `[o, n]`, mean over samples; `error`, `recall`, `lowest` `[o, b, n]` as in `HeadErrors`. Six digits are kept.
+    `[o, n]`, mean over samples; `error` and `recall` `[o, b, n]` as in `HeadErrors`. Six digits are kept.
     """
 
     factors: Float[np.ndarray, "candidates n"]
     density: Float[np.ndarray, "o n"]
     error: Float[np.ndarray, "o b n"]
     recall: Float[np.ndarray, "o b n"]
-    lowest: Float[np.ndarray, "o b n"]
 
     def to_json(self) -> dict[str, Any]:
         """Nested lists."""

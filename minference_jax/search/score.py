@@ -33,12 +33,11 @@ class HeadErrors(NamedTuple):
     """Of each plan c, sample b and head n, over the scored rows; float32 `[c, b, n]`.
 
     - `error`: ‖output − dense output‖ / ‖dense output‖, all rows taken together.
-    - `recall`: mean over rows of the dense softmax mass on visited keys. `lowest`: the worst query tile's.
+    - `recall`: mean over rows of the dense softmax mass on visited keys.
     """
 
     error: Float[Array, "c b n"]
     recall: Float[Array, "c b n"]
-    lowest: Float[Array, "c b n"]
 
 
 @partial(jax.jit, static_argnames="scale")
@@ -88,7 +87,7 @@ def output_errors(
     exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     product = partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
 
-    def one_group(group: dict[str, Array]) -> tuple[Array, Array, Array]:
+    def one_group(group: dict[str, Array]) -> tuple[Array, Array]:
         def some_rows(at: tuple[Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
             rows, position, words = at  # [g, r, h], [r], [c, g, w]
             steps = (position[-1] + chunk) // chunk
@@ -128,8 +127,7 @@ def output_errors(
         wrong, norm, mass, rows = jax.lax.map(some_rows, (group["q"], positions, group["visited"]))  # leading axis i
         error = jnp.sqrt(wrong.sum(0) / jnp.maximum(norm.sum(0), 1e-30))
         recall = jnp.where(rows.sum() > 0, mass.sum(0) / jnp.maximum(rows.sum(), 1), 1)
-        each = jnp.where(rows[:, None, None] > 0, mass / jnp.maximum(rows, 1)[:, None, None], 1)
-        return error, jnp.minimum(recall, 1), jnp.minimum(each.min(0), 1)
+        return error, jnp.minimum(recall, 1)
 
     found = jax.lax.map(one_group, per_group)
     return HeadErrors(*(x.reshape(b, kv_heads, plans, g).transpose(2, 0, 1, 3).reshape(plans, b, n) for x in found))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -63,34 +63,37 @@ def verify(
     layers: list[QKV] = list(capture_qkv(model, tokens))
     heads = model.config.num_heads
 
+    if "dense" in patterns:
+        raise ValueError("patterns: dense attention is compared with anyway")
     sets = dict(patterns)
     first = next(iter(sets))
     wanted = _mean_density(layers, sets[first], lengths)
     say(f"{first}: density {wanted:.4f}")
+    per_layer = [[found.arrays().layer(i) for i in range(len(layers))] for found in sets.values()]
     for candidate in check_candidates(candidates):
         pattern = _at_density(layers, candidate, wanted, lengths)
         sets[repr(pattern)] = HeadPatterns.uniform(pattern, len(layers), heads)
+        per_layer.append([arrays([pattern] * heads, t)] * len(layers))
         say(f"brought to the same: {pattern!r}")
 
     density, error, recall = (np.zeros((len(sets), len(layers), heads)) for _ in range(3))
-    every = [found.arrays() for found in sets.values()]
     for index, (q, k, v) in enumerate(layers):
-        masks = [plan_masks(q, k, found.layer(index), lengths, query_tiles) for found in every]
+        masks = [plan_masks(q, k, found[index], lengths, query_tiles) for found in per_layer]
         errors = output_errors(q, k, v, jnp.stack([m.keys for m in masks]), query_tiles, lengths)
         density[:, index] = np.stack([np.asarray(m.density[0]) for m in masks])
         error[:, index], recall[:, index] = np.asarray(errors.error[:, 0]), np.asarray(errors.recall[:, 0])
     del layers
 
-    def ppl(found: HeadPatterns | None) -> float:
-        if not perplexity:
-            return math.nan
-        scores = np.asarray(model.with_patterns(found).token_log_likelihoods(tokens), np.float64)
-        return float(np.exp(-scores.sum() / (t - 1)))
-
-    rows = [Row("dense", 1.0, 0.0, 1.0, 0.0, ppl(None))]
-    for i, (name, found) in enumerate(sets.items()):
-        rows.append(Row(name, density[i].mean(), error[i].mean(), recall[i].mean(), error[i].max(), ppl(found)))
-        say(format_row(rows[-1]))
+    figures = zip(sets, density.mean((1, 2)), error.mean((1, 2)), recall.mean((1, 2)), error.max((1, 2)), strict=True)
+    rows = [Row("dense", 1.0, 0.0, 1.0, 0.0, math.nan), *(Row(*map(_plain, row), math.nan) for row in figures)]
+    for row in rows[1:]:
+        say(format_row(row))
+    if perplexity:
+        for i, row in enumerate(rows):
+            network = model.with_patterns(sets.get(row.name))
+            scores = np.asarray(network.token_log_likelihoods(tokens), np.float64)
+            rows[i] = row._replace(perplexity=float(np.exp(-scores.sum() / (t - 1))))
+            say(format_row(rows[i]))
     return rows
 
 
@@ -107,6 +110,10 @@ def format_row(row: Row) -> str:
         f"| {row.name} | {row.density:.4f} | {row.error:.4f} | {row.worst_error:.3f} | {row.recall:.4f} "
         f"| {perplexity} |"
     )
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str) else float(value)
 
 
 def _mean_density(layers: Sequence[QKV], patterns: HeadPatterns, lengths: Array) -> float:
