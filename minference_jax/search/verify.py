@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -84,8 +84,9 @@ def verify(
         error[:, index], recall[:, index] = np.asarray(errors.error[:, 0]), np.asarray(errors.recall[:, 0])
     del layers
 
-    figures = zip(sets, density.mean((1, 2)), error.mean((1, 2)), recall.mean((1, 2)), error.max((1, 2)), strict=True)
-    rows = [Row("dense", 1.0, 0.0, 1.0, 0.0, math.nan), *(Row(*map(_plain, row), math.nan) for row in figures)]
+    rows = [Row("dense", 1.0, 0.0, 1.0, 0.0, math.nan)]
+    for name, d, e, r in zip(sets, density, error, recall, strict=True):
+        rows.append(Row(name, float(d.mean()), float(e.mean()), float(r.mean()), float(e.max()), math.nan))
     for row in rows[1:]:
         say(format_row(row))
     if perplexity:
@@ -110,10 +111,6 @@ def format_row(row: Row) -> str:
         f"| {row.name} | {row.density:.4f} | {row.error:.4f} | {row.worst_error:.3f} | {row.recall:.4f} "
         f"| {perplexity} |"
     )
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, str) else float(value)
 
 
 def _mean_density(layers: Sequence[QKV], patterns: HeadPatterns, lengths: Array) -> float:
