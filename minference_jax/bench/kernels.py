@@ -7,21 +7,28 @@ at its power limit slows down as it warms up: compare figures of one run only.
 from __future__ import annotations
 
 import dataclasses
-import json
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
+from minference_jax.bench import official
 from minference_jax.bench import peers as others
-from minference_jax.bench.shapes import block_bench_plan, exact_row, sample_rows, vertical_slash_bench_plan
-from pallas_kernels import SparsePlan, hopper_tables, plan_builders, sparse_attention
+from minference_jax.bench.cases import BUDGETS, Case
+from minference_jax.bench.shapes import exact_row, sample_rows
+from minference_jax.index.build import make_plan
+from pallas_kernels import SparsePlan, hopper_tables, sparse_attention
 from pallas_kernels.dispatch import choose_implementation
 
-PATTERNS = ("vertical_slash", "a_shape", "block_sparse")
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CASES = tuple(Case(name) for name in BUDGETS)
 LARGEST_ERROR = 5e-3  # of sampled rows: rounding of 16-bit probabilities and outputs gives 2e-3
 
 
@@ -34,18 +41,32 @@ class Layout:
     kv_heads: int = 8
     head_dim: int = 128
 
+    @staticmethod
+    def parse(text: str, batch: int = 1) -> Layout:
+        """A layout from `32/8/128`. Raises ValueError for anything else."""
+        numbers = text.split("/")
+        if len(numbers) != 3 or not all(x.isdecimal() and int(x) for x in numbers) or int(numbers[0]) % int(numbers[1]):
+            raise ValueError(f"{text!r} is no head layout; write query heads/KV heads/head_dim, as in 32/8/128")
+        return Layout(batch, *map(int, numbers))
+
     def __str__(self) -> str:
         return f"B{self.batch} {self.heads}/{self.kv_heads}/{self.head_dim}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table. Times in milliseconds; `ratio` is dense time over sparse time."""
+    """One line of the table. Times in milliseconds.
+
+    `estimate_ms`: the online index with the pattern's budgets; `attend_ms`: attention with a given plan, `plan_ms` of
+    it for the kernel's tables and gathered columns; `ratio`: dense time over `attend_ms`; `error`: largest relative
+    error of sampled rows.
+    """
 
     pattern: str
     layout: str
     length: int
     density: float
+    estimate_ms: float
     plan_ms: float
     attend_ms: float
     tflops: float
@@ -73,20 +94,9 @@ def environment() -> dict[str, str]:
     return facts
 
 
-def bench_plan(pattern: str, layout: Layout, length: int) -> SparsePlan:
-    """The plan that is timed: 1,024 columns and about 5,900 distances, sink 1024 + window 4096, or 100 tiles."""
-    if pattern == "a_shape":
-        return plan_builders.a_shape_plan(layout.batch, layout.heads, sink=1024, window=4096)
-    if pattern == "vertical_slash":
-        return vertical_slash_bench_plan(layout.batch, layout.heads, length)
-    if pattern == "block_sparse":
-        return block_bench_plan(layout.batch, layout.heads, length)
-    raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}; got {pattern!r}")
-
-
 def bench_kernels(
     lengths: Sequence[int] = (16_384, 131_072),
-    patterns: Sequence[str] = PATTERNS,
+    cases: Sequence[Case] = CASES,
     layouts: Sequence[Layout] = (Layout(),),
     *,
     peers: bool = False,
@@ -95,8 +105,8 @@ def bench_kernels(
 ) -> Iterator[Row]:
     """Times every combination, one row at a time.
 
-    **Arguments:** `peers`: also time other implementations. `dense_limit`: beyond this length cuDNN is not timed (it
-    takes 18 s at 1M tokens).
+    **Arguments:** `cases`: patterns with budgets. `peers`: also time other implementations. `dense_limit`: beyond this
+    length cuDNN is not timed (it takes 18 s at 1M tokens).
 
     **Raises:** RuntimeError when sampled rows differ from an exact computation by more than `LARGEST_ERROR`.
     """
@@ -108,8 +118,9 @@ def bench_kernels(
             if length <= dense_limit and jax.default_backend() == "gpu":
                 dense = others.cudnn_dense(arrays, repeats)
             extra = _time_peers(arrays, repeats) if peers else {}
-            for pattern in patterns:
-                yield _row(pattern, layout, length, arrays, cells, dense, extra, repeats)
+            for case in cases:
+                sparse = _time_sparse_peers(case, layout, length, repeats) if peers else {}
+                yield _row(case, layout, length, arrays, cells, dense, extra | sparse, repeats)
 
 
 def _arrays(layout: Layout, length: int) -> others.Arrays:
@@ -125,36 +136,46 @@ def _arrays(layout: Layout, length: int) -> others.Arrays:
 
 
 def _time_peers(arrays: others.Arrays, repeats: int) -> dict[str, float | str]:
-    timed: dict[str, float | str] = {}
-    for name, peer in others.DENSE_PEERS.items():
-        try:
-            timed[name] = peer(arrays, repeats)
-        except Exception as error:  # a peer that cannot run is a finding, not a failure of ours
-            timed[name] = f"{type(error).__name__}: {str(error)[:80]}"
-    return timed
+    return {name: _attempt(lambda peer=peer: peer(arrays, repeats)) for name, peer in others.DENSE_PEERS.items()}
 
 
-def _row(pattern, layout, length, arrays, cells, dense, extra, repeats) -> Row:
-    plan = bench_plan(pattern, layout, length)
+def _time_sparse_peers(case: Case, layout: Layout, length: int, repeats: int) -> dict[str, float | str]:
+    shape = (layout.batch, length, layout.heads, layout.head_dim)
+    return {
+        name: _attempt(lambda peer=peer: peer(case, shape, repeats)) for name, peer in official.SPARSE_PEERS.items()
+    }
+
+
+def _attempt(measure: Callable[[], float]) -> float | str:
+    try:
+        return measure()
+    except Exception as error:  # a peer that cannot run is a finding, not a failure of ours
+        return f"{type(error).__name__}: {str(error)[:80]}"
+
+
+def _row(case, layout, length, arrays, cells, dense, extra, repeats) -> Row:
+    plan = case.plan(layout.batch, layout.heads, length)
     q, k, v = arrays
     choice = choose_implementation(q, k, v, plan)
     # The arrays are arguments, never closed over: constants of this size would be copied into the program.
     attend = jax.jit(lambda q, k, v, plan: sparse_attention(q, k, v, plan))
     out = attend(*arrays, plan)
-    error = _largest_error(out, arrays, plan)
+    error = largest_error(out, arrays, plan)
     del out
     if not error <= LARGEST_ERROR:
-        raise RuntimeError(f"{pattern} at {length} tokens is wrong: relative error {error:.1e} of sampled rows")
+        raise RuntimeError(f"{case} at {length} tokens is wrong: relative error {error:.1e} of sampled rows")
+    estimate = jax.jit(lambda q, k: make_plan(q, k, case.estimator()))
     tables = jax.jit(lambda q, k, v, p: hopper_tables.prepare(p, q, k, v, lengths=None, q_offset=jnp.int32(0)))
     whole = others.median_ms(lambda: attend(*arrays, plan), repeats)
     planned = others.median_ms(lambda: tables(*arrays, plan), repeats) if choice.name == "hopper" else float("nan")
     density = float(jnp.mean(plan.density(length, length)))
     operations = 4 * layout.head_dim * cells
     return Row(
-        pattern=pattern,
+        pattern=str(case),
         layout=str(layout),
         length=length,
         density=density,
+        estimate_ms=others.median_ms(lambda: estimate(q, k), repeats),
         plan_ms=planned,
         attend_ms=whole,
         tflops=operations * density / whole / 1e9,
@@ -167,7 +188,8 @@ def _row(pattern, layout, length, arrays, cells, dense, extra, repeats) -> Row:
     )
 
 
-def _largest_error(out, arrays: others.Arrays, plan: SparsePlan) -> float:
+def largest_error(out: Float[Array, "b t n h"], arrays: others.Arrays, plan: SparsePlan) -> float:
+    """Largest relative error of sampled rows of the first sequence, against an exact computation of them."""
     errors = []
     for head, row in sample_rows(out.shape[1], out.shape[2], count=6):
         expected, _ = exact_row(arrays, plan, 0, head, row)
@@ -176,36 +198,53 @@ def _largest_error(out, arrays: others.Arrays, plan: SparsePlan) -> float:
     return float(max(errors))
 
 
-def show(rows: Sequence[Row]) -> None:
-    """Prints the rows as a table, under the facts of `environment()`."""
-    from rich.console import Console
+def table(rows: Sequence[Row]) -> Table:
+    """The rows as a rich table, under the facts of `environment()`."""
     from rich.table import Table
 
-    titles = [
-        "pattern",
-        "heads",
-        "tokens",
-        "density",
-        "plan+gather,ms",
-        "attend,ms",
-        "TF/s",
-        "dense,ms",
-        "dense,TF/s",
-        "speed-up",
-        "error",
-    ]
-    table = Table(*(title.replace(",", "\n") for title in titles), caption="attend includes plan+gather")
+    titles = ("pattern", "heads", "tokens", "density", "index,ms", "plan,ms", "attend,ms", "TF/s")
+    titles += ("dense,ms", "dense,TF/s", "speed-up", "error")
+    facts = " ".join(f"{name}={value}" for name, value in environment().items())
+    shown = Table(*(title.replace(",", "\n") for title in titles), title=facts, caption="attend includes plan")
     for r in rows:
-        values = (f"{r.density:.3f}", f"{r.plan_ms:.2f}", f"{r.attend_ms:.2f}", f"{r.tflops:.0f}", f"{r.dense_ms:.1f}")
-        last = (f"{r.dense_tflops:.0f}", f"{r.ratio:.1f}", f"{r.error:.1e}")
-        table.add_row(r.pattern, r.layout, f"{r.length:,}", *values, *last)
-    console = Console(width=130)
-    console.print(" ".join(f"{name}={value}" for name, value in environment().items()))
-    console.print(table)
-    for name, value in (rows[0].peers if rows else {}).items():
-        console.print(f"{name}: {value if isinstance(value, str) else f'{value:.1f} ms'}")
+        first = (r.pattern, r.layout, f"{r.length:,}", f"{r.density:.3f}", f"{r.estimate_ms:.2f}", f"{r.plan_ms:.2f}")
+        dense = (f"{r.dense_ms:.1f}", f"{r.dense_tflops:.0f}", f"{r.ratio:.1f}")
+        shown.add_row(*first, f"{r.attend_ms:.2f}", f"{r.tflops:.0f}", *dense, f"{r.error:.0e}")
+    return shown
 
 
-def to_json(rows: Sequence[Row]) -> str:
-    """The environment and all rows, as JSON text."""
-    return json.dumps({"environment": environment(), "rows": [dataclasses.asdict(r) for r in rows]}, indent=1)
+def peer_lines(rows: Sequence[Row]) -> list[str]:
+    """A line for each other implementation that was timed, or the reason why it was not."""
+    return [
+        f"{r.pattern}, {r.layout}, {r.length:,}: {name}: {value if isinstance(value, str) else f'{value:.2f} ms'}"
+        for r in rows
+        for name, value in r.peers.items()
+    ]
+
+
+def to_json(rows: Sequence[Row]) -> dict[str, Any]:
+    """The environment and all rows, as JSON values."""
+    return {"environment": environment(), "rows": [dataclasses.asdict(r) for r in rows]}
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Time against length for every pattern and layout, and dense, both axes logarithmic, as an image file.
+
+    Raises ImportError where matplotlib is missing.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for layout in dict.fromkeys(r.layout for r in rows):
+        same = [r for r in rows if r.layout == layout]
+        for pattern in dict.fromkeys(r.pattern for r in same):
+            mine = [r for r in same if r.pattern == pattern]
+            axes.plot([r.length for r in mine], [r.attend_ms for r in mine], marker="o", label=f"{pattern} {layout}")
+        dense = {r.length: r.dense_ms for r in same}
+        axes.plot(list(dense), list(dense.values()), "k--", marker="s", label=f"dense, cuDNN {layout}")
+    axes.set(yscale="log", xlabel="tokens", ylabel="attention, ms", title=environment()["device"])
+    axes.set_xscale("log", base=2)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)

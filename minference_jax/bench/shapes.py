@@ -10,21 +10,26 @@ from jaxtyping import Array, Float
 from pallas_kernels import SparsePlan, plan_builders
 
 
-def vertical_slash_bench_plan(
+def vertical_slash_bench_index(
     b: int, n: int, length: int, *, columns: int = 1024, window: int = 2048, clusters: int = 32, seed: int = 0
-) -> SparsePlan:
-    """Random columns, the distances 0 .. window-1, and `clusters` runs of 127 distances; each head its own."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """int32 `[b, n, C]` random columns and `[b, n, S]` distances, each head its own.
+
+    The distances are 0 .. window-1 and `clusters` runs of 127, which may overlap.
+    """
     chosen, lines = [], []
     for head in range(b * n):
         rng = np.random.default_rng(seed + head)
         chosen.append(np.sort(rng.choice(length, min(columns, length), replace=False)))
         starts = rng.integers(min(window, length - 127), length - 126, clusters)
         lines.append(np.concatenate([np.arange(min(window, length)), (starts[:, None] + np.arange(127)).ravel()]))
-    return plan_builders.vertical_slash_plan(
-        jnp.asarray(np.reshape(chosen, (b, n, -1)), jnp.int32),
-        jnp.asarray(np.reshape(lines, (b, n, -1)), jnp.int32),
-        kv_len=length,
-    )
+    return np.reshape(chosen, (b, n, -1)).astype(np.int32), np.reshape(lines, (b, n, -1)).astype(np.int32)
+
+
+def vertical_slash_bench_plan(b: int, n: int, length: int, **budgets: int) -> SparsePlan:
+    """The plan of `vertical_slash_bench_index`."""
+    columns, lines = vertical_slash_bench_index(b, n, length, **budgets)
+    return plan_builders.vertical_slash_plan(jnp.asarray(columns), jnp.asarray(lines), kv_len=length)
 
 
 def block_bench_plan(b: int, n: int, length: int, *, blocks: int = 100, seed: int = 0) -> SparsePlan:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from minference_jax.bench.cases import Case
 from minference_jax.cli.console import print_json, stderr, stdout, usage_error
 from minference_jax.cli.pattern_option import PATTERN_HELP
 
@@ -67,6 +68,60 @@ def prefill(
         console = stdout()
         console.width = max(console.width, 120)
         console.print(bench.table(rows))
+
+
+@app.command()
+def kernels(
+    lengths: Annotated[
+        str, typer.Option(help="Sequence lengths in tokens; K and M count 1,024 and its square.")
+    ] = "8K",
+    patterns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pattern",
+            help="vertical-slash[:columns=,window=,clusters=], a-shape[:sink=,window=], "
+            "block-sparse[:blocks=]; may be repeated. Default: all three.",
+        ),
+    ] = None,
+    heads: Annotated[
+        list[str] | None, typer.Option(help="Query heads/KV heads/head_dim; may be repeated. Default: 32/8/128.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs, of which the median is shown.")] = 5,
+    dense_limit: Annotated[str, typer.Option(help="Beyond this length dense attention is not timed.")] = "512K",
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also JAX's own flash attention, PyTorch's, and minference's if installed.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write time against length as an image (needs matplotlib).")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time the attention kernels on random inputs against dense attention.
+
+    A figure is shown only for an output whose sampled rows agree with an exact computation. A GPU at its power limit
+    slows down as it warms up: compare the figures of one run.
+    """
+    from minference_jax.bench import kernels as bench
+
+    try:
+        cases = [Case.parse(text) for text in patterns] if patterns else bench.CASES
+        layouts = [bench.Layout.parse(text, batch) for text in heads or ["32/8/128"]]
+    except ValueError as error:
+        raise usage_error(str(error)) from None
+    sizes = [parse_length(text) for text in lengths.split(",")]
+    rows, limit = [], parse_length(dense_limit)
+    for row in bench.bench_kernels(sizes, cases, layouts, peers=peers, dense_limit=limit, repeats=repeats):
+        rows.append(row)
+        stderr().print(f"  {row.pattern}, {row.layout}, {row.length:,} tokens: {row.attend_ms:.3g} ms")
+    if plot is not None:
+        bench.plot(rows, plot)
+    if json:
+        print_json(bench.to_json(rows))
+    else:
+        console = stdout()
+        console.width = max(console.width, 130)
+        console.print(bench.table(rows))
+        for line in bench.peer_lines(rows):
+            console.print(line)
 
 
 def parse_length(text: str) -> int:
