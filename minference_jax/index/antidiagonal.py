@@ -74,20 +74,21 @@ class Antidiagonal(PlanBuilder):
                 (key <= position[:, None]) & (key < visible[:, None, None]) & (position < visible[:, None])[..., None]
             )
             mass = _tile_mass(scores * (scale / self.stride), seen[:, None, None], KEY_TILE // self.stride)
-            return self.choose(mass, start // KEY_TILE, width)
+            return fewest_tiles(mass, self.coverage, start // KEY_TILE, width)
 
         found = jax.lax.map(one_tile, jnp.arange(count, dtype=jnp.int32))
         blocks, block_count = (jnp.moveaxis(x, 0, 3).reshape(b, n, count, *x.shape[4:]) for x in found)
         return SparsePlan(blocks=blocks, block_count=block_count)
 
-    def choose(
-        self, mass: Float[Array, "*heads kt"], past: Int[Array, ""], width: int
-    ) -> tuple[Int[Array, "*heads width"], Int[Array, "*heads"]]:
-        """The fewest of the first `past` tiles, tile 0 among them, that hold `coverage` with those from there on."""
-        tile = jnp.arange(mass.shape[-1], dtype=jnp.int32)
-        scores = jnp.where(tile < past, jnp.where(tile == 0, jnp.inf, mass), -jnp.inf)
-        target = self.coverage * mass.sum(-1) - jnp.where(tile < past, 0, mass).sum(-1)
-        return select.top_k(scores, jnp.maximum(select.count_reaching(scores, mass, target), 1), width)
+
+def fewest_tiles(
+    mass: Float[Array, "*heads kt"], coverage: float, past: Int[Array, ""], width: int
+) -> tuple[Int[Array, "*heads width"], Int[Array, "*heads"]]:
+    """The fewest of the first `past` tiles, tile 0 among them, that hold `coverage` with those from there on."""
+    tile = jnp.arange(mass.shape[-1], dtype=jnp.int32)
+    scores = jnp.where(tile < past, jnp.where(tile == 0, jnp.inf, mass), -jnp.inf)
+    target = coverage * mass.sum(-1) - jnp.where(tile < past, 0, mass).sum(-1)
+    return select.top_k(scores, jnp.maximum(select.count_reaching(scores, mass, target), 1), width)
 
 
 def _cells(

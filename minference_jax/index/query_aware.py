@@ -1,0 +1,148 @@
+"""Heads that follow their queries get blocks, the others columns and slashes: a test on each prompt decides.
+
+Pooled queries and keys are cheap but blind to what a pool averages away. So each head is tested where the truth is
+known: the distribution over key tiles of its last 128 rows' attention, against what pooling makes of them. If the two
+are close, pooled scores pick the tiles of every query tile; if not, the head is vertical-slash. Both keep the fewest
+entries that hold `coverage` of the estimated mass.
+
+Source: FlexPrefill (arXiv 2502.20766) §3, Algorithms 1 to 4. There the mass of all query tiles is ranked together;
+here each query tile holds its share, so widths are static. Its tiles are 128 by 128; here 128 queries by 64 keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from minference_jax.index.antidiagonal import fewest_tiles
+from minference_jax.index.block_sparse import pool
+from minference_jax.index.vertical_slash import vertical_slash_index
+from minference_jax.patterns import HeadPatterns, PlanBuilder, VerticalSlash
+from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, num_key_tiles, num_query_tiles
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class QueryAware(PlanBuilder):
+    """Blocks for heads whose pooled estimate is right on the last rows, vertical-slash for the others; see the module.
+
+    - `blocks`, `columns`, `tiles`: the most that a query tile, or a head, may take; static widths.
+    - `coverage`: in (0, 1], the share of estimated mass to hold (γ of the original).
+    - `divergence`: the largest square root of the Jensen-Shannon divergence (natural logarithm; at most 0.83) between
+      estimate and truth for which a head gets blocks (τ of the original).
+    """
+
+    blocks: int = 256
+    columns: int = 1000
+    tiles: int = 128
+    coverage: float = 0.9
+    divergence: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("blocks", "columns", "tiles"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"QueryAware: {name} must be at least 1, got {getattr(self, name)}")
+        if not 0.0 < self.coverage <= 1.0:
+            raise ValueError(f"QueryAware: coverage must be in (0, 1], got {self.coverage}")
+        if self.divergence < 0:
+            raise ValueError(f"QueryAware: divergence must not be negative, got {self.divergence}")
+
+    def build(
+        self,
+        q: Float[Array, "b t n h"],
+        k: Float[Array, "b s k h"],
+        *,
+        lengths: Int[Array, " b"],
+        q_offset: Int[Array, ""],
+        scale: float,
+    ) -> SparsePlan:
+        visible = jnp.minimum(lengths, q_offset + q.shape[1])
+        keys = pool(k, KEY_TILE, visible)
+        aware = self.aware(q, k, keys, visible, q_offset, scale)
+        blocks, block_count = self.pick_blocks(q, keys, visible, q_offset, scale)
+        lines = VerticalSlash(columns=self.columns, tiles=self.tiles, coverage=self.coverage)
+        budgets = HeadPatterns.uniform(lines, 1, q.shape[2]).arrays().layer(0)
+        found = vertical_slash_index(q, k, budgets, lengths=lengths, q_offset=q_offset, scale=scale)
+        return SparsePlan(
+            found.columns,
+            jnp.where(aware, 0, found.column_count),
+            found.bands,
+            jnp.where(aware, 0, found.band_count),
+            blocks,
+            jnp.where(aware[..., None], block_count, 0),
+        )
+
+    def aware(
+        self, q: Array, k: Array, pooled_k: Array, visible: Int[Array, " b"], q_offset: Int[Array, ""], scale: float
+    ) -> Bool[Array, "b n"]:
+        """Which heads' pooled scores of the last (up to) 128 valid rows agree with their attention."""
+        b, t, n, h = q.shape
+        s, kv_heads = k.shape[1], k.shape[2]
+        rows = (visible - q_offset)[:, None] - QUERY_TILE + jnp.arange(min(QUERY_TILE, t), dtype=jnp.int32)
+        rows = rows + QUERY_TILE - min(QUERY_TILE, t)
+        last = jnp.take_along_axis(q, jnp.clip(rows, 0, t - 1)[..., None, None], axis=1, mode="clip")
+        last = jnp.where((rows >= 0)[..., None, None], last, 0)
+        grouped = last.reshape(b, -1, kv_heads, n // kv_heads, h)
+        position = jnp.where(rows >= 0, rows + q_offset, -1)
+        exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+
+        def truth(scored: tuple[Array, Array]) -> Float[Array, "b g kt"]:
+            queries, keys = scored  # one KV head: [b, p, g, h], [b, s, h]
+            scores = jnp.einsum("bpgh,bsh->bgps", queries, keys, precision=exact, preferred_element_type=jnp.float32)
+            seen = (jnp.arange(s, dtype=jnp.int32) <= position[..., None])[:, None]
+            weights = _softmax(scores * scale, seen)
+            weights = jnp.pad(weights, ((0, 0), (0, 0), (0, 0), (0, -s % KEY_TILE))).sum(-2)
+            return weights.reshape(*weights.shape[:-1], -1, KEY_TILE).sum(-1)
+
+        held = jax.lax.map(truth, (jnp.moveaxis(grouped, 2, 0), jnp.moveaxis(k, 2, 0)))
+        held = jnp.moveaxis(held, 0, 1).reshape(b, n, -1)
+        valid = jnp.maximum(jnp.sum(rows >= 0, axis=1), 1).astype(jnp.float32)
+        mean = (grouped.sum(1, dtype=jnp.float32) / valid[:, None, None, None]).astype(q.dtype)
+        scores = jnp.einsum("bkgh,bskh->bkgs", mean, pooled_k, precision=exact, preferred_element_type=jnp.float32)
+        tile = jnp.arange(num_key_tiles(s), dtype=jnp.int32)
+        guess = _softmax(scores.reshape(b, n, -1) * scale, (tile * KEY_TILE < visible[:, None])[:, None])
+        return divergence(held / valid[:, None, None], guess) <= self.divergence
+
+    def pick_blocks(
+        self, q: Array, pooled_k: Array, visible: Int[Array, " b"], q_offset: Int[Array, ""], scale: float
+    ) -> tuple[Int[Array, "b n i M"], Int[Array, "b n i"]]:
+        """For each query tile the fewest key tiles that hold the coverage by the pooled scores."""
+        b, t, n, h = q.shape
+        kv_heads, width = pooled_k.shape[2], min(self.blocks, pooled_k.shape[1])
+        queries = pool(q, QUERY_TILE, visible - q_offset).reshape(b, -1, kv_heads, n // kv_heads, h)
+        exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+        tile = jnp.arange(pooled_k.shape[1], dtype=jnp.int32)
+
+        def one_tile(i: Int[Array, ""]) -> tuple[Array, Array]:
+            some = jax.lax.dynamic_index_in_dim(queries, i, axis=1, keepdims=False)
+            scores = jnp.einsum("bkgh,bskh->bkgs", some, pooled_k, precision=exact, preferred_element_type=jnp.float32)
+            past = (q_offset + i * QUERY_TILE) // KEY_TILE
+            seen = (tile < past + QUERY_TILE // KEY_TILE) & (tile * KEY_TILE < visible[:, None])
+            mass = _softmax(scores.reshape(b, n, -1) * scale, seen[:, None])
+            return fewest_tiles(mass, self.coverage, past, width)
+
+        count = num_query_tiles(t)
+        found = jax.lax.map(one_tile, jnp.arange(count, dtype=jnp.int32))
+        blocks, block_count = (jnp.moveaxis(x, 0, 2) for x in found)
+        return blocks, block_count
+
+
+def divergence(p: Float[Array, "*heads x"], q: Float[Array, "*heads x"]) -> Float[Array, "*heads"]:
+    """Square root of the Jensen-Shannon divergence of two distributions, natural logarithm."""
+    middle = (p + q) / 2
+
+    def against(x: Array) -> Array:
+        return jnp.where(x > 0, x * jnp.log(jnp.where(x > 0, x, 1) / jnp.where(x > 0, middle, 1)), 0).sum(-1)
+
+    return jnp.sqrt(jnp.maximum((against(p) + against(q)) / 2, 0))
+
+
+def _softmax(scores: Float[Array, "*rows x"], seen: Bool[Array, "*rows x"]) -> Float[Array, "*rows x"]:
+    """Over the seen entries of each row; zero in a row without one."""
+    scores = jnp.where(seen, scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0))
+    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
