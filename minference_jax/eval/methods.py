@@ -1,14 +1,15 @@
 """The methods that an evaluation compares, each at (nearly) the same share of visited keys.
 
 A method says which patterns a model should have for prompts of a length: the budgets are chosen so that the plan visits
-at most `density` of the causal cells. For patterns with a fixed mask that is nearly exact; an index, which may choose
-cheaper tiles and columns, often stays well below; where even the smallest budget visits more (short prompts), it is
-that. What was visited is measured with every sample.
+`density` of the causal cells. For a fixed mask that is exact up to a tile; for an index it is an estimate, since the
+prompt decides where columns and tiles lie. Where even the smallest budget visits more (short prompts), it is that. What
+was visited is measured with every sample.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ import numpy as np
 from minference_jax.eval.baselines import BigBird, Dilated, Longformer, StaticPlan, TopKOracle
 from minference_jax.models.checks import Patterns
 from minference_jax.models.llama import Llama
-from minference_jax.patterns import AShape, BlockSparse, HeadPatterns, Pattern, VerticalSlash
+from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, Pattern, VerticalSlash
+from minference_jax.search.candidates import scaled
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
 
 Chooser = Callable[[Llama, int, float], Patterns]
@@ -37,33 +39,55 @@ class Method:
         return cls(name, lambda model, length, density: patterns)
 
     @classmethod
-    def scaled(cls, name: str, patterns: HeadPatterns, tokens: int) -> Method:
-        """Patterns that were searched for prompts of `tokens` tokens, with budgets in proportion to the length."""
+    def searched(cls, name: str, patterns: HeadPatterns) -> Method:
+        """Patterns of a search, all their budgets times one factor, so that they visit the density at each length."""
 
         def choose(model: Llama, length: int, density: float) -> Patterns:
-            layers = tuple(tuple(scaled(pattern, length / tokens) for pattern in layer) for layer in patterns)
-            return HeadPatterns(layers)
+            def times(factor: float) -> HeadPatterns:
+                return HeadPatterns(tuple(tuple(_scaled(p, factor, length) for p in layer) for layer in patterns))
+
+            def visits(factor: float) -> float:
+                counts = Counter(pattern for layer in times(factor) for pattern in layer)
+                return sum(n * expected_density(p, length) for p, n in counts.items()) / counts.total()
+
+            low, high = 1e-3, 1e3
+            for _ in range(20):
+                middle = (low * high) ** 0.5
+                low, high = (middle, high) if visits(middle) <= density else (low, middle)
+            return times(low)
 
         return cls(name, choose)
 
 
-def scaled(pattern: Pattern, factor: float) -> Pattern:
-    """The pattern with its budgets times `factor`, each at least one; a sink stays."""
-    budgets = {"window", "columns", "slashes", "tiles", "blocks"} & {
-        field.name for field in dataclasses.fields(pattern)
-    }
-    values = {name: getattr(pattern, name) for name in budgets}
-    return dataclasses.replace(
-        pattern, **{name: max(1, round(value * factor)) for name, value in values.items() if value}
-    )
+def _scaled(pattern: Pattern, factor: float, length: int) -> Pattern:
+    return pattern if isinstance(pattern, Dense) else scaled(pattern, factor, length)
+
+
+def expected_density(pattern: Pattern, length: int) -> float:
+    """Share of visited cells to expect of a pattern: near tiles, columns spread evenly over the prompt."""
+    if isinstance(pattern, Dense):
+        return 1.0
+    if isinstance(pattern, AShape):
+        bands = near_bands(-(-max(pattern.window - 1, 0) // KEY_TILE))
+        return plan_density(length, bands=bands, sink=pattern.sink)
+    if isinstance(pattern, BlockSparse):
+        return plan_density(length, blocks=max(pattern.blocks - 2, 1))
+    tiles = -(-pattern.slashes // KEY_TILE) if pattern.tiles is None else pattern.tiles
+    return plan_density(length, bands=near_bands(tiles), columns=pattern.columns)
 
 
 def plan_density(
-    length: int, *, bands: Sequence[int] = (), columns: int = 0, blocks: int = 0, question: int = 0
+    length: int,
+    *,
+    bands: Sequence[int] = (),
+    sink: int = 0,
+    columns: int = 0,
+    blocks: int = 0,
+    question: int = 0,
 ) -> float:
     """Visited share of the causal cells of `length` tokens, without making a plan.
 
-    - `bands`: distances, multiples of 64. `columns`: keys from the first on, the most expensive place for columns.
+    - `bands`: distances, multiples of 64. `sink`: keys from the first on. `columns`: keys spread evenly over the rest.
     - `blocks`: key tiles per query tile besides, taken not to overlap with the bands. `question`: last rows that see
       everything, rounded out to query tiles.
     """
@@ -72,7 +96,7 @@ def plan_density(
     tile = np.arange(num_key_tiles(length))
     seen = np.isin((first[:, None] - KEY_TILE * tile) // KEY_TILE * KEY_TILE, np.asarray(bands, int))
     past = KEY_TILE * tile < first[:, None]
-    listed = np.clip(columns - KEY_TILE * tile, 0, KEY_TILE)
+    listed = np.minimum(np.clip(sink - KEY_TILE * tile, 0, KEY_TILE) + columns * KEY_TILE / length, KEY_TILE)
     keys = np.where(seen & past, KEY_TILE, np.where(past, listed, 0)).sum(1)
     keys = np.minimum(keys + KEY_TILE * blocks, first)
     keys = np.where((first + QUERY_TILE > length - question) & (question > 0), first, keys)
@@ -114,7 +138,7 @@ def _window(length: int, density: float, sink: int, question: int = 0, random: i
     """The window, in whole tiles, that a density leaves beside sinks, question rows and random tiles."""
 
     def visits(tiles: int) -> float:
-        return plan_density(length, bands=near_bands(tiles), columns=sink, blocks=random, question=question)
+        return plan_density(length, bands=near_bands(tiles), sink=sink, blocks=random, question=question)
 
     return KEY_TILE * _largest(visits, num_key_tiles(length), density) + 1
 
@@ -146,7 +170,7 @@ def _dilated(near_share: float) -> Chooser:
             return Dilated(sink=sink, near=near, far=tiles * KEY_TILE - near, stride=2)
 
         def visits(tiles: int) -> float:
-            return plan_density(length, bands=pattern(tiles).bands(), columns=sink)
+            return plan_density(length, bands=pattern(tiles).bands(), sink=sink)
 
         return pattern(max(2, _largest(visits, num_key_tiles(length), density)))
 
