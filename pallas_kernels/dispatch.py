@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Literal, NamedTuple
 
 import jax
@@ -36,7 +37,9 @@ def choose_implementation(
     """
     if implementation is None:
         reason = hopper.unsupported_reason(q, k, v, plan)
-        return Choice("hopper", "a Hopper GPU is present") if reason is None else Choice("xla", reason)
+        if reason is not None:
+            return Choice("xla", reason)
+        return Choice("hopper", f"a Hopper GPU is present{_assembler_note()}")
     if implementation == "hopper":
         reason = hopper.unsupported_reason(q, k, v, plan, platform_check=False)
         if reason is not None:
@@ -44,6 +47,25 @@ def choose_implementation(
     elif implementation not in ("xla", "reference"):
         raise ValueError(f'implementation must be None, "hopper", "xla" or "reference", got {implementation!r}')
     return Choice(implementation, "asked for")
+
+
+def _assembler_note() -> str:
+    """What slows the kernel down in this installation, or nothing.
+
+    From jax 0.12 on kernels are assembled by nvJitLink where it is installed, and it ignores the request to move
+    registers from the warpgroup that loads to those that compute: they spill. Results are the same.
+    """
+    if jax.__version_info__ < (0, 12) or not _has_nvjitlink():
+        return ""
+    return "; slower than it could be: with jax 0.12 and nvidia-nvjitlink installed, setmaxnreg is ignored"
+
+
+def _has_nvjitlink() -> bool:
+    try:
+        importlib.metadata.distribution("nvidia-nvjitlink")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def choose_dense_implementation(

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import SparsePlan
+from pallas_kernels import SparsePlan, dispatch
 from pallas_kernels.hopper import hopper_attention, unsupported_reason
 from pallas_kernels.hopper_config import SHARED_MEMORY_LIMIT, KernelConfig
 
 
-def avals(b, t, s, n, k, h, *, columns=0, bands=0, blocks=0, dtype="bfloat16"):
+def avals(b, t, s, n, k, h, *, columns=0, bands=0, blocks=0, dtype="bfloat16", band_multiple=1):
     """Shapes of a call: (q, k, v, plan, lengths, q_offset), nothing allocated."""
     tiles = -(-t // 128)
 
@@ -20,6 +20,7 @@ def avals(b, t, s, n, k, h, *, columns=0, bands=0, blocks=0, dtype="bfloat16"):
         *((int32(b, n, columns), int32(b, n)) if columns else (None, None)),
         *((int32(b, n, bands), int32(b, n)) if bands else (None, None)),
         *((int32(b, n, tiles, blocks), int32(b, n, tiles)) if blocks else (None, None)),
+        band_multiple=band_multiple,
     )
     q, keys = (jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in ((b, t, n, h), (b, s, k, h)))
     return q, keys, keys, plan, int32(b), int32()
@@ -37,6 +38,7 @@ MILLION = 1 << 20
 SHAPES = {
     "every-part-1M-H32-D128": avals(1, MILLION, MILLION, 32, 8, 128, columns=1024, bands=256, blocks=16),
     "chunk-of-2M-H32-D128": avals(1, 4096, 2 * MILLION, 32, 8, 128, columns=1024, bands=256),
+    "window-1M-H32-D128": avals(1, MILLION, MILLION, 32, 8, 128, columns=1024, bands=64, band_multiple=64),
     "bands-D64-fp16": avals(2, 1000, 1100, 4, 4, 64, bands=9, dtype="float16"),
     "blocks-D96": avals(1, 777, 777, 8, 1, 96, blocks=9),
     "diagonal-only-T1": avals(1, 1, 1, 1, 1, 128),
@@ -124,6 +126,16 @@ def test_configurations_that_cannot_run_are_refused():
     ):
         with pytest.raises(ValueError):
             KernelConfig(**bad)
+
+
+def test_a_slow_assembler_is_named(monkeypatch):
+    q, k, v, plan, *_ = avals(1, 128, 128, 1, 1, 64)
+    monkeypatch.setattr(dispatch.hopper, "unsupported_reason", lambda *_: None)
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    for installed in (True, False):
+        monkeypatch.setattr(dispatch, "_has_nvjitlink", lambda found=installed: found)
+        choice = dispatch.choose_implementation(q, k, v, plan)
+        assert choice.name == "hopper" and ("setmaxnreg is ignored" in choice.reason) == installed
 
 
 @pytest.mark.parametrize("work", [1, 131, 132, 133, 527, 528, 529, 5_000])
