@@ -17,6 +17,7 @@ from minference_jax import (
     recall,
     sparse_attention,
 )
+from minference_jax.index.recall import estimated_recall
 
 MIX = (Dense(), AShape(4, 70), VerticalSlash(10, tiles=1), BlockSparse(3))
 
@@ -99,3 +100,12 @@ def test_mistakes_are_named(rng):
         make_plan(q, k[:, :64], Dense())
     with pytest.raises(ValueError, match="lengths has shape"):
         make_plan(q, k, Dense(), lengths=jnp.zeros((2,), jnp.int32))
+
+
+def test_estimated_recall_is_exact_where_every_row_is_a_probe(rng):
+    q, k, _ = random_qkv(rng, 2, 64, 320, 4, 2, 16)
+    where = {"lengths": jnp.asarray([320, 290], jnp.int32), "q_offset": jnp.int32(256)}
+    plan = make_plan(q, k, MIX, **where)
+    estimate = estimated_recall(q, k, plan, scale=0.25, **where)
+    np.testing.assert_allclose(estimate, recall(q, k, plan, scale=0.25, **where), atol=1e-5)
+    assert 0 < float(estimate.min()) < 1

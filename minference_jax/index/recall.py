@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from minference_jax.index import probes
 from pallas_kernels.plan import QUERY_TILE, SparsePlan, kv_limit, num_query_tiles, visited_keys
@@ -79,30 +79,34 @@ def estimated_recall(
     s, kv_heads = k.shape[1], k.shape[2]
     rows = probes.probe_rows(jnp.clip(lengths - q_offset, 0, t), jnp.ones((n,), bool))
     positions = jnp.where(rows >= 0, rows + q_offset, -1)
-    # The probes are the same rows for all heads of a sequence, so tiles are looked up once per probe.
-    tile = jnp.clip(rows[:, 0], 0, t - 1) // QUERY_TILE
-    seen = jax.vmap(lambda i: visited_keys(plan, i, s, q_offset, (b, n)), out_axes=2)(tile.reshape(-1))
-    seen = jax.vmap(lambda x, row: jax.lax.dynamic_slice_in_dim(x, row * probes.PROBES, probes.PROBES, axis=1))(
-        seen, jnp.arange(b, dtype=jnp.int32)
-    )
     per_head = {
         "probes": probes.gather_probes(q, rows),
         "positions": positions,
-        "seen": seen,
         "columns": column_flags(plan, s, (b, n)),
+        "plan": plan,
     }
-    per_head = {name: x.reshape(b, kv_heads, n // kv_heads, *x.shape[2:]) for name, x in per_head.items()}
+    per_head = jax.tree.map(lambda x: x.reshape(b, kv_heads, n // kv_heads, *x.shape[2:]), per_head)
+    # The probes are the same rows for all heads of a sequence, so tiles are looked up once per probe.
+    query_tiles = jnp.clip(rows[:, 0], 0, t - 1) // QUERY_TILE
 
-    def some_heads(k: Array, per_head: dict[str, Array], _: Any) -> Array:
+    def some_heads(k: Array, per_head: dict[str, Any], query_tiles: Int[Array, "b p"]) -> Array:
         scores, factor = probes.probe_scores(per_head["probes"], k, scale)
         weights = probes.probe_weights(scores, factor, per_head["positions"])
-        inside = per_head["seen"] | per_head["columns"][..., None, :]
+        heads = per_head["columns"].shape[1:3]
+
+        def seen_by(sequence: tuple[SparsePlan, Array]) -> Bool[Array, "p n s"]:
+            own = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), sequence[0])
+            shape = (1, heads[0] * heads[1])
+            return jax.lax.map(lambda i: visited_keys(own, i, s, q_offset, shape)[0], sequence[1])
+
+        seen = jax.lax.map(seen_by, (per_head["plan"], query_tiles)).swapaxes(1, 2)
+        inside = seen.reshape(scores.shape) | per_head["columns"][..., None, :]
         held = jnp.sum(jnp.where(inside, weights, 0), axis=(-1, -2))
         count = jnp.sum(per_head["positions"] >= 0, axis=-1).astype(jnp.float32)
         return jnp.where(count > 0, jnp.minimum(held / jnp.maximum(count, 1), 1), 1)
 
     size = n // kv_heads * probes.PROBES * s * k.dtype.itemsize
-    return probes.map_heads(some_heads, k, per_head, None, bytes_per_kv_head=size).reshape(b, n)
+    return probes.map_heads(some_heads, k, per_head, query_tiles, bytes_per_kv_head=size).reshape(b, n)
 
 
 def column_flags(plan: SparsePlan, s: int, shape: tuple[int, int] | None = None) -> Array:
