@@ -21,7 +21,7 @@ def evaluate(
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, with commas.")] = "1024,4096",
     methods: Annotated[
         str,
-        typer.Option(help="Names (dense, minference, a-shape, static, …), patterns, pattern files; with commas."),
+        typer.Option(help="Names (dense, minference, a-shape, static, …), patterns, searched:FILE; with commas."),
     ] = "dense,minference,a-shape",
     samples: Annotated[int, typer.Option(min=1, help="Of each task at each length.")] = 50,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 8,
@@ -81,6 +81,7 @@ def split_methods(text: str) -> list[str]:
 
 
 def _method(name: str, config: Any, tokenizer: Any) -> Any:
+    """A name of `METHODS`, `static`, `searched:<file or preset>`, or a pattern that `parse_pattern` reads."""
     from minference_jax.data import load_text
     from minference_jax.eval.methods import METHODS, Method, static_from
 
@@ -89,4 +90,9 @@ def _method(name: str, config: Any, tokenizer: Any) -> Any:
         return Method(name, static_from(tokenizer.encode(load_text())[-32768:]))
     if name in METHODS:
         return Method(name, METHODS[name])
+    if name.startswith("searched:"):
+        patterns = parse_pattern(name.removeprefix("searched:"), config)
+        if patterns is None:
+            raise ValueError(f"{name}: dense attention has no budgets to scale")
+        return Method.searched(name, patterns)
     return Method.fixed(name, parse_pattern(name, config))
