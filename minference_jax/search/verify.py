@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from minference_jax.models import forward
 from minference_jax.models.capture import capture_qkv
+from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
-from minference_jax.patterns import HeadPatterns, Pattern
+from minference_jax.patterns import HeadPatterns, Pattern, PatternArrays
 from minference_jax.search.candidates import CANDIDATES, arrays, check_candidates, scaled
 from minference_jax.search.measure import QKV
 from minference_jax.search.plans import plan_masks, scored_tiles
@@ -65,37 +69,45 @@ def verify(
 
     if "dense" in patterns:
         raise ValueError("patterns: dense attention is compared with anyway")
-    sets = dict(patterns)
-    first = next(iter(sets))
-    wanted = _mean_density(layers, sets[first], lengths)
+    first = next(iter(patterns))
+    wanted = _mean_density(layers, patterns[first], lengths)
     say(f"{first}: density {wanted:.4f}")
-    per_layer = [[found.arrays().layer(i) for i in range(len(layers))] for found in sets.values()]
+    every = {name: found.arrays() for name, found in patterns.items()}
     for candidate in check_candidates(candidates):
         pattern = _at_density(layers, candidate, wanted, lengths)
-        sets[repr(pattern)] = HeadPatterns.uniform(pattern, len(layers), heads)
-        per_layer.append([arrays([pattern] * heads, t)] * len(layers))
+        # Arrays whose static side is the kind's, so that one program serves all candidates of a kind.
+        one = arrays([pattern] * heads, t)
+        every[repr(pattern)] = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(layers), *x.shape)), one)
         say(f"brought to the same: {pattern!r}")
 
-    density, error, recall = (np.zeros((len(sets), len(layers), heads)) for _ in range(3))
+    density, error, recall = (np.zeros((len(every), len(layers), heads)) for _ in range(3))
     for index, (q, k, v) in enumerate(layers):
-        masks = [plan_masks(q, k, found[index], lengths, query_tiles) for found in per_layer]
+        masks = [plan_masks(q, k, found.layer(index), lengths, query_tiles) for found in every.values()]
         errors = output_errors(q, k, v, jnp.stack([m.keys for m in masks]), query_tiles, lengths)
         density[:, index] = np.stack([np.asarray(m.density[0]) for m in masks])
         error[:, index], recall[:, index] = np.asarray(errors.error[:, 0]), np.asarray(errors.recall[:, 0])
     del layers
 
     rows = [Row("dense", 1.0, 0.0, 1.0, 0.0, math.nan)]
-    for name, d, e, r in zip(sets, density, error, recall, strict=True):
+    for name, d, e, r in zip(every, density, error, recall, strict=True):
         rows.append(Row(name, float(d.mean()), float(e.mean()), float(r.mean()), float(e.max()), math.nan))
     for row in rows[1:]:
         say(format_row(row))
     if perplexity:
         for i, row in enumerate(rows):
-            network = model.with_patterns(sets.get(row.name))
-            scores = np.asarray(network.token_log_likelihoods(tokens), np.float64)
+            found = _log_likelihoods(model.config, model.params(), every.get(row.name), tokens, lengths)
+            scores = np.asarray(found, np.float64)
             rows[i] = row._replace(perplexity=float(np.exp(-scores.sum() / (t - 1))))
             say(format_row(rows[i]))
     return rows
+
+
+@partial(jax.jit, static_argnames="config")
+def _log_likelihoods(
+    config: LlamaConfig, params: Mapping[str, Array], patterns: PatternArrays | None, tokens: Array, lengths: Array
+) -> Array:
+    x, _, _ = forward.prefill(config, params, patterns, tokens, lengths, lengths, None, None)
+    return forward.log_likelihoods(config, params, x, tokens, lengths)
 
 
 def format_table(rows: Sequence[Row]) -> str:
