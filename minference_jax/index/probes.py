@@ -82,8 +82,10 @@ class Weights(NamedTuple):
     by_key: Callable[[], Float[Array, "*heads p s"]]
     """Weight of the key at each position."""
 
-    by_distance: Callable[[int], Float[Array, "*heads p s"]]
-    """Weight of the key at each distance before the probe, without the keys below the given position."""
+    by_distance: Callable[..., Float[Array, "*heads p s"]]
+    """Weight of the key at each distance before the probe, without the keys below the position `skip`. Given the
+    `total` weight of each key over the probes (`[*heads, s]`), each weight counts by its share of it: all of a key
+    that one probe sees, as on a slash, and little of a column that all of them see."""
 
 
 def probe_weights(
@@ -120,14 +122,18 @@ def lazy_weights(
     def by_key() -> Array:
         return (jnp.exp(scaled(jax.lax.optimization_barrier(scores), seen) - top) * inverse).reshape(shape)
 
-    def by_distance(skip: int) -> Array:
+    def by_distance(skip: int, total: Array | None = None) -> Array:
         # The shift is a gather of the scores, which fuses with all the rest. (Padding and reshaping, which shears the
         # rows of consecutive probes, takes a GPU five times as long.)
         key = positions - place
-        shifted = jnp.take_along_axis(
-            jax.lax.optimization_barrier(scores), jnp.clip(key, 0, shape[-1] - 1), axis=-1, mode="clip"
-        )
-        return (jnp.exp(scaled(shifted, (key >= skip) & (key < shape[-1])) - top) * inverse).reshape(shape)
+        at = jnp.clip(key, 0, shape[-1] - 1)
+        shifted = jnp.take_along_axis(jax.lax.optimization_barrier(scores), at, axis=-1, mode="clip")
+        weights = jnp.exp(scaled(shifted, (key >= skip) & (key < shape[-1])) - top) * inverse
+        if total is not None:
+            head = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None] // shape[-2]
+            whole = total.reshape(-1, shape[-1]).at[head, at].get(mode="promise_in_bounds")
+            weights = weights * (weights / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny))
+        return weights.reshape(shape)
 
     return Weights(by_key, by_distance)
 

@@ -112,7 +112,9 @@ def _select(
         columns.append(column_words(weights.by_key().sum(-2), heads["first"], visible, target))
     if limits.tiles or not limits.lines:
         # The sink belongs to the columns; at the probes' distances it would pass for a band.
-        captured = tiles.band_scores(weights.by_distance(KEY_TILE).sum(-2))
+        # Each probe sees a column at a distance of its own, and no budget keeps a threshold from taking them all.
+        total = weights.by_key().sum(-2) if limits.threshold else None
+        captured = tiles.band_scores(weights.by_distance(KEY_TILE, total).sum(-2))
         scores, budget = captured, heads["tiles"]
         if limits.threshold:
             distance = KEY_TILE * jnp.arange(captured.shape[-1], dtype=jnp.int32)
