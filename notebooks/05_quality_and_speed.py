@@ -112,7 +112,7 @@ plt.show()
 # | dense | 1 | 97 | 40.9 | 28.42 |
 # | searched patterns, budgets × 1.4 | 0.32 | 98 | 39.9 | 28.58 |
 # | searched patterns (`preset("smollm2-135m-instruct")`) | 0.25 | 99 | not run | 28.77 |
-# | one pattern for all: 384 columns, 5 tiles | 0.25 | 96 | 39.9 | 29.88 |
+# | one pattern for all: 409 columns, 5 tiles | 0.25 | 96 | 39.9 | 29.88 |
 # | A-shape: 64 sinks, a window of 641 | 0.34 | 20 | 25.9 | 29.58 |
 #
 # - **Columns find needles.** With as many keys as A-shape, any plan that looks for columns finds the facts that a fixed
