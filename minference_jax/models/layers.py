@@ -38,17 +38,25 @@ class StackedLayer(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self.stacked)
 
-    def matvec(self, name: str, x: Float[Array, "b i"]) -> Array | None:
-        """x times a weight `[layers, *in, *out]` as `[b, o]`; None where no kernel serves the call."""
-        weight = self.stacked[name]
-        weight = weight.reshape(weight.shape[0], x.shape[1], -1)
-        if unsupported_reason(x, weight) is not None:
-            return None
+    def serves(self, name: str, x: Float[Array, "b t *in"]) -> bool:
+        """Whether `matvec` can multiply x with this weight: a row a sequence, 16 bits, whole tiles."""
+        return x.shape[1] == 1 and unsupported_reason(*self._flat(name, x)) is None
+
+    def matvec(self, name: str, x: Float[Array, "b 1 *in"]) -> Float[Array, "b 1 *out"]:
+        """x times a weight `[*in, *out]` of this layer."""
+        flat, weight = self._flat(name, x)
 
         def sliced(x: Array, weight: Array, index: Array) -> Array:
             return x @ jax.lax.dynamic_index_in_dim(weight, index, keepdims=False)
 
-        return jax.lax.platform_dependent(x, weight, self.index, cuda=stacked_matvec, default=sliced)
+        out = jax.lax.platform_dependent(flat, weight, self.index, cuda=stacked_matvec, default=sliced)
+        return out.reshape(*x.shape[:2], *self.stacked[name].shape[x.ndim - 1 :])
+
+    def _flat(self, name: str, x: Array) -> tuple[Float[Array, "b i"], Float[Array, "layers i o"]]:
+        flat, weight = x.reshape(x.shape[0], -1), self.stacked[name]
+        if f"{name}_scale" in self.stacked:  # FP8 weights lie the other way round
+            return flat, weight.reshape(weight.shape[0], -1, flat.shape[1])
+        return flat, weight.reshape(weight.shape[0], flat.shape[1], -1)
 
 
 def matmul(equation: str, x: Array, weight: Array) -> Array:
@@ -59,14 +67,8 @@ def matmul(equation: str, x: Array, weight: Array) -> Array:
 
 def project(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"]) -> list[Array]:
     """x times each of the named weights `[*in, *out]`, or their FP8 form, for which x is quantized once."""
-    if isinstance(layer, StackedLayer) and x.shape[1] == 1 and f"{names[0]}_scale" not in layer:
-        flat = x.reshape(x.shape[0], -1)
-        outs = [layer.matvec(name, flat) for name in names]
-        if all(out is not None for out in outs):
-            shapes = [layer.stacked[name].shape[1 + x.ndim - 2 :] for name in names]
-            return [
-                out.reshape(*x.shape[:2], *shape) for out, shape in zip(outs, shapes, strict=True) if out is not None
-            ]
+    if isinstance(layer, StackedLayer) and all(layer.serves(name, x) for name in names):
+        return [layer.matvec(name, x) for name in names]
     if f"{names[0]}_scale" in layer:
         rows = fp8.quantize(x.reshape(*x.shape[:2], -1))
         return [fp8.product(rows, layer[name], layer[f"{name}_scale"], x.dtype) for name in names]
