@@ -20,9 +20,8 @@ import jax.numpy as jnp
 from minference_jax.bench.kernels import environment
 from minference_jax.bench.prefill_pieces import time_pieces
 from minference_jax.index import tile_budget
-from minference_jax.models import llama
 from minference_jax.models.forward import CHUNK
-from minference_jax.models.llama import Llama
+from minference_jax.models.llama import Llama, prefill_program
 from minference_jax.models.memory import advise
 from minference_jax.patterns import AShape, Pattern, VerticalSlash
 
@@ -112,7 +111,7 @@ def compile_prefill(model: Llama, tokens: Any, **static: Any) -> tuple[Any, floa
     """The compiled program of a prefill without a cache, to be called with `arguments(...)`; and seconds it took."""
     settings = {"rows_at_once": CHUNK, "implementation": None, "return_info": False} | static
     started = time.perf_counter()
-    program = llama._prefill.lower(model.config, *arguments(model, tokens), **settings).compile()
+    program = prefill_program(model).lower(model.config, *arguments(model, tokens), **settings).compile()
     return program, time.perf_counter() - started
 
 

@@ -237,7 +237,7 @@ def _check_numbers(max_new_tokens: int, temperature: float, top_p: float, prefil
 
 def _programs() -> int:
     """How many programs this process has compiled for the functions below and for prefill."""
-    functions: tuple[Any, ...] = (llama._prefill, _first_token, _decode_steps)
+    functions: tuple[Any, ...] = (llama._prefill, llama._prefill_fp8, _first_token, _decode_steps)
     return sum(function._cache_size() for function in functions)
 
 

@@ -18,6 +18,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int32
 
 from minference_jax.models import forward, fp8
@@ -250,7 +251,7 @@ class Llama(nnx.Module):
             rope_lengths = check_lengths(rope_lengths, tokens.shape[0])
         if rows_at_once <= 0:
             raise ValueError(f"rows_at_once must be positive, got {rows_at_once}")
-        result = _prefill(
+        result = prefill_program(self, tokens, lengths, rope_lengths, start)(
             self.config,
             self.params(),
             self._arrays(tokens.shape[1], None if start is None or cache is None else cache.capacity),
@@ -314,12 +315,7 @@ def _log_likelihoods(
     return forward.log_likelihoods(config, params, x, tokens, lengths)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("config", "rows_at_once", "implementation", "return_info"),
-    donate_argnames=("cache",),
-)
-def _prefill(
+def _run_prefill(
     config: LlamaConfig,
     params: forward.Params,
     patterns: Any,
@@ -341,6 +337,22 @@ def _prefill(
     )
     last = lengths - 1 if start is None else lengths - 1 - start
     return forward.last_logits(config, params, x, last), cache, info
+
+
+_compiled = partial(
+    jax.jit,
+    static_argnames=("config", "rows_at_once", "implementation", "return_info"),
+    donate_argnames=("cache",),
+)
+_prefill = _compiled(_run_prefill)
+# Of FP8 products XLA would compile and time Triton kernels beside cuBLASLt's, for more than a minute.
+_prefill_fp8 = _compiled(_run_prefill, compiler_options={"xla_gpu_enable_triton_gemm": False})
+
+
+def prefill_program(model: Llama, *inputs: Any) -> Any:
+    """The jitted function that prefills `model`. Compiler options are for whole programs: inside another, the plain one."""
+    nested = any(isinstance(x, Tracer) for x in (*inputs, model.embed[...]))
+    return _prefill_fp8 if model.fp8_projections and not nested else _prefill
 
 
 _decode = jax.jit(forward.decode, static_argnames=("config",), donate_argnames=("cache",))
