@@ -350,7 +350,7 @@ _prefill_fp8 = _compiled(_run_prefill, compiler_options={"xla_gpu_enable_triton_
 
 
 def prefill_program(model: Llama, *inputs: Any) -> Any:
-    """The jitted function that prefills `model`. Only whole programs take compiler options: nested, it is the plain one."""
+    """The jitted function that prefills `model`; nested in another, the plain one: options are for whole programs."""
     nested = any(isinstance(x, Tracer) for x in (*inputs, model.embed[...]))
     return _prefill_fp8 if model.fp8_projections and not nested else _prefill
 
