@@ -41,7 +41,7 @@ def near_a_quarter(tokens: int) -> VerticalSlash:
     """Our rule, so that it visits about a quarter of the causal cells of a text of this length."""
     size = tokens / 4096
     return VerticalSlash(
-        columns=round(300 * size), tiles=max(1, round(3 * size)), probes="spread", threshold=4.4e-4 / size
+        columns=round(300 * size), tiles=max(1, round(3 * size)), probes="spread", threshold=4.1e-4 / size
     )
 
 
