@@ -145,7 +145,7 @@ def _at_density(layers: Sequence[QKV], candidate: Pattern, wanted: float, length
 
     factor, low, high = wanted * t / 2 / 5120, 0.0, math.inf  # density(low) < wanted <= density(high)
     best, best_density = candidate, math.inf
-    for attempt in range(4 * TRIES):
+    for attempt in range(10 * TRIES):
         pattern = scaled(candidate, factor, t)
         found = density(pattern)
         if found >= wanted:
@@ -156,10 +156,15 @@ def _at_density(layers: Sequence[QKV], candidate: Pattern, wanted: float, length
             low = factor
         if best_density <= wanted * CLOSE or (attempt >= TRIES and best_density < math.inf):
             break
-        # Density grows about as the budgets do: aim half way into what is close enough, but stay between the two.
-        factor *= wanted * (1 + CLOSE) / 2 / found
-        if not low * 1.001 < factor < high / 1.001:
-            factor = math.sqrt(low * high) if low > 0 and high < math.inf else (2 * low if low else high / 2)
+        # Density grows about as the budgets do: aim half way into what is close enough. It grows in steps of a tile,
+        # so go on by a quarter at least, and halve the bracket every other time.
+        aim = factor * wanted * (1 + CLOSE) / 2 / found
+        if high == math.inf:
+            factor = max(aim, 1.25 * low)
+        elif low == 0:
+            factor = min(aim, high / 1.25)
+        else:
+            factor = aim if low * 1.001 < aim < high / 1.001 and attempt % 2 else math.sqrt(low * high)
         if factor > 4 * t:
             break
     if best_density == math.inf:
