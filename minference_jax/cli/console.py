@@ -31,8 +31,8 @@ def stdout() -> Console:
 
 
 def stderr() -> Console:
-    """For everything that is no result."""
-    return Console(file=sys.stderr, highlight=False)
+    """For everything that is no result. In a file or pipe, lines (and the paths in them) are not broken."""
+    return Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
 def print_json(value: Any) -> None:
