@@ -11,7 +11,13 @@ runs to a steady state, so only figures of one run compare.
 | 2. persistent: 132 thread blocks, loads run into the next query tile | 27.2 ms | 239 ms |
 | 3. scores of a step issued together with the value product of the step before | 27.1 ms | 243 ms |
 | 4. chains of 4 query tiles: neighbours stay together and share the L2 cache | 27.3 ms | **224 ms** |
-| 5. softmax beside the value product; columns inside the window left out | **25.4** rested, 28.1 steady | 241 steady |
+| 5. softmax beside the value product; columns inside the window left out | 25.4 rested, 28.1 steady | 241 steady |
+| 6. bands at any distance: 12 % fewer keys for the same index; fewer kernels prepare the plan | **25.1** | **215** |
+
+Starting tiles anywhere takes a copy for each 128 bytes of a row, and costs 2 to 3 % of the rate where every band is a
+multiple of the tile: such plans (`band_multiple`) keep whole-row copies. In a run of minutes version 5 took 30.1 ms of
+kernel time and version 6 27.3. A mask for the band that key 0 cuts, computed in registers, cost a third more
+instructions in every column step; it is part of the bias instead.
 
 cuDNN's dense kernel took 235 ms rested and 252 steady in the runs of 2 and 5. No gain: `unsafe_no_auto_barriers`
 (-0.7 % to +1 %), 240 instead of 232 registers, three stages, hardware named barriers instead of mbarriers for the turns
