@@ -144,6 +144,15 @@ def test_ruler_needles_written_out(tokenizer):
         assert len(body) > 3 and all(line.startswith(f"One of the special magic {keys} for ") for line in body)
 
 
+def test_ruler_keys_are_distinct_even_where_few_can_be_drawn(tokenizer, monkeypatch):
+    monkeypatch.setattr("minference_jax.eval.words.ADJECTIVES", ("red", "blue"))
+    monkeypatch.setattr("minference_jax.eval.words.NOUNS", ("fox", "hen"))
+    for index in range(5):
+        sample = task("ruler-niah_multiquery").sample(tokenizer, 600, index, 0)
+        assert len(sample.answers) == 4
+        assert all(key in text_of(tokenizer, sample) for key in ("red-fox", "red-hen", "blue-fox", "blue-hen"))
+
+
 def test_variable_tracking_written_out(tokenizer):
     sample = task("ruler-vt").sample(tokenizer, 600, 0, 0)
     text = text_of(tokenizer, sample)

@@ -59,9 +59,10 @@ class RulerNeedle:
     def sample(self, tokenizer: ChatTokenizer, length: int, index: int, seed: int) -> Sample:
         """A prompt that leaves room for the reply: at most `length − 128` tokens (128 of 1,024: 896)."""
         kind, numbers = KINDS[self.variant], draw(self.name, length, index, seed)
-        facts = {
-            _draw(kind.key, numbers): [_draw(kind.value, numbers) for _ in range(kind.values)] for _ in range(kind.keys)
-        }
+        facts: dict[str, list[str]] = {}
+        while len(facts) < kind.keys:  # a key drawn twice is one key
+            key = _draw(kind.key, numbers)
+            facts[key] = [_draw(kind.value, numbers) for _ in range(kind.values)]
         needles = [_sentence(key, value, kind.value) for key, values in facts.items() for value in values]
         numbers.shuffle(needles)
         asked = numbers.sample(sorted(facts), kind.queries)
