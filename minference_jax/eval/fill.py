@@ -58,7 +58,7 @@ def fill_text(
     return filled[: end - surplus] + filled[end:]
 
 
-def fill_pieces(build: Callable[[int], list[int]], length: int, *, least: int, most: int, guess: int = 0) -> list[int]:
+def fill_pieces(build: Callable[[int], list[int]], length: int, *, least: int, most: int) -> list[int]:
     """`build(pieces)` with the largest number of pieces, from `least` to `most`, that `length` tokens hold.
 
     The number of tokens must not fall with that of pieces; it is taken for nearly proportional, so that few builds are
@@ -67,8 +67,8 @@ def fill_pieces(build: Callable[[int], list[int]], length: int, *, least: int, m
     best = build(least)
     if len(best) > length:
         raise ValueError(f"length {length} is too short: {least} pieces have {len(best)} tokens")
-    low, high, low_size, high_size = least, most + 1, len(best), 0
-    trial = guess or low + max(1, (length - low_size) * low // max(2 * low_size, 1))
+    low, high, low_size, high_size, least_size = least, most + 1, len(best), 0, len(best)
+    trial = low + max(1, (length - low_size) * low // max(2 * low_size, 1))
     while high - low > 1:
         trial = min(max(trial, low + 1), high - 1)
         ids = build(trial)
@@ -79,7 +79,7 @@ def fill_pieces(build: Callable[[int], list[int]], length: int, *, least: int, m
         if high_size:  # between two sizes
             trial = low + int((length - low_size) * (high - low) / max(high_size - low_size, 1))
         else:
-            trial = low + max(1, int((length - low_size) * (low - least + 1) / max(low_size - len(build(least)), 1)))
+            trial = low + max(1, int((length - low_size) * (low - least + 1) / max(low_size - least_size, 1)))
     return best
 
 
