@@ -264,17 +264,30 @@ def test_longbench_is_read_and_scored(tmp_path, tokenizer):
     sample = task.sample(tokenizer, 500, 1, 0)
     assert (task.name, sample.answers, sample.max_new_tokens) == ("longbench-hotpotqa", ("In Rome", "Rome"), 32)
     assert task.score("rome", sample.answers) == 1 and task.score("Paris", sample.answers) == 0
+    classes = ["Animal", "City", "City of birth"]
+    record = {"context": "Examples.", "input": "Type of Rome?", "answers": ["City of birth"], "all_classes": classes}
+    task = read_longbench(lines(tmp_path / "trec.jsonl", record))
+    answers = task.sample(tokenizer, 500, 0, 0).answers
+    assert task.score("City of birth\nAnimal", answers) == 1  # "City" is part of it; what follows is another example
+    assert task.score("Animal or City of birth", answers) == 0.5
+    assert task.score("City", answers) == task.score("", answers) == 0
+    record |= {"all_classes": None, "answers": ["Ann Lee"]}
+    for name in ("triviaqa", "samsum"):
+        task = read_longbench(lines(tmp_path / f"{name}.jsonl", record))
+        assert task.score("\nAnn Lee\nPassage: Rome is old.", ("Ann Lee",)) == 1
 
 
 def test_metrics_on_hand_made_replies():
     assert all_found("It is 12 and thirty.", ("12", "THIRTY", "7")) == pytest.approx(2 / 3)
     assert any_found("it is thirty", ("7", "Thirty")) == 1
     assert first_number("about 41 or 42", ("42",)) == 0 and first_number("3.5", ("3.5",)) == 1
+    assert first_number("it is 12", ("12.0",)) == first_number("3.50", ("3.5",)) == 1
+    assert first_number("12", ("012",)) == first_number("1.5", ("one",)) == 0
     assert first_letter("As for D, no", ("D",)) == 1 and first_letter("Doubt", ("D",)) == 0
     assert token_f1("The cat, sat down", ("a cat sat",)) == pytest.approx(0.8)  # 2 common of 3 and 2
     assert token_f1("北京大学", ("北京",)) == pytest.approx(2 / 3)  # 2 common of 4 and 2
     assert rouge_l("a b c d", ("a c d e f",)) == pytest.approx(2 * 3 / 9)
-    assert code_similarity("# note\n\nx = 1\ny = 2", ("x = 1",)) == 1
+    assert code_similarity("# note\nz = 0  // no\nx = 1\ny = 2", ("x = 1",)) == 1
     assert share_of_numbers("paragraph 3 or 4", ("Paragraph 4",)) == 0.5
 
 

@@ -1,7 +1,8 @@
 """InfiniteBench and LongBench from local JSONL files: their fields, truncation and metrics.
 
-Sources: InfiniteBench (arXiv 2402.13718), LongBench (arXiv 2308.14508); the prompts' wording is ours, so scores compare
-methods with each other, not with published tables.
+Sources: InfiniteBench (arXiv 2402.13718), LongBench (arXiv 2308.14508). The prompts' wording is ours and most end with
+the reply's beginning, so that a choice is the first letter; Chinese text is split into characters, not words; ROUGE-L
+does not look at sentences. So scores compare methods with each other, not with published tables.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,13 @@ INFINITEBENCH: dict[str, tuple[Metric, int, str]] = {
         "{context}\n\nQuestion: {input}\n{options}\nThe letter:",
     ),
     "longdialogue_qa_eng": (metrics.any_found, 40, "{context}\n\nThe name that $$MASK$$ stands for is"),
-    "math_find": (metrics.first_number, 3, "{context}\n\n{input}\n\nThe number is"),
+    "math_find": (metrics.first_number, 12, "{context}\n\n{input}\n\nThe number is"),
     "code_debug": (metrics.first_letter, 5, "{context}\n\n{input}\n{options}\nThe letter:"),
 }
-"""Of each task, by its file's name: metric, new tokens (as in MInference's experiments), prompt."""
+"""Of each task, by its file's name: metric, new tokens, prompt.
+
+New tokens are those of the original, but more where an answer is a number: its digits may be a token each.
+"""
 
 _QA, _SUM = "{context}\n\nQuestion: {input}\nAnswer in a few words:", "{context}\n\n{input}\nSummary:"
 _FEW = "{context}\n{input}"
@@ -45,15 +50,15 @@ LONGBENCH: dict[str, tuple[Metric, int, str]] = {
     **dict.fromkeys(("gov_report", "qmsum", "multi_news", "vcsum"), (metrics.rouge_l, 512, _SUM)),
     "trec": (metrics.any_found, 64, _FEW),
     "lsht": (metrics.any_found, 64, _FEW),
-    "triviaqa": (metrics.token_f1, 32, _FEW),
-    "samsum": (metrics.rouge_l, 128, _FEW),
+    "triviaqa": (metrics.first_line_f1, 32, _FEW),
+    "samsum": (metrics.first_line_rouge_l, 128, _FEW),
     **dict.fromkeys(
         ("passage_count", "passage_retrieval_en", "passage_retrieval_zh"),
         (metrics.share_of_numbers, 32, "{context}\n\n{input}\nNumber:"),
     ),
     **dict.fromkeys(("lcc", "repobench-p"), (metrics.code_similarity, 64, "{context}{input}")),
 }
-"""Of each data set: metric, new tokens (LongBench's own), prompt."""
+"""Of each data set: metric, new tokens (LongBench's own), prompt. Where a file names classes, `only_class` judges."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +88,7 @@ class JsonlTask:
         return Sample(self.name, length, index, tuple(ids), record["answers"], self.max_new_tokens)
 
     def score(self, reply: str, answers: Sequence[str]) -> float:
-        """By the task's published metric."""
+        """By the task's metric."""
         return self.metric(reply, answers)
 
 
@@ -103,7 +108,15 @@ def read_longbench(path: str | Path) -> JsonlTask:
     Raises `ValueError` with the file and line for anything else.
     """
     name, (metric, new, template) = _known(path, LONGBENCH, "LongBench")
-    records = _records(path, lambda line: _record(line, line["answers"], ()))
+    classes: dict[str, None] = {}
+
+    def convert(line: Mapping[str, Any]) -> dict[str, Any]:
+        classes.update(dict.fromkeys(map(str, line.get("all_classes") or ())))
+        return _record(line, line["answers"], ())
+
+    records = _records(path, convert)
+    if classes:
+        metric = partial(metrics.only_class, classes=tuple(classes))
     return JsonlTask(f"longbench-{name}", records, template, metric, new)
 
 

@@ -26,15 +26,46 @@ def starts_with(reply: str, answers: Sequence[str]) -> float:
 
 
 def first_number(reply: str, answers: Sequence[str]) -> float:
-    """Whether the first number of the reply is an answer (InfiniteBench: passkey, number, math_find)."""
-    found = re.search(r"\d+(\.\d+)?", reply)
-    return float(found is not None and found.group() in {str(answer) for answer in answers})
+    """Whether the first number of the reply is an answer (InfiniteBench: passkey, number, math_find).
+
+    Digits have to be the same, leading zeros too; numbers with a decimal point are compared as numbers.
+    """
+    found = _NUMBER.search(reply)
+    return float(found is not None and any(_same_number(found.group(), answer) for answer in answers))
 
 
 def first_letter(reply: str, answers: Sequence[str]) -> float:
     """Whether the first option letter, A to D, that stands alone in the reply is an answer (multiple choice)."""
     found = re.search(r"\b([A-D])\b", reply)
     return float(found is not None and found.group(1) in answers)
+
+
+def only_class(reply: str, answers: Sequence[str], classes: Sequence[str]) -> float:
+    """1 / (how many of the classes the reply's first line names), if an answer is one of them (LongBench: trec, lsht).
+
+    A class whose name is part of the answer's is not counted.
+    """
+    line = first_line(reply)
+    named = [name for name in classes if name in line]
+    return max(
+        (1 / sum(name == answer or name not in answer for name in named) for answer in answers if answer in named),
+        default=0.0,
+    )
+
+
+def first_line(reply: str) -> str:
+    """The reply's first line that is not empty: after it, a reply to examples goes on with examples of its own."""
+    return reply.lstrip("\n").split("\n")[0]
+
+
+def first_line_f1(reply: str, answers: Sequence[str]) -> float:
+    """`token_f1` of the reply's first line (LongBench: triviaqa)."""
+    return token_f1(first_line(reply), answers)
+
+
+def first_line_rouge_l(reply: str, answers: Sequence[str]) -> float:
+    """`rouge_l` of the reply's first line (LongBench: samsum)."""
+    return rouge_l(first_line(reply), answers)
 
 
 def token_f1(reply: str, answers: Sequence[str]) -> float:
@@ -51,9 +82,12 @@ def rouge_l(reply: str, answers: Sequence[str]) -> float:
 
 
 def code_similarity(reply: str, answers: Sequence[str]) -> float:
-    """Best edit similarity of the reply's first line of code and an answer (LongBench's code tasks)."""
-    lines = [line for line in reply.lstrip("\n").split("\n") if line.strip() and not re.match(r"\s*(`|#|//)", line)]
-    first = lines[0] if lines else ""
+    """Best edit similarity of the reply's first line of code and an answer (LongBench's code tasks).
+
+    Lines with a backtick, # or // are taken for comments.
+    """
+    lines = (line for line in reply.lstrip("\n").split("\n") if not re.search("`|#|//", line))
+    first = next(lines, "")
     return max(difflib.SequenceMatcher(None, first, answer, autojunk=False).ratio() for answer in answers)
 
 
@@ -76,8 +110,15 @@ def wilson(mean: float, count: int, z: float = 1.96) -> tuple[float, float]:
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
+_NUMBER = re.compile(r"\d+(\.\d+)?")
 _CJK = re.compile(r"([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])")
 _PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}。，、；：？！「」『』（）《》“”‘’—…]")
+
+
+def _same_number(ours: str, theirs: str) -> bool:
+    if "." in ours + theirs and _NUMBER.fullmatch(theirs):
+        return float(ours) == float(theirs)
+    return ours == theirs
 
 
 def _tokens(text: str) -> list[str]:
