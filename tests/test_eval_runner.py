@@ -123,9 +123,19 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_report(model, tmp_
     assert evaluate(None, None, [Numbers()], path=path, **arguments) == again  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"killed.jsonl is of another run: seed 0 instead of 1"):
         evaluate(model, Ids(), [Numbers()], path=path, seed=1, **arguments)
-    path.write_text("{}\n")
-    with pytest.raises(ValueError, match="no file of results"):
-        ResultFile(path, {})
+    for text in ("{}\n", "notes", '{"other": '):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="no file of results"):
+            ResultFile(path, {})
+        assert path.read_text() == text
+
+
+def test_a_file_cut_off_in_its_first_line_begins_anew(tmp_path):
+    path = tmp_path / "results.jsonl"
+    for text in ("", '{"sett', '{"settings": {"seed"'):
+        path.write_text(text)
+        assert ResultFile(path, {"seed": 1}).results == []
+        assert path.read_text() == '{"settings": {"seed": 1}}\n'
 
 
 def test_a_deadline_ends_a_run(model):
@@ -218,5 +228,7 @@ def test_the_report_has_averages_tasks_and_plots(tmp_path):
     assert "### needle-address-raw" in text
     page = (tmp_path / "report.html").read_text()
     assert "Tiny &lt;model&gt;" in page and page.count("<svg") == 3
+    write_report(results_of_two_methods(), tmp_path / "again", "Tiny <model>")
+    assert (tmp_path / "again" / "report.html").read_text() == page
     names = {path.name for path in written}
     assert names == {"report.md", "report.html", "needle.svg", "score-niah.svg", "perplexity.svg"}

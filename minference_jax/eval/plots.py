@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from minference_jax.eval.results import Cell, Result, perplexity_cell, score_cell
@@ -80,9 +81,10 @@ def lines(results: Sequence[Result], label: str) -> Figure:
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as an SVG element."""
+    """The figure as an SVG element, the same for the same figure."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "minference"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -48,9 +49,8 @@ class ResultFile:
     def __init__(self, path: str | Path, settings: Mapping[str, Any]):
         self.path, self.results = Path(path), []
         settings = dict(json.loads(json.dumps(settings)))
-        whole = b""
-        if self.path.exists():
-            whole = b"".join(line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n"))
+        found = self.path.read_bytes() if self.path.exists() else b""
+        whole = found[: found.rfind(b"\n") + 1]
         if whole:
             try:
                 first, *lines = (json.loads(line) for line in whole.splitlines())
@@ -62,7 +62,9 @@ class ResultFile:
                 names = sorted(name for name in {**before, **settings} if before.get(name) != settings.get(name))
                 wrong = ", ".join(f"{name} {before.get(name)!r} instead of {settings.get(name)!r}" for name in names)
                 raise ValueError(f"{path} is of another run: {wrong}; name another file, or delete it")
-            self.path.write_bytes(whole)
+            os.truncate(self.path, len(whole))  # never without what it holds, whenever this run is killed
+        elif found and not found.startswith(b'{"settings"'[: len(found)]):
+            raise ValueError(f"{path} is no file of results: it has no whole line")
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
