@@ -227,6 +227,8 @@ def test_unknown_tasks_and_missing_files_are_named():
     for names, message in ((["nia"], "no task is named 'nia'"), (["ruler-qa_2"], "SQuAD"), (["longbench"], "JSONL")):
         with pytest.raises(ValueError, match=message):
             make_tasks(names, text=TEXT)
+    with pytest.raises(ValueError, match="3 files of questions"):
+        make_tasks(["kv"], text=TEXT, qa=["a.json", "b.json", "c.json"])
 
 
 def lines(path, *records):

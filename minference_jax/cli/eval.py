@@ -49,6 +49,8 @@ def evaluate(
     network, _ = load_model(model, "dense", dtype)
     tokenizer = load_tokenizer(model)
     compared = [_method(name, network.config, tokenizer) for name in split_methods(methods)]
+    settings = {"model": model.name, "dtype": network.dtype.name, "text": text}
+    settings |= {"qa": list(map(str, qa or ())), "file": list(map(str, file or ()))}
     with progress("Evaluating") as update:
         results = run(
             network,
@@ -61,7 +63,7 @@ def evaluate(
             density=density,
             seed=seed,
             path=output / "results.jsonl",
-            settings={"model": model.name, "dtype": network.dtype.name, "text": text},
+            settings=settings,
             progress=lambda done, total, _: update(done, total),
         )
     paths = write_report(results, output, f"{model.name}, {samples} samples of each task and length")

@@ -212,4 +212,4 @@ METHODS: dict[str, Chooser] = {
     "bigbird": _big_bird,
     "oracle": lambda model, length, density: TopKOracle(density),
 }
-"""Methods by name. `static` needs a prompt, see `static_from`; patterns of a file or a search are `Method.fixed`."""
+"""Methods by name. `static` needs a prompt, see `static_from`; a search's patterns are `Method.searched`."""

@@ -41,6 +41,8 @@ def make_tasks(
 
     Raises `ValueError` for an unknown name, and for a task whose file is missing or wrong.
     """
+    if len(qa) > 2:
+        raise ValueError(f"qa: {len(qa)} files of questions, but RULER has two tasks for them")
     text = load_text() if text is None else text
     known: dict[str, Task] = {f"ruler-{name}": RulerNeedle(name, text) for name in KINDS}
     for kind in ("magic", "address"):
