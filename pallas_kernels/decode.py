@@ -63,10 +63,14 @@ def decode_attention(
         raise ValueError(f"decode_attention: q {q.shape} does not fit k {k.shape} and v {v.shape}")
     if (k_scale is None) != (v_scale is None) or (k_scale is not None and k_scale.shape != k.shape[:-1]):
         raise ValueError(f"decode_attention: k_scale and v_scale must both have shape {k.shape[:-1]}, or be None")
+    if lengths.shape != q.shape[:1]:
+        raise ValueError(f"decode_attention: lengths {lengths.shape} are not one for each row of q {q.shape}")
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     lengths = jnp.clip(lengths, 0, k.shape[2])
     layer = jnp.asarray(layer, jnp.int32)
-    reason = _unsupported(q, k)
+    if implementation not in (None, "triton", "xla"):
+        raise ValueError(f'implementation must be None, "triton" or "xla", got {implementation!r}')
+    reason = unsupported_reason(q, k)
     if implementation == "triton" and reason is not None:
         raise ValueError(f'implementation="triton" cannot serve this call: {reason}')
     arguments = (q, k, v, k_scale, v_scale, layer, lengths)
@@ -76,12 +80,11 @@ def decode_attention(
         return kernel(*arguments)
     if implementation == "xla" or reason is not None:
         return plain(*arguments)
-    if implementation is not None:
-        raise ValueError(f'implementation must be None, "triton" or "xla", got {implementation!r}')
     return jax.lax.platform_dependent(*arguments, cuda=kernel, default=plain)
 
 
-def _unsupported(q: Array, k: Array) -> str | None:
+def unsupported_reason(q: Float[Array, "b n h"], k: Array) -> str | None:
+    """Why the kernel can't serve a call, in words; None if it can. Shapes and dtypes only."""
     h = q.shape[-1]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the kernel computes in bfloat16 or float16; q is {q.dtype}"
@@ -89,6 +92,9 @@ def _unsupported(q: Array, k: Array) -> str | None:
         return f"the kernel needs a head_dim that is a power of two from 16 on; it is {h}"
     if k.shape[2] < _tile(k):
         return f"the kernel needs a cache of at least {_tile(k)} keys; it has {k.shape[2]}"
+    # Pallas's Triton lowering counts bytes: it addresses up to 2**32 of them with signed 32-bit element offsets.
+    if k.dtype.itemsize == 1 and 2**31 < k.size <= 2**32:
+        return f"a cache of 2**31 to 2**32 one-byte keys is addressed with 32 bits; it has {k.size:,} numbers"
     return None
 
 
@@ -188,7 +194,7 @@ def _kernel(layer_ref, lengths_ref, q_ref, factor_ref, k_ref, v_ref, *refs, tile
         # Weights times factors, in units that leave float16 its full range below the largest.
         sizes = scale_refs[1][layer, batch, pl.ds(first, tile), head].astype(jnp.float32)[None]
         sizes = jnp.where(seen, sizes, 0)
-        unit = jnp.maximum(jnp.max(sizes), jnp.finfo(jnp.float32).tiny) / UNITS
+        unit = jnp.maximum(jnp.max(sizes) / UNITS, jnp.finfo(jnp.float32).tiny)
         part = plgpu.dot((weights * (sizes / unit)).astype(q.dtype), values)
         return out * keep[:, None] + part * unit, higher, total
 

@@ -1,10 +1,11 @@
 """Decode attention: the kernel (interpreted) and the jnp path against hand-made and float64 softmax."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode import decode_attention
+from pallas_kernels.decode import decode_attention, unsupported_reason
 
 
 def test_it_is_softmax_over_the_valid_keys():
@@ -50,6 +51,23 @@ def test_both_implementations_read_any_cache(rng, implementation, dtype):
             np.testing.assert_allclose(np.asarray(got[row, head].astype(jnp.float32)), expected, atol=0.02)
 
 
+def test_rows_of_zeros_in_a_quantized_cache_give_zeros():
+    q, zeros = jnp.ones((1, 2, 16), jnp.bfloat16), jnp.zeros((1, 1, 256, 1, 16), jnp.float8_e4m3fn)
+    scale = jnp.zeros((1, 1, 256, 1), jnp.bfloat16)
+    for implementation in ("triton", "xla"):
+        options = {"k_scale": scale, "v_scale": scale, "implementation": implementation, "interpret": True}
+        got = decode_attention(q, zeros, zeros, 0, jnp.asarray([200]), **options)
+        np.testing.assert_array_equal(got.astype(jnp.float32), np.zeros((1, 2, 16)))
+
+
+@pytest.mark.parametrize(("keys", "served"), [(65_536, True), (65_664, False), (131_072, False), (131_200, True)])
+def test_caches_that_the_lowering_cannot_address_are_left_to_the_compiler(keys, served):
+    # 32 layers of 8 heads of 128: 2**31 numbers at 65,536 keys.
+    q, cache = jax.ShapeDtypeStruct((1, 32, 128), jnp.bfloat16), jax.ShapeDtypeStruct((32, 1, keys, 8, 128), jnp.int8)
+    reason = unsupported_reason(q, cache)
+    assert reason is None if served else "32 bits" in str(reason)
+
+
 def test_what_does_not_fit_is_refused():
     q, cache = jnp.zeros((1, 4, 16)), jnp.zeros((1, 1, 256, 2, 16))
     with pytest.raises(ValueError, match="does not fit"):
@@ -58,3 +76,7 @@ def test_what_does_not_fit_is_refused():
         decode_attention(q, cache, cache, 0, jnp.asarray([1]), k_scale=jnp.zeros((1, 1, 256, 2)))
     with pytest.raises(ValueError, match="q is float32"):
         decode_attention(q, cache, cache, 0, jnp.asarray([1]), implementation="triton")
+    with pytest.raises(ValueError, match='"triton" or "xla"'):
+        decode_attention(q, cache, cache, 0, jnp.asarray([1]), implementation="cudnn")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="lengths"):
+        decode_attention(q, cache, cache, 0, jnp.asarray([1, 2]))
