@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from minference_jax.index import probes
 from pallas_kernels.plan import QUERY_TILE, SparsePlan, kv_limit, num_query_tiles, visited_keys
 
 
+@partial(jax.jit, static_argnames="scale")
 def recall(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],

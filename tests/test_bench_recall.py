@@ -1,0 +1,57 @@
+"""The recall bench on a random model, and that nothing is compiled anew for every layer or number of lines."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minference_jax import Llama, LlamaConfig, VerticalSlash, capture_qkv, make_plan
+from minference_jax.bench.recall import lines_as_dense, mean_density, measure, near_a_quarter
+from minference_jax.index import build
+from minference_jax.index import recall as recall_module
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = LlamaConfig(61, 32, 40, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8)
+    return Llama.random(config, jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jnp.asarray(np.random.default_rng(0).integers(0, 61, (1, 520)), jnp.int32)
+
+
+def counted(monkeypatch, module, name):
+    """A list that grows with each call of a function of a module."""
+    calls, function = [], getattr(module, name)
+
+    def wrapper(*arguments, **keywords):
+        calls.append(name)
+        return function(*arguments, **keywords)
+
+    monkeypatch.setattr(module, name, wrapper)
+    jax.clear_caches()  # programs that were compiled before this call the function no more
+    return calls
+
+
+def test_rows_are_those_of_each_layer(model, tokens, monkeypatch):
+    traced = counted(monkeypatch, recall_module, "visited_keys")
+    patterns = {"ours": near_a_quarter(520), "lines": VerticalSlash(16, 101)}
+    rows = measure(model, tokens, patterns)
+    assert len(traced) == len(patterns)  # not once more for each of the three layers
+    assert [row.name for row in rows] == list(patterns)
+    for index, (q, k, _) in enumerate(capture_qkv(model, tokens)):
+        for row, pattern in zip(rows, patterns.values(), strict=True):
+            expected = recall_module.recall(q, k, make_plan(q, k, pattern))[0]
+            np.testing.assert_allclose(row.recall[index], expected, atol=1e-6)
+    assert "lines" in str(rows[1])
+
+
+def test_lines_reach_the_density_with_one_program(model, tokens, monkeypatch):
+    sample = [(q, k) for q, k, _ in capture_qkv(model, tokens)]
+    traced = counted(monkeypatch, build, "vertical_slash_index")
+    found = lines_as_dense(sample, 16, 0.9)
+    assert len(traced) == 1
+    assert mean_density(sample, found) >= 0.9
+    assert mean_density(sample, VerticalSlash(16, found.slashes - 4)) < 0.9
