@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minference_jax.index import select
+from minference_jax.index import probes, select
 from minference_jax.patterns import PlanBuilder
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, num_key_tiles, num_query_tiles
 
@@ -73,7 +73,8 @@ class Antidiagonal(PlanBuilder):
             seen = (
                 (key <= position[:, None]) & (key < visible[:, None, None]) & (position < visible[:, None])[..., None]
             )
-            mass = _tile_mass(scores * (scale / self.stride), seen[:, None, None], KEY_TILE // self.stride)
+            weights = probes.masked_softmax(scores * (scale / self.stride), seen[:, None, None]).sum(-2)
+            mass = weights.reshape(*weights.shape[:-1], -1, KEY_TILE // self.stride).sum(-1)
             return fewest_tiles(mass, self.coverage, start // KEY_TILE, width)
 
         found = jax.lax.map(one_tile, jnp.arange(count, dtype=jnp.int32))
@@ -100,12 +101,3 @@ def _cells(
     x = x.reshape(x.shape[0], -1, stride, *x.shape[2:])
     x = x[:, :, ::-1] if reverse else x
     return x.swapaxes(2, 3).reshape(x.shape[0], x.shape[1], x.shape[3], -1)
-
-
-def _tile_mass(scores: Float[Array, "*heads p c"], seen: Array, per_tile: int) -> Float[Array, "*heads kt"]:
-    """Softmax over the seen cells of each row, summed over the rows and over each tile's cells."""
-    scores = jnp.where(seen, scores, -jnp.inf)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0))
-    weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
-    return weights.sum(-2).reshape(*scores.shape[:-2], -1, per_tile).sum(-1)

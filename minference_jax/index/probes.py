@@ -138,6 +138,14 @@ def lazy_weights(
     return Weights(by_key, by_distance)
 
 
+def masked_softmax(scores: Float[Array, "*rows x"], seen: Bool[Array, "*#rows x"]) -> Float[Array, "*rows x"]:
+    """Softmax over the seen entries of each row; zero in a row without one."""
+    scores = jnp.where(seen, scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0))
+    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+
+
 def seen_tiles(
     flags: Bool[Array, "*heads r"], positions: Int[Array, "*heads p"], tiles: int
 ) -> Bool[Array, "*heads p tiles"]:

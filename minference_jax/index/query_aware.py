@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from minference_jax.index import probes
 from minference_jax.index.antidiagonal import fewest_tiles
 from minference_jax.index.block_sparse import pool
 from minference_jax.index.vertical_slash import vertical_slash_index
@@ -81,8 +82,8 @@ class QueryAware(PlanBuilder):
         """Which heads' pooled scores of the last (up to) 128 valid rows agree with their attention."""
         b, t, n, h = q.shape
         s, kv_heads = k.shape[1], k.shape[2]
-        rows = (visible - q_offset)[:, None] - QUERY_TILE + jnp.arange(min(QUERY_TILE, t), dtype=jnp.int32)
-        rows = rows + QUERY_TILE - min(QUERY_TILE, t)
+        size = min(QUERY_TILE, t)
+        rows = (visible - q_offset)[:, None] - size + jnp.arange(size, dtype=jnp.int32)
         last = jnp.take_along_axis(q, jnp.clip(rows, 0, t - 1)[..., None, None], axis=1, mode="clip")
         last = jnp.where((rows >= 0)[..., None, None], last, 0)
         grouped = last.reshape(b, -1, kv_heads, n // kv_heads, h)
@@ -92,8 +93,7 @@ class QueryAware(PlanBuilder):
         def truth(scored: tuple[Array, Array]) -> Float[Array, "b g kt"]:
             queries, keys = scored  # one KV head: [b, p, g, h], [b, s, h]
             scores = jnp.einsum("bpgh,bsh->bgps", queries, keys, precision=exact, preferred_element_type=jnp.float32)
-            seen = (jnp.arange(s, dtype=jnp.int32) <= position[..., None])[:, None]
-            weights = _softmax(scores * scale, seen)
+            weights = probes.probe_weights(scores, scale, jnp.broadcast_to(position[:, None], scores.shape[:-1]))
             weights = jnp.pad(weights, ((0, 0), (0, 0), (0, 0), (0, -s % KEY_TILE))).sum(-2)
             return weights.reshape(*weights.shape[:-1], -1, KEY_TILE).sum(-1)
 
@@ -103,7 +103,7 @@ class QueryAware(PlanBuilder):
         mean = (grouped.sum(1, dtype=jnp.float32) / valid[:, None, None, None]).astype(q.dtype)
         scores = jnp.einsum("bkgh,bskh->bkgs", mean, pooled_k, precision=exact, preferred_element_type=jnp.float32)
         tile = jnp.arange(num_key_tiles(s), dtype=jnp.int32)
-        guess = _softmax(scores.reshape(b, n, -1) * scale, (tile * KEY_TILE < visible[:, None])[:, None])
+        guess = probes.masked_softmax(scores.reshape(b, n, -1) * scale, (tile * KEY_TILE < visible[:, None])[:, None])
         return divergence(held / valid[:, None, None], guess) <= self.divergence
 
     def pick_blocks(
@@ -121,7 +121,7 @@ class QueryAware(PlanBuilder):
             scores = jnp.einsum("bkgh,bskh->bkgs", some, pooled_k, precision=exact, preferred_element_type=jnp.float32)
             past = (q_offset + i * QUERY_TILE) // KEY_TILE
             seen = (tile < past + QUERY_TILE // KEY_TILE) & (tile * KEY_TILE < visible[:, None])
-            mass = _softmax(scores.reshape(b, n, -1) * scale, seen[:, None])
+            mass = probes.masked_softmax(scores.reshape(b, n, -1) * scale, seen[:, None])
             return fewest_tiles(mass, self.coverage, past, width)
 
         count = num_query_tiles(t)
@@ -138,11 +138,3 @@ def divergence(p: Float[Array, "*heads x"], q: Float[Array, "*heads x"]) -> Floa
         return jnp.where(x > 0, x * jnp.log(jnp.where(x > 0, x, 1) / jnp.where(x > 0, middle, 1)), 0).sum(-1)
 
     return jnp.sqrt(jnp.maximum((against(p) + against(q)) / 2, 0))
-
-
-def _softmax(scores: Float[Array, "*rows x"], seen: Bool[Array, "*rows x"]) -> Float[Array, "*rows x"]:
-    """Over the seen entries of each row; zero in a row without one."""
-    scores = jnp.where(seen, scores, -jnp.inf)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0))
-    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
