@@ -17,9 +17,10 @@ from pallas_kernels.dispatch import (
     choose_implementation,
 )
 from pallas_kernels.hopper import hopper_attention
-from pallas_kernels.plan import KEY_TILE, SparsePlan, kv_limit, num_key_tiles
+from pallas_kernels.plan import SparsePlan, kv_limit
 from pallas_kernels.plan_builders import a_shape_plan, block_sparse_plan, vertical_slash_plan
 from pallas_kernels.reference import reference_attention
+from pallas_kernels.sizes import KEY_TILE, num_key_tiles
 from pallas_kernels.xla import xla_attention
 
 # [b, t, n, h], or with return_lse=True the pair ([b, t, n, h], float32 [b, t, n]).

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.plan import QUERY_TILE
+from pallas_kernels.sizes import QUERY_TILE
 
 
 def check_qkv(q: Array, k: Array, v: Array) -> None:

@@ -53,7 +53,7 @@ def _assembler_note() -> str:
     """What slows the kernel down in this installation, or nothing.
 
     From jax 0.12 on kernels are assembled by nvJitLink where it is installed, and it ignores the request to move
-    registers from the warpgroup that loads to those that compute: they spill. Results are the same.
+    registers from the warpgroup that loads to those that compute: compiled for an H100, they spill.
     """
     if jax.__version_info__ < (0, 12) or not _has_nvjitlink():
         return ""

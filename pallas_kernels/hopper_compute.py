@@ -19,7 +19,7 @@ from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPriv
 from pallas_kernels import hopper_tables as tables
 from pallas_kernels.hopper_config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS
 from pallas_kernels.hopper_launch import Launch, Refs, item_of, share_of, split_head, views
-from pallas_kernels.plan import KEY_TILE, QUERY_TILE
+from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
 
 
 def compute(

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from pallas_kernels.plan import KEY_TILE, QUERY_TILE
+from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
 
 SHARED_MEMORY_LIMIT = 232_448
 """Bytes of dynamic shared memory that one thread block may use on compute capability 9.0."""

@@ -17,7 +17,7 @@ from pallas_kernels.hopper_config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS, Ke
 class Launch:
     """Everything static about one launch.
 
-    - `aligned`: every key tile starts at a multiple of 8 keys (of 64, in fact): whole rows are copied in one piece.
+    - `aligned`: every key tile starts at a multiple of 64 keys, so whole rows are copied in one piece.
     - `emulate`: jnp.dot instead of wgmma, for the interpreter.
     """
 
@@ -43,7 +43,13 @@ class Launch:
 
     @property
     def parts(self) -> int:
+        """Copies that one row takes."""
         return self.head_dim // self.part_width
+
+    @property
+    def two_views(self) -> bool:
+        """Whether K and V are copied into another view of the shared memory than wgmma reads."""
+        return not (self.aligned or self.emulate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +83,7 @@ def scratch_types(launch: Launch, with_lse: bool) -> dict[str, Any]:
     def loaded(*shape: int):
         # The same bytes twice. wgmma wants tiles of 8 rows, which leave rows of one swizzle width where they are; a
         # copy into the untiled view may start at any row of the source, one into the tiled view only at every eighth.
-        if launch.emulate:
-            return plgpu.SMEM((*shape, width), dtype)
-        if launch.aligned:
+        if not launch.two_views:
             return rows_of(*shape)
         return plgpu.RefUnion(plgpu.SMEM((*shape, width), dtype, transforms=(swizzle,)), rows_of(*shape))
 
@@ -102,7 +106,7 @@ def scratch_types(launch: Launch, with_lse: bool) -> dict[str, Any]:
 
 def views(ref: Any, launch: Launch) -> tuple[Any, Any]:
     """(what copies write, what wgmma reads) of a `loaded` buffer."""
-    return (ref, ref) if launch.emulate or launch.aligned else tuple(ref)
+    return tuple(ref) if launch.two_views else (ref, ref)
 
 
 def _first(launch: Launch) -> jax.Array:

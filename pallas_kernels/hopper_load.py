@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper_tables as tables
 from pallas_kernels.hopper_config import COMPUTE_WARPGROUPS, ROWS
 from pallas_kernels.hopper_launch import Launch, Refs, item_of, share_of, split_head, views
-from pallas_kernels.plan import KEY_TILE, QUERY_TILE
+from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
 
 
 def load(launch: Launch, refs: Refs, *, q_smem, k_smem, v_smem, q_full, q_free, k_full, v_full, k_free, v_free, **_):

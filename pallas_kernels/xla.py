@@ -23,17 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.bands import NO_BAND, band_bitmap, covered, listed_bands
-from pallas_kernels.plan import SparsePlan, block_tiles, kv_limit
-from pallas_kernels.plan_builders import compact
+from pallas_kernels.plan import SparsePlan, kv_limit
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
-
-UNITS = 4
-"""Key tiles of one online-softmax step: enough for the matrix products, few enough to waste little on short lists."""
-
-STEP = UNITS * KEY_TILE
+from pallas_kernels.xla_visits import STEP, UNITS, Visit, prepared, visit_of
 
 _MASKED = -1e30
 """Score of a masked cell. Finite, so that a step without a single visible key stays free of NaN; such a step's
@@ -125,130 +119,13 @@ class _Grid:
         return jnp.repeat(x, self.kv_heads).reshape(-1, self.at_once)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Visit:
-    """The past keys that one query tile visits, in units of 64: bands, then blocks, then tiles of gathered columns."""
-
-    units: Int[Array, "p g"]
-    tiles: Int[Array, "p g w"] | None = None  # first key of each band and block; None: every past key, contiguous
-    tile_count: Int[Array, "p g"] | None = None
-    cut: Int[Array, "p g w"] | None = None  # keys at the end of a tile that do not count: those of a band before key 0
-    columns: Int[Array, "p g C"] | None = None
-    keep: Bool[Array, "p g C"] | None = None  # columns that no visited tile holds
-
-    @property
-    def steps(self) -> Int[Array, ""]:
-        return (self.units.max() + UNITS - 1) // UNITS
-
-    def sources(self, step: Int[Array, ""]) -> tuple[Int[Array, "p g u"], Int[Array, "p g u"] | None]:
-        """First key of each unit of a step, and its tile of gathered columns (negative where the key tile counts)."""
-        unit = step * UNITS + jnp.arange(UNITS, dtype=jnp.int32)
-        if self.tiles is None or self.tile_count is None:
-            return unit * KEY_TILE, None
-        start = jnp.take(self.tiles, unit, axis=-1, mode="clip")
-        return start, None if self.columns is None else unit - self.tile_count[..., None]
-
-    def visible(self, step: Int[Array, ""]) -> Bool[Array, "p g w"]:
-        """Which of a step's keys count."""
-        unit = step * UNITS + jnp.arange(UNITS, dtype=jnp.int32)
-        lanes = jnp.broadcast_to((unit < self.units[..., None])[..., None], (*self.units.shape, UNITS, KEY_TILE))
-        if self.cut is not None and self.tile_count is not None:
-            whole = KEY_TILE - jnp.take(self.cut, unit, axis=-1, mode="clip")[..., None]
-            is_column = unit[:, None] >= self.tile_count[..., None, None]
-            lanes = lanes & (is_column | (jnp.arange(KEY_TILE, dtype=jnp.int32) < whole))
-        if self.keep is not None and self.tile_count is not None:
-            tile = unit - self.tile_count[..., None]
-            keep = self.keep.reshape(*self.units.shape, -1, KEY_TILE)
-            keep = jnp.take_along_axis(keep, tile[..., None], axis=2, mode="clip")
-            lanes = lanes & (keep | (tile < 0)[..., None])
-        return lanes.reshape(*self.units.shape, STEP)
-
-    def positions(self, step: Int[Array, ""]) -> Int[Array, "p g w"]:
-        """Key positions of a step (a dense step's are contiguous and shared: [w])."""
-        start, column_tile = self.sources(step)
-        lane = jnp.arange(KEY_TILE, dtype=jnp.int32)
-        position = start[..., None] + lane
-        if column_tile is not None and self.columns is not None:
-            index = (column_tile[..., None] * KEY_TILE + lane).reshape(*self.units.shape, STEP)
-            columns = jnp.take_along_axis(self.columns, index, axis=-1, mode="clip")
-            position = jnp.where((column_tile >= 0)[..., None], columns.reshape(position.shape), position)
-        return position.reshape(*position.shape[:-2], STEP)
-
-
-def _visit(
-    plan: SparsePlan | None, i: Int[Array, ""], limit: Int[Array, " p"], q_offset: Int[Array, ""], kv_len: int, g: int
-) -> _Visit:
-    q0 = q_offset + i * QUERY_TILE
-    live = (q0 < limit)[:, None]  # a query tile with no valid row visits nothing
-    if plan is None:
-        return _Visit(jnp.broadcast_to(jnp.where(live, q0 // KEY_TILE, 0), (limit.shape[0], g)))
-    tiles, tile_count, cut = (
-        jnp.zeros((limit.shape[0], g, 1), jnp.int32),
-        jnp.zeros((limit.shape[0], g), jnp.int32),
-        None,
-    )
-    in_block = None
-    if plan.bands is not None:
-        # Distances that count, ascending: those that reach a key at or after 0 are a prefix.
-        reaching = (plan.bands < q0 + KEY_TILE) & live[..., None]
-        tiles, tile_count = jnp.maximum(q0 - plan.bands, 0), reaching.sum(-1, dtype=jnp.int32)
-        cut = jnp.clip(plan.bands - q0, 0, KEY_TILE)
-    if plan.blocks is not None:
-        in_block = block_tiles(plan, i, kv_len, q_offset)
-        blocks, block_count = compact(in_block & live[..., None], in_block.shape[-1])
-        # After the bands that reach: a head that has both has bands of whole tiles, so nothing of it is cut.
-        place = jnp.arange(tiles.shape[-1] + blocks.shape[-1], dtype=jnp.int32) - tile_count[..., None]
-        from_blocks = jnp.take_along_axis(blocks, place, axis=-1, mode="clip") * KEY_TILE
-        room = ((0, 0), (0, 0), (0, blocks.shape[-1]))
-        tiles = jnp.where(place < 0, jnp.pad(tiles, room), from_blocks)
-        cut = None if cut is None else jnp.where(place < 0, jnp.pad(cut, room), 0)
-        tile_count = tile_count + block_count
-    if plan.columns is None or plan.column_count is None:
-        return _Visit(tile_count, tiles, tile_count, cut)
-    before = (jnp.arange(plan.columns.shape[-1]) < plan.column_count[..., None]) & (plan.columns < q0) & live[..., None]
-    keep = before & (plan.columns >= 0)
-    if in_block is not None:
-        keep &= ~jnp.take_along_axis(in_block, plan.columns // KEY_TILE, axis=-1, mode="clip")
-    if plan.bands is not None:
-        flat = (x.reshape(-1, x.shape[-1]) for x in (plan.bands, q0 - plan.columns))
-        listed, distance = flat
-        keep &= ~covered(band_bitmap(listed, kv_len + QUERY_TILE), distance).reshape(keep.shape)
-    keep = keep & ~jnp.pad(plan.columns[..., 1:] == plan.columns[..., :-1], ((0, 0), (0, 0), (1, 0)))
-    # Ascending columns: those before the query tile are a prefix. Where no column of it counts, none is visited.
-    prefix = jnp.where(keep.any(-1), before.sum(-1, dtype=jnp.int32), 0)
-    column_units = (prefix + KEY_TILE - 1) // KEY_TILE
-    return _Visit(tile_count + column_units, tiles, tile_count, cut, plan.columns, keep)
-
-
-def _prepared(plan: SparsePlan | None) -> SparsePlan | None:
-    """The plan with its bands listed without gaps, and its columns widened to whole key tiles past their count."""
-    if plan is None:
-        return None
-    if plan.columns is not None:
-        pad = -plan.columns.shape[-1] % KEY_TILE
-        plan = dataclasses.replace(plan, columns=jnp.pad(plan.columns, ((0, 0), (0, 0), (0, pad))))
-    if plan.bands is not None and plan.bands.shape[-1] == 0:
-        plan = dataclasses.replace(plan, bands=None, band_count=None)
-    if plan.bands is not None and plan.band_count is not None:
-        shape, width = plan.bands.shape, plan.bands.shape[-1]
-        blocks = None if plan.block_count is None else plan.block_count.reshape(-1, plan.block_count.shape[-1])
-        bands = listed_bands(
-            plan.bands.reshape(-1, width), plan.band_count.reshape(-1), blocks, multiple=plan.band_multiple
-        )
-        count = (bands != NO_BAND).sum(-1, dtype=jnp.int32)
-        # Half the integers: differences of a distance and a position must not overflow.
-        bands = jnp.where(bands == NO_BAND, NO_BAND // 2, bands)
-        plan = dataclasses.replace(plan, bands=bands.reshape(shape), band_count=count.reshape(shape[:-1]))
-    return plan
-
-
 def _gather(x: Float[Array, "p s h"], positions: Int[Array, "p g w"]) -> Float[Array, "p g w h"]:
     """Rows at positions; out of range ones are clipped (their weight is zero)."""
     return jax.vmap(lambda rows, index: rows.at[index].get(mode="clip"))(x, positions)
 
 
 def _load(
-    x: Float[Array, "p s h"], column_rows: Float[Array, "p g C h"] | None, visit: _Visit, step: Int[Array, ""]
+    x: Float[Array, "p s h"], column_rows: Float[Array, "p g C h"] | None, visit: Visit, step: Int[Array, ""]
 ) -> Array:
     """Keys or values of a step: [p, w, h] where all heads share them (dense), else [p, g, w, h]."""
     start, column_tile = visit.sources(step)
@@ -310,7 +187,7 @@ def _padded_lengths(q: Array, k: Array) -> tuple[int, int]:
 
 def _forward(q, k, v, plan, limit, q_offset, scale):
     grid, (rows, padded), s = _Grid.of(q, k), _padded_lengths(q, k), k.shape[1]
-    plan, queries = _prepared(plan), grid.queries(q, rows)
+    plan, queries = prepared(plan), grid.queries(q, rows)
     k, v = (_without_padding(x, limit) for x in (k, v))
     heads = (queries, grid.keys(k, padded), grid.keys(v, padded), grid.per_head(plan), grid.per_sequence(limit))
 
@@ -318,7 +195,7 @@ def _forward(q, k, v, plan, limit, q_offset, scale):
         queries, keys, values, plan, limit = head
         q0 = q_offset + i * QUERY_TILE
         q_tile = lax.dynamic_slice_in_dim(queries, i * QUERY_TILE, QUERY_TILE, axis=2)
-        visit = _visit(plan, i, limit, q_offset, s, q_tile.shape[1])
+        visit = visit_of(plan, i, limit, q_offset, s, q_tile.shape[1])
         diagonal_keys, diagonal_values, mask = _diagonal(keys, values, q0)
         scores = jnp.where(mask, _scores(q_tile, diagonal_keys, scale), _MASKED)
         top = scores.max(-1)
@@ -362,7 +239,7 @@ def _forward(q, k, v, plan, limit, q_offset, scale):
 def _backward(q, k, v, plan, limit, q_offset, scale, out, lse, d_out, d_lse):
     """Gradients by recomputing the weights from the saved log-sum-exp, over the same visits as the forward pass."""
     grid, (rows, padded), s = _Grid.of(q, k), _padded_lengths(q, k), k.shape[1]
-    plan, f32 = _prepared(plan), jnp.float32
+    plan, f32 = prepared(plan), jnp.float32
     # d score = weight · (d weight − Σ out · d out + d lse): the bracket's row-wise part, once for all visits.
     shift = d_lse - (out.astype(f32) * d_out.astype(f32)).sum(-1)
     shift, lse = jnp.where(jnp.isfinite(lse), shift, f32(0)), jnp.where(jnp.isfinite(lse), lse, f32(0))
@@ -378,7 +255,7 @@ def _backward(q, k, v, plan, limit, q_offset, scale, out, lse, d_out, d_lse):
             tile = tuple(lax.dynamic_slice_in_dim(x, i * QUERY_TILE, QUERY_TILE, axis=2) for x in per_row)
             q_tile, d_out, shift, lse = tile
             valid_row = q0 + jnp.arange(QUERY_TILE, dtype=jnp.int32) < limit[:, None, None]
-            visit = _visit(plan, i, limit, q_offset, s, q_tile.shape[1])
+            visit = visit_of(plan, i, limit, q_offset, s, q_tile.shape[1])
 
             def gradients(key_rows, value_rows, visible):
                 weights = jnp.exp(_scores(q_tile, key_rows, scale) - lse[..., None])
