@@ -83,7 +83,7 @@ figure, axes = plt.subplots(1, len(measured), figsize=(12, 3.6), sharey=True, la
 for axis, (index, (density, held)) in zip(axes, measured.items(), strict=True):
     for row, name in enumerate(PATTERNS):
         axis.scatter(density[row], held[row], label=name, alpha=0.8)
-    axis.set(title=f"layer {index}", xlabel="density", xlim=(0, None), ylim=(0, 1.02))
+    axis.set(title=f"layer {index}", xlabel="density", xlim=(0, 1.1 * density.max()), ylim=(0, 1.02))
     axis.grid(alpha=0.3)
 axes[0].set_ylabel("recall")
 axes[0].legend(loc="lower right")

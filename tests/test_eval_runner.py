@@ -138,6 +138,20 @@ def test_a_file_cut_off_in_its_first_line_begins_anew(tmp_path):
         assert path.read_text() == '{"settings": {"seed": 1}}\n'
 
 
+def test_a_length_that_a_task_cannot_have_is_refused_before_anything_runs(model):
+    ran = []
+    tasks, lengths = [Numbers(), Perplexity(TEXT)], [128, 10**6]
+    with pytest.raises(ValueError, match="too long"):
+        evaluate(
+            *(model, WordTokenizer(), tasks),
+            lengths=lengths,
+            methods=[DENSE],
+            samples=1,
+            progress=lambda *state: ran.append(state),
+        )
+    assert ran == []
+
+
 def test_a_deadline_ends_a_run(model):
     assert evaluate(model, Ids(), [Numbers()], lengths=[128], methods=[DENSE], samples=2, deadline=0.0) == []
 

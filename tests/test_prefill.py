@@ -6,10 +6,12 @@ import math
 import jax
 import pytest
 
+from minference_jax.bench import prefill
 from minference_jax.bench.prefill import bench_prefill, median_seconds
 from minference_jax.cli import main
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
+from minference_jax.models.memory import OutOfDeviceMemoryError
 from minference_jax.models.params import param_shapes
 from minference_jax.models.presets import CONFIGS, known_config
 from minference_jax.patterns import VerticalSlash
@@ -41,6 +43,34 @@ def test_the_command_prints_json_and_draws(tmp_path, capsys, monkeypatch):
     assert image.read_bytes()[:4] == b"\x89PNG"
     assert main(["bench", "prefill", "--random-weights", str(config), "--lengths", "8Q"]) == 2
     assert "8Q" in capsys.readouterr().err
+
+
+def test_rows_before_an_error_are_printed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(TINY.to_hf()))
+    timed = prefill._time
+
+    def time(network, name, pattern, tokens, *rest):
+        if tokens > 128:
+            raise OutOfDeviceMemoryError("out of device memory")
+        return timed(network, name, pattern, tokens, *rest)
+
+    monkeypatch.setattr(prefill, "_time", time)
+    arguments = [
+        "bench",
+        "prefill",
+        "--random-weights",
+        str(config),
+        "--lengths",
+        "128,256",
+        "--repeats",
+        "1",
+        "--json",
+    ]
+    assert main([*arguments, "--methods", "dense"]) == 1
+    out, err = capsys.readouterr()
+    assert [row["tokens"] for row in json.loads(out)["rows"]] == [128] and "out of device memory" in err
 
 
 def test_a_long_run_is_not_repeated():

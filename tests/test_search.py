@@ -151,6 +151,7 @@ def test_measured_cost_is_a_line_in_the_density():
         ({"candidates": ()}, ValueError, "at least one"),
         ({"candidates": (Dense(),)}, TypeError, "no pattern with budgets"),
         ({"candidates": (VerticalSlash(coverage=0.9),)}, ValueError, "coverage"),
+        ({"candidates": (VerticalSlash(tiles=4, threshold=0.1),)}, ValueError, "threshold"),
         ({"objective": "best"}, ValueError, "objective must be"),
         ({"budgets": "none"}, ValueError, "budgets must be"),
         ({"query_tiles": 0}, ValueError, "query_tiles"),
@@ -228,6 +229,9 @@ def test_interrupted_search_ends_with_the_same_file(model, samples, tmp_path):
         search_to_file(model, samples, tmp_path / "parts.json", settings=Settings(target=0.5, candidates=SMALL[:2]))
     with pytest.raises(ValueError, match="belongs to another search"):
         search_to_file(model, samples[:1], tmp_path / "parts.json", settings=settings)
+    same_digest = Llama.from_params(CONFIG, {name: x.astype("bfloat16") for name, x in model.params().items()})
+    with pytest.raises(ValueError, match="belongs to another search"):
+        search_to_file(same_digest, samples, tmp_path / "parts.json", settings=settings)
 
     search_to_file(model, samples, tmp_path / "parts.json", settings=settings, about={"model": "tiny"})
     assert (tmp_path / "parts.json").read_bytes() == (tmp_path / "whole.json").read_bytes()

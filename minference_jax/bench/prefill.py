@@ -8,7 +8,6 @@ down as it warms up.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +18,13 @@ import jax.numpy as jnp
 
 from minference_jax.bench.kernels import environment
 from minference_jax.bench.prefill_pieces import time_pieces
-from minference_jax.index import tile_budget
+from minference_jax.models.cost import AUTO_PATTERN
 from minference_jax.models.forward import CHUNK
 from minference_jax.models.llama import Llama, prefill_program
 from minference_jax.models.memory import advise
-from minference_jax.patterns import AShape, Pattern, VerticalSlash
+from minference_jax.patterns import AShape, Pattern
 
-VERTICAL_SLASH = VerticalSlash(columns=1000, tiles=tile_budget(6096))
+VERTICAL_SLASH = AUTO_PATTERN
 """The paper's largest budget, (1000, 6096), with the slashes counted in tiles: of random weights and tokens, lines
 scatter over all distances, and would visit most of the matrix."""
 
@@ -220,8 +219,3 @@ def plot(rows: Sequence[Row], path: Any, title: str = "") -> None:
     latency.legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
-
-
-def dumps(rows: Sequence[Row], **facts: Any) -> str:
-    """`to_json` as text."""
-    return json.dumps(to_json(rows, **facts), indent=1)

@@ -47,27 +47,30 @@ def prefill(
     chosen = _methods(methods, pattern)
     sizes = [parse_length(text) for text in lengths.split(",")]
     network = _network(model, random_weights, dtype)
-    rows = []
-    for row in bench.bench_prefill(
-        network,
-        sizes,
-        chosen,
-        repeats=repeats,
-        dense_limit=parse_length(dense_limit),
-        say=lambda line: stderr().print(line),
-    ):
-        rows.append(row)
-        seconds = f"{row.seconds:.3g} s{' (estimated)' if row.estimated else ''}"
-        stderr().print(f"  {seconds}, {row.tokens_per_second:,.0f} tokens/s, compiled in {row.compile_seconds:.1f} s")
-    name = random_weights or str(model)
+    rows, name = [], random_weights or str(model)
+    try:
+        for row in bench.bench_prefill(
+            network,
+            sizes,
+            chosen,
+            repeats=repeats,
+            dense_limit=parse_length(dense_limit),
+            say=lambda line: stderr().print(line),
+        ):
+            rows.append(row)
+            seconds = f"{row.seconds:.3g} s{' (estimated)' if row.estimated else ''}"
+            took = f"{row.tokens_per_second:,.0f} tokens/s, compiled in {row.compile_seconds:.1f} s"
+            stderr().print(f"  {seconds}, {took}")
+    finally:  # rows that were measured before an error, such as a length that does not fit, are shown
+        if rows:
+            if json:
+                print_json(bench.to_json(rows, model=name, dtype=network.dtype.name))
+            else:
+                console = stdout()
+                console.width = max(console.width, 120)
+                console.print(bench.table(rows))
     if plot is not None:
         bench.plot(rows, plot, title=name)
-    if json:
-        print_json(bench.to_json(rows, model=name, dtype=network.dtype.name))
-    else:
-        console = stdout()
-        console.width = max(console.width, 120)
-        console.print(bench.table(rows))
 
 
 @app.command()

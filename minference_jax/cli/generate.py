@@ -90,7 +90,7 @@ def generate(
     sequence = result.sequences()[0]
     if not json:
         print(decoder.end())
-    figures = _figures(result, _described(network, patterns, len(ids), prefill_chunk), network)
+    figures = _figures(result, _described(network, patterns, len(ids), prefill_chunk, result.cache.capacity), network)
     if json:
         ended = sequence[-1] in tokenizer.eos_token_ids
         reply = tokenizer.decode(sequence, skip_special_tokens=True)
@@ -150,18 +150,20 @@ def _random(
             prefill_chunk=prefill_chunk,
             progress=update,
         )
-    figures = _figures(result, _described(network, patterns, tokens, prefill_chunk), network)
+    figures = _figures(result, _described(network, patterns, tokens, prefill_chunk, result.cache.capacity), network)
     if as_json:
         print_json({"tokens": result.sequences()[0], **figures})
     else:
         _print_figures(figures, stdout())
 
 
-def _described(network: Any, patterns: Any, tokens: int, chunk: int | None) -> str:
+def _described(network: Any, patterns: Any, tokens: int, chunk: int | None, capacity: int) -> str:
+    """The patterns, or what "auto" chose: parts attend to the whole cache, one call to the prompt itself."""
     from minference_jax.models.buckets import bucket_length
 
     rows = bucket_length(tokens)
-    choice = network.attention_choice(min(chunk or rows, rows), rows)
+    in_parts = chunk is not None and chunk < rows
+    choice = network.attention_choice(chunk if in_parts else rows, capacity if in_parts else rows)
     return describe_patterns(patterns) if choice is None else f"auto: {choice}"
 
 

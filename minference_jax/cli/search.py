@@ -118,7 +118,7 @@ def _search(network: Any, ids: list[list[int]], out: Path, settings: Any, restar
             left = f", about {each * (total - done):.0f} s left" if len(first) > 1 and done < total else ""
             stderr().print(f"layer {done} of {total}, {first[-1] - started:.0f} s{left}", soft_wrap=True)
 
-        about = {"model": model.absolute().name, "dtype": str(network.dtype), "command": _command()}
+        about = {"model": model.absolute().name, "command": _command()}
         samples = jnp.asarray(ids, jnp.int32)
         search_to_file(network, samples, out, settings=settings, about=about, restart=restart, progress=report)
     return {"out": str(out), "seconds": time.perf_counter() - started, **load_about(out)}

@@ -53,8 +53,12 @@ def evaluate(
     - `settings`: what else makes runs different, such as the model's name; the file keeps it and refuses another.
     - `deadline`: of `time.monotonic()`; no batch starts after it.
 
-    Lengths that a task cannot have (its text is too short, or the prompt too long without one) raise `ValueError`.
+    Lengths that a task cannot have (its text is too short, or the prompt too long without one) raise `ValueError`;
+    those that its first prompt cannot have, before anything runs.
     """
+    for task in tasks:
+        for length in lengths:
+            task.sample(tokenizer, length, 0, seed)
     kept = {"lengths": list(lengths), "samples": samples, "batch": batch, "density": density, "seed": seed}
     kept |= {"tasks": [task.name for task in tasks], "methods": [method.name for method in methods]}
     file = None if path is None else ResultFile(path, kept | (settings or {}))

@@ -127,11 +127,12 @@ class Search:
             raise ValueError("samples must have at least 128 tokens each")
 
     def identity(self) -> dict[str, Any]:
-        """What makes this search this one, as JSON: shapes, weights, samples, settings."""
+        """What makes this search this one, as JSON: shapes, dtype, weights, samples, settings."""
         config = self.model.config
         rows = zip(np.asarray(self.tokens), np.asarray(self.lengths), strict=True)
         return {
             "shape": {"layers": config.num_layers, "heads": config.num_heads, "kv heads": config.num_kv_heads},
+            "dtype": str(self.model.dtype),
             "weights sha256": weights_digest(self.model),
             "samples": [
                 {"tokens": int(n), "sha256": hashlib.sha256(row[:n].astype("<i4").tobytes()).hexdigest()}
