@@ -62,7 +62,7 @@ for length in LENGTHS:
 #
 # One row for each depth at which the fact lies, one column for each prompt length (on a CPU only the longest). Green
 # is found, red is lost. Five samples have their facts in the first half of the text, ten at all depths. The window
-# finds what lies at its end (or at the very start, in the sink), and nothing between.
+# loses most of what lies farther back than it reaches; a fact may still travel in several steps, from layer to layer.
 
 # %%
 tasks = make_tasks(["needle-magic-raw"])
