@@ -109,3 +109,21 @@ def test_estimated_recall_is_exact_where_every_row_is_a_probe(rng):
     estimate = estimated_recall(q, k, plan, scale=0.25, **where)
     np.testing.assert_allclose(estimate, recall(q, k, plan, scale=0.25, **where), atol=1e-5)
     assert 0 < float(estimate.min()) < 1
+
+
+@pytest.mark.parametrize(
+    "pattern, multiple",
+    [
+        (VerticalSlash(columns=8, slashes=60), 1),
+        (VerticalSlash(columns=8, tiles=3, probes="spread"), 64),
+        (AShape(sink=8, window=100), 64),
+    ],
+)
+def test_plans_promise_whole_tiles_unless_lines_are_counted(rng, pattern, multiple):
+    """The promise lets the kernel copy whole rows; a band that broke it would be dropped."""
+    q, k, _ = random_qkv(rng, 1, 400, 400, 2, 1, 16)
+    plan = make_plan(q, k, pattern)
+    assert plan.band_multiple == multiple
+    assert plan.bands is not None and plan.band_count is not None and int(plan.band_count.min()) > 0
+    listed = np.arange(plan.bands.shape[-1]) < np.asarray(plan.band_count)[..., None]
+    assert (np.asarray(plan.bands)[listed] % multiple == 0).all()

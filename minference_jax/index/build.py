@@ -87,7 +87,7 @@ def _plan(q: Array, k: Array, heads: PatternArrays, limit: Array, q_offset: Arra
     if BLOCK_SPARSE in limits.kinds:
         blocks, found_count = block_sparse_index(q, k, heads.first, limits.blocks, lengths=limit, q_offset=q_offset)
         block_count = jnp.where((heads.kind == BLOCK_SPARSE)[None, :, None], found_count, 0)
-    multiple = 1 if VERTICAL_SLASH in limits.kinds else KEY_TILE
+    multiple = 1 if limits.lines else KEY_TILE  # only lines are covered by tiles that start anywhere
     return SparsePlan(plan_columns, column_count, plan_bands, band_count, blocks, block_count, band_multiple=multiple)
 
 
