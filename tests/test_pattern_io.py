@@ -36,7 +36,12 @@ def test_official_there_and_back(tmp_path):
 
 
 def test_ours_there_and_back(tmp_path):
-    layer = (Dense(), AShape(4, 64), VerticalSlash(8, tiles=3, probes="spread", coverage=0.9, threshold=0.01), BlockSparse(7))
+    layer = (
+        Dense(),
+        AShape(4, 64),
+        VerticalSlash(8, tiles=3, probes="spread", coverage=0.9, threshold=0.01),
+        BlockSparse(7),
+    )
     table = ((0.5, 1, 0, 0.25),) * 2
     for figures in ({}, {"scores": table}, {"scores": table, "densities": table, "recalls": table}):
         patterns = HeadPatterns((layer, layer), **figures)
