@@ -33,6 +33,8 @@ def quantize(
     """x as e4m3 numbers and float32 scales, one for each row: x ≈ numbers · scale. A row of zeros has scale 0."""
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / LARGEST
+    # The inverse of a subnormal scale is infinite: such a row (below 5e-36) is one of zeros, on every device.
+    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 0, scale)
     inverse = jnp.where(scale > 0, 1 / scale, 0)
     return (x * inverse[..., None]).astype(DTYPE), scale
 
