@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 # 2 layers, 3 query heads on 1 key-value head of 4 dimensions: no two sizes are equal, so a mixed-up axis cannot hide.
 CONFIG = {
@@ -63,4 +64,16 @@ def write_hf(directory, tensors, config=CONFIG, file="model.safetensors"):
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     save_file(tensors, directory / file)
+    return directory
+
+
+def write_byte_model(directory, special=()):
+    """A random model with a token for each of `special`, then one for each byte, and its tokenizer.json."""
+    vocab = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    config = CONFIG | {"vocab_size": len(vocab)}
+    write_hf(directory, random_tensors(config), config)
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(directory / "tokenizer.json"))
     return directory

@@ -1,7 +1,9 @@
-"""What every test file shares: tolerances (each with its reason) and random inputs."""
+"""What every test file shares: tolerances (each with its reason), random inputs, and the command line."""
 
 import jax.numpy as jnp
 import numpy as np
+
+from minference_jax.cli import main
 
 # Largest allowed |difference| from the float32 oracle.
 # float32: one softmax row sums up to a few thousand terms in another order; 1e-5 is about 80 ulp at 1.
@@ -30,3 +32,10 @@ def assert_close(actual, expected, dtype=None) -> None:
 def random_qkv(rng, b, t, s, n, k, h, dtype="float32"):
     """Standard-normal q [b, t, n, h], k and v [b, s, k, h]."""
     return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((b, t, n, h), (b, s, k, h), (b, s, k, h)))
+
+
+def run_command(capsys, *arguments):
+    """`minference-jax` with these arguments: exit status, standard output, standard error."""
+    status = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from checkpoints import CONFIG, random_tensors, write_hf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from checkpoints import CONFIG, random_tensors, write_byte_model
+from helpers import run_command as run
 
 from minference_jax import AShape, HeadPatterns, VerticalSlash, save_patterns
 from minference_jax.cli import main
@@ -24,15 +24,7 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A random Llama with one token for each byte, and a chat template."""
-    directory = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    config = CONFIG | {"vocab_size": len(vocab)}
-    write_hf(directory, random_tensors(config), config)
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(directory / "tokenizer.json"))
+    directory = write_byte_model(tmp_path_factory.mktemp("model"), special=("<pad>", "<s>", "</s>"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE, "eos_token": "</s>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory
@@ -41,13 +33,6 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_compile_cache(monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-
-
-def run(capsys, *arguments):
-    """Exit status, standard output, standard error."""
-    status = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def test_generate_prints_the_text_and_nothing_else(model, capsys):

@@ -3,11 +3,10 @@
 import json
 
 import pytest
-from checkpoints import CONFIG, random_tensors, write_hf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from checkpoints import write_byte_model
+from helpers import run_command as run
 
 from minference_jax import load_patterns
-from minference_jax.cli import main
 from minference_jax.cli.search import _target
 from minference_jax.patterns import AShape
 from minference_jax.search import Latency
@@ -20,13 +19,7 @@ CANDIDATE = ("--candidate", "a-shape:sink=16,window=512")
 def folder(tmp_path_factory):
     """A model with one token for each byte, and two texts."""
     folder = tmp_path_factory.mktemp("search")
-    vocab = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    config = CONFIG | {"vocab_size": len(vocab)}
-    write_hf(folder / "model", random_tensors(config), config)
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "model" / "tokenizer.json"))
+    write_byte_model(folder / "model")
     for name, word in (("a.txt", "sparse "), ("b.txt", "dense\n")):
         (folder / name).write_text("".join(f"{word}{i}" for i in range(200)))
     return folder
@@ -35,12 +28,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_compile_cache(monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-
-
-def run(capsys, *arguments):
-    status = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def test_search_writes_patterns_and_verifies_them(folder, capsys):
