@@ -3,7 +3,7 @@
 Run as `python -m minference_jax.bench.recall MODEL_DIR TEXT_FILE [--tokens 4096]`. Queries and keys come from the
 model's own dense run over the text; the share is exact, over all rows, layer by layer and head by head. The original's
 rule is given so many slash lines that it visits as many cells as ours, at three splits between columns and lines; in
-a text of a few hundred tokens its fewest lines (a window of 100) visit more.
+a text of about a thousand tokens or fewer its fewest lines (a window of 100) visit more.
 """
 
 from __future__ import annotations
