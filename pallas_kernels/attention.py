@@ -86,8 +86,8 @@ def dense_attention(
     """Causal attention over every key: what the sparse functions are compared with, and their choice for short prompts.
 
     Arguments, results and errors as `sparse_attention`, without a plan. `implementation` (static): None (the best for
-    this call), "cudnn" (a GPU's fused kernel; its log-sum-exp carries q's precision only), "xla" (blockwise jnp) or
-    "reference".
+    this call), "cudnn" (a GPU's fused kernel; its log-sum-exp carries q's precision only), "hopper" (our kernel, with
+    every key tile), "xla" (blockwise jnp) or "reference".
     """
     check_qkv(q, k, v)
     check_lengths(lengths, q.shape[0])
@@ -100,7 +100,10 @@ def dense_attention(
         out, lse = xla_attention(q, k, v, None, lengths=lengths, q_offset=offset, scale=scale)
     else:
         plan = full_plan(q.shape[0], q.shape[2], k.shape[1])
-        out, lse = reference_attention(q, k, v, plan, lengths=lengths, q_offset=offset, scale=scale)
+        arguments: dict[str, Any] = {"lengths": lengths, "q_offset": offset, "scale": scale}
+        if choice.name == "hopper":
+            return hopper_attention(q, k, v, plan, **arguments, return_lse=return_lse)
+        out, lse = reference_attention(q, k, v, plan, **arguments)
     return (out, lse) if return_lse else out
 
 

@@ -12,7 +12,7 @@ from pallas_kernels import hopper
 from pallas_kernels.plan import SparsePlan
 
 Implementation = Literal["hopper", "xla", "reference"]
-DenseImplementation = Literal["cudnn", "xla", "reference"]
+DenseImplementation = Literal["cudnn", "hopper", "xla", "reference"]
 
 
 class Choice(NamedTuple):
@@ -76,14 +76,18 @@ def choose_dense_implementation(
 ) -> Choice:
     """The implementation that `dense_attention` uses.
 
-    cuDNN needs a GPU, 16-bit inputs, head_dim % 8 == 0 up to 128, and as many queries as keys.
+    cuDNN needs a GPU, 16-bit inputs, head_dim % 8 == 0 up to 128, and as many queries as keys. Where there are fewer
+    queries, the Hopper kernel serves the call with every key tile, if it can.
 
     **Raises:** ValueError when `implementation` is unknown or cannot serve the call (with the reason).
     """
-    if implementation not in (None, "cudnn", "xla", "reference"):
-        raise ValueError(f'implementation must be None, "cudnn", "xla" or "reference", got {implementation!r}')
+    if implementation not in (None, "cudnn", "hopper", "xla", "reference"):
+        known = '"cudnn", "hopper", "xla" or "reference"'
+        raise ValueError(f"implementation must be None, {known}, got {implementation!r}")
     if implementation in ("xla", "reference"):
         return Choice(implementation, "asked for")
+    if implementation == "hopper":
+        return choose_implementation(q, k, k, SparsePlan(), implementation=implementation)
     reason = None
     if q.dtype not in (jax.numpy.bfloat16, jax.numpy.float16):
         reason = f"cuDNN attention computes in bfloat16 or float16; q is {q.dtype}"
@@ -97,4 +101,8 @@ def choose_dense_implementation(
         return Choice("cudnn", "asked for")
     if jax.default_backend() != "gpu":
         reason = f"the default device is {jax.default_backend()}, not a GPU"
-    return Choice("cudnn", "a GPU is present") if reason is None else Choice("xla", reason)
+    if reason is None:
+        return Choice("cudnn", "a GPU is present")
+    if q.shape[1] != k.shape[1] and hopper.unsupported_reason(q, k, k, SparsePlan()) is None:
+        return Choice("hopper", f"{reason}; the Hopper kernel visits every key tile")
+    return Choice("xla", reason)

@@ -12,6 +12,7 @@ from pallas_kernels import (
     block_sparse_attention,
     choose_implementation,
     dense_attention,
+    dispatch,
     sparse_attention,
     vertical_slash_attention,
 )
@@ -220,3 +221,24 @@ def test_the_choice_comes_with_a_reason(rng):
     if jax.default_backend() == "cpu":
         assert choice.name == "xla" and "not a GPU" in choice.reason
     assert choose_implementation(q, k, v, plan, implementation="hopper").name == "hopper"
+
+
+def test_dense_attention_at_an_offset_is_served_by_the_kernel_with_every_tile(rng, monkeypatch):
+    """cuDNN's causal mask cannot start at an offset; blockwise jnp is only for what neither kernel serves."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(dispatch.hopper, "unsupported_reason", lambda *_, **__: None)
+    q, k, _ = random_qkv(rng, 1, 128, 384, 2, 1, 64, "bfloat16")
+    part = dispatch.choose_dense_implementation(q, k)
+    assert part.name == "hopper" and "offset" in part.reason
+    assert dispatch.choose_dense_implementation(k[:, :, :1], k).name == "cudnn"
+    monkeypatch.setattr(dispatch.hopper, "unsupported_reason", lambda *_, **__: "for once")
+    assert dispatch.choose_dense_implementation(q, k).name == "xla"
+
+
+def test_dense_attention_of_the_kernel_lowers_for_cuda(rng):
+    q, k, v = random_qkv(rng, 1, 128, 384, 2, 1, 64, "bfloat16")
+    attend = jax.jit(lambda q, k, v: dense_attention(q, k, v, q_offset=256, implementation="hopper", return_lse=True))
+    text = attend.trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    with pytest.raises(ValueError, match="bfloat16 or float16"):
+        dense_attention(*(x.astype(jnp.float32) for x in (q, k, v)), q_offset=256, implementation="hopper")

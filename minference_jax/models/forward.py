@@ -19,8 +19,6 @@ from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.layers import Layer, StackedLayer, finish_layer, map_chunks, project_qkv, rms_norm
 from minference_jax.models.rope import inverse_frequencies, rope_tables
-from pallas_kernels.attention import full_plan
-from pallas_kernels.dispatch import choose_implementation
 
 Params = Mapping[str, Array]
 
@@ -66,11 +64,6 @@ def attend(
     """Attention of one layer's prefill and what is known about it: None when it is dense."""
     where = {"lengths": lengths, "q_offset": q_offset, "implementation": implementation}
     if patterns is None:
-        if q.shape[1] != k.shape[1] and implementation is None:
-            # cuDNN's causal mask cannot start at an offset. Our kernel with every tile can, at about the same speed.
-            everything = full_plan(q.shape[0], q.shape[2], k.shape[1])
-            if choose_implementation(q, k, v, everything).name == "hopper":
-                return cast(Array, pallas_kernels.sparse_attention(q, k, v, everything, **where)), None
         return cast(Array, pallas_kernels.dense_attention(q, k, v, **where)), None
     from minference_jax.attention import sparse_attention  # a dense model needs no index
     from minference_jax.models.prefix_index import for_part
