@@ -89,13 +89,13 @@ def test_compact_and_bitmaps(rng):
     mask = rng.random((5, 77)) < 0.3
     words = select.pack(jnp.asarray(mask))
     np.testing.assert_array_equal(select.unpack(words, 77), mask)
-    positions, count = select.compact(jnp.asarray(mask), 40)
+    positions, count = select.word_positions(select.pack(jnp.asarray(mask)), 40, mask.shape[-1])
     for row in range(5):
         expected = np.flatnonzero(mask[row])
         assert count[row] == len(expected)
         np.testing.assert_array_equal(positions[row, : len(expected)], expected)
     # A width smaller than the number of flags keeps the first ones.
-    positions, count = select.compact(jnp.asarray(mask), 4)
+    positions, count = select.word_positions(select.pack(jnp.asarray(mask)), 4, mask.shape[-1])
     np.testing.assert_array_equal(count, np.minimum(mask.sum(-1), 4))
 
 

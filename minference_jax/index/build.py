@@ -56,8 +56,13 @@ def make_plan(
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     limit, q_offset = kv_limit(lengths, q.shape[0], k.shape[1]), jnp.asarray(q_offset, jnp.int32)
     if isinstance(heads, PlanBuilder):
-        return heads.build(q, k, lengths=limit, q_offset=q_offset, scale=factor)
+        return _built(heads, q, k, limit, q_offset, factor)
     return _plan(q, k, heads, limit, q_offset, factor)
+
+
+@partial(jax.jit, static_argnames="scale")
+def _built(builder: PlanBuilder, q: Array, k: Array, limit: Array, q_offset: Array, scale: float) -> SparsePlan:
+    return builder.build(q, k, lengths=limit, q_offset=q_offset, scale=scale)
 
 
 @partial(jax.jit, static_argnames="scale")

@@ -55,11 +55,6 @@ def top_k_words(scores: Float[Array, "*rows s"], k: Int[Array, "*rows"]) -> UInt
     return above | lowest_bits(ties, jnp.maximum(wanted[..., None] - ties_before, 0))
 
 
-def compact(mask: Bool[Array, "*rows s"], width: int) -> tuple[Int[Array, "*rows width"], Int[Array, "*rows"]]:
-    """Positions of the first `width` set flags of each row, ascending, and their count; slots past it hold s."""
-    return word_positions(pack(mask), width, mask.shape[-1])
-
-
 def ordered_keys(scores: Float[Array, "*rows s"]) -> UInt[Array, "*rows s"]:
     """Unsigned integers of the same size in the order of the scores; NaN maps to the value of −inf, −0 to that of +0.
 
