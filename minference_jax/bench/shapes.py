@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import SparsePlan, plan_builders
 
@@ -65,6 +65,11 @@ def visible_keys(plan: SparsePlan, batch: int, head: int, row: int, kv_len: int)
     return seen[:kv_len] & (np.arange(kv_len) <= row)
 
 
+@jax.jit
+def _keys(x: Float[Array, "b s k h"], batch: int, head: int, index: Int[Array, " m"]) -> Float[Array, "m h"]:
+    return x[batch, index, head]
+
+
 def exact_row(
     arrays: tuple[Float[Array, "b t n h"], Float[Array, "b s k h"], Float[Array, "b s k h"]],
     plan: SparsePlan,
@@ -76,7 +81,9 @@ def exact_row(
     q, k, v = arrays
     kv_head = head // (q.shape[2] // k.shape[2])
     index = np.nonzero(visible_keys(plan, batch, head, row, k.shape[1]))[0]
-    keys, values = (np.asarray(x[batch, index, kv_head], np.float64) for x in (k, v))
+    # Padded to a multiple, so that one compiled gather serves nearly every row.
+    padded = jnp.asarray(np.resize(index, -(-index.size // 4096) * 4096), jnp.int32)
+    keys, values = (np.asarray(_keys(x, batch, kv_head, padded), np.float64)[: index.size] for x in (k, v))
     scores = keys @ np.asarray(q[batch, row, head], np.float64) * q.shape[-1] ** -0.5
     weights = np.exp(scores - scores.max())
     return weights @ values / weights.sum(), float(scores.max() + np.log(weights.sum()))

@@ -1,5 +1,7 @@
 """The Hopper kernel on a Hopper GPU, against the oracle and, at lengths too long for it, against exact single rows."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,12 @@ CASES = [  # b, t, s, n, k, h, dtype, lengths, q_offset
     (1, 1, 1, 1, 1, 128, "bfloat16", None, 0),
 ]
 
+# The plan is an argument: of a constant one XLA would compute the tables at compile time, for half a minute.
+run = jax.jit(partial(hopper_attention, return_lse=True))
+oracle = jax.jit(reference_attention)
 
+
+@partial(jax.jit, static_argnums=(1, 2))
 def inputs(seed, shape, dtype):
     b, t, s, n, k, h = shape
     keys = jax.random.split(jax.random.key(seed), 3)
@@ -39,38 +46,40 @@ def inputs(seed, shape, dtype):
 def test_agrees_with_the_oracle_and_repeats_exactly(case):
     *shape, dtype, lengths, q_offset = case
     b, t, s, n, *_ = shape
-    q, k, v = inputs(0, shape, dtype)
+    q, k, v = inputs(0, tuple(shape), dtype)
     options = {"lengths": None if lengths is None else jnp.asarray(lengths, jnp.int32), "q_offset": jnp.int32(q_offset)}
     plan = random_plan(np.random.default_rng(1), b, n, t, s, columns=90, bands=5, blocks=4)
-    run = jax.jit(lambda q, k, v: hopper_attention(q, k, v, plan, **options, return_lse=True))
-    run = run.lower(q, k, v).compile()
+    compiled = run.lower(q, k, v, plan, **options).compile()
     # What the outputs will be placed in holds NaN, so that a row that is never written shows.
     poison = jax.block_until_ready([jnp.full(q.shape, jnp.nan, x) for x in (q.dtype, jnp.float32)])
     del poison
-    out, lse = run(q, k, v)
-    again, lse_again = run(q, k, v)
-    expected, expected_lse = reference_attention(
-        q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32), plan, **options
-    )
-    error = jnp.linalg.norm((out.astype(jnp.float32) - expected).ravel()) / jnp.linalg.norm(expected.ravel())
-    assert float(error) <= 3e-3
+    out, lse = compiled(q, k, v, plan, **options)
+    again, lse_again = compiled(q, k, v, plan, **options)
+    expected, expected_lse = oracle(*(x.astype(jnp.float32) for x in (q, k, v)), plan, **options)
+    out, again, expected = (np.asarray(x, np.float32) for x in (out, again, expected))
+    assert np.linalg.norm(out - expected) <= 3e-3 * np.linalg.norm(expected)
     np.testing.assert_allclose(lse, expected_lse, atol=1e-3)
-    assert bool((out == again).all()) and bool((lse == lse_again).all())
+    np.testing.assert_array_equal(out, again)
+    np.testing.assert_array_equal(lse, lse_again)
+
+
+def long_plan(pattern, heads, length):
+    if pattern == "a_shape":
+        return plan_builders.a_shape_plan(1, heads, sink=1024, window=4096)
+    build = {"vertical_slash": vertical_slash_bench_plan, "block_sparse": block_bench_plan}
+    return build[pattern](1, heads, length)
 
 
 @pytest.mark.parametrize("length", [1 << 17, 1 << 20])
 @pytest.mark.parametrize("pattern", ["vertical_slash", "a_shape", "block_sparse"])
 def test_sampled_rows_are_exact_at_long_lengths(length, pattern):
     q, k, v = inputs(2, (1, length, length, 4, 1, 128), "bfloat16")
-    if pattern == "a_shape":
-        plan = plan_builders.a_shape_plan(1, 4, sink=1024, window=4096)
-    elif pattern == "vertical_slash":
-        plan = vertical_slash_bench_plan(1, 4, length)
-    else:
-        plan = block_bench_plan(1, 4, length)
-    out, lse = jax.jit(lambda *x: hopper_attention(*x, plan, return_lse=True))(q, k, v)
+    plan = long_plan(pattern, 4, length)
+    out, lse = run(q, k, v, plan)
+    again, lse_again = run(q, k, v, plan)
+    assert bool((out == again).all() & (lse == lse_again).all())
     for head, row in sample_rows(length, 4, count=8):
         expected, expected_lse = exact_row((q, k, v), plan, 0, head, row)
         actual = np.asarray(out[0, row, head], np.float32)
-        assert np.linalg.norm(actual - expected) <= 4e-3 * np.linalg.norm(expected)
+        assert np.linalg.norm(actual - expected) <= 3e-3 * np.linalg.norm(expected)
         assert abs(float(lse[0, row, head]) - expected_lse) <= 1e-3
