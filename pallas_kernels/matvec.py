@@ -1,13 +1,17 @@
-"""A few rows times one layer of stacked weights, read where they lie.
+"""A few rows times one layer of stacked weights, read where they lie, in 16 bits or in FP8.
 
 Decoding multiplies one row a sequence with every weight: it is bound by reading them. A compiler's matrix products want
 an operand of their own, so a loop over layers first copies each layer's slice, and moves three bytes for one. This
-kernel takes the stack and the layer's number. The summed axis is split over thread blocks, whose parts are added up.
+kernel takes the stack and the layer's number, and all weights that share their input (queries, keys and values; gate
+and up) in one launch. The summed axis is split over thread blocks, whose parts are added up.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,65 +25,132 @@ BLOCKS = 528
 ROWS = 16
 """Rows of a tensor-core product, and the most that a call may have."""
 
-INSIDE, OUT = 64, 128
-"""Tile of a weight: summed and free indices."""
+
+class Tile(NamedTuple):
+    """How much of a weight a thread block loads at a time: summed and free indices; warps; loads in flight."""
+
+    inside: int
+    out: int
+    warps: int = 4
+    stages: int = 4
+
+
+WIDE, NARROW = Tile(64, 128), Tile(128, 128)
+"""Of weights in 16 bits, and in FP8."""
+
+DTYPE = jnp.dtype(jnp.float8_e4m3fn)
 
 
 def stacked_matvec(
     x: Float[Array, "b i"],
-    weight: Float[Array, "layers i o"],
+    weights: Sequence[Float[Array, "layers ..."]],
     layer: Int[Array, ""],
+    scales: Sequence[Float[Array, "layers o"]] = (),
     *,
+    tile: Tile | None = None,
     interpret: bool = False,
-) -> Float[Array, "b o"]:
-    """x · weight[layer] with float32 sums, in x's dtype.
+) -> list[Float[Array, "b o"]]:
+    """x · weight[layer] for each of the weights, with float32 sums, in x's dtype.
 
-    **Arguments:** `x`: `[b, i]`, at most 16 rows; `weight`: `[layers, i, o]`, both bfloat16 or float16, i a multiple of
-    64 and o of 128. `layer`: int32 scalar, may be traced. `interpret`: run the kernel on a CPU.
+    **Arguments:**
+
+    - `x`: `[b, i]`, bfloat16 or float16, at most 16 rows.
+    - `weights`: all `[layers, i, o]` in x's dtype; or all float8_e4m3fn `[layers, o, i]`, with `scales`, the float32
+      factor of each output: `[layers, o]`. i is a multiple of 64 (FP8: 128), each o of 128.
+    - `layer`: int32 scalar, may be traced. `tile` (static): by default the fastest measured. `interpret`: run the
+      kernel on a CPU.
+
+    Rows are not quantized for FP8 weights: numbers of both sides meet in float16, each row divided by its largest.
 
     **Raises:** ValueError for anything else; ask `unsupported_reason` before.
     """
-    reason = unsupported_reason(x, weight)
+    reason = unsupported_reason(x, weights, scales)
     if reason is not None:
         raise ValueError(f"stacked_matvec: {reason}")
-    (b, inside), out = x.shape, weight.shape[2]
-    steps = inside // INSIDE
-    splits = max(1, min(steps, BLOCKS // (out // OUT)))
+    tile = tile or (NARROW if scales else WIDE)
+    (b, inside), dtype = x.shape, x.dtype
+    outs = [weight.shape[1 if scales else 2] for weight in weights]
+    columns = [out // tile.out for out in outs]
+    size = None
+    if scales:  # GPUs turn e4m3 into float16 in one instruction, into bfloat16 in many
+        size = jnp.maximum(jnp.max(jnp.abs(x.astype(jnp.float32)), axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+        x = (x.astype(jnp.float32) / size).astype(jnp.float16)
+    if b > 1:
+        x = jnp.pad(x, ((0, ROWS - b), (0, 0)))
+    steps = inside // tile.inside
+    splits = max(1, min(steps, BLOCKS // sum(columns)))
     parts = pl.pallas_call(
-        partial(_kernel, steps=steps, splits=splits, rows=b),
-        grid=(out // OUT, splits),
-        out_shape=jax.ShapeDtypeStruct((splits, ROWS, out), jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
+        partial(_kernel, tile=tile, columns=columns, steps=steps, splits=splits, rows=b, narrow=bool(scales)),
+        grid=(sum(columns), splits),
+        out_shape=jax.ShapeDtypeStruct((splits, ROWS, sum(outs)), jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="stacked_matvec",
-    )(layer[None], jnp.pad(x, ((0, ROWS - b), (0, 0))), weight)
-    return jnp.sum(parts[:, :b], axis=0).astype(x.dtype)
+    )(layer[None], x, *weights)
+    whole = jnp.split(jnp.sum(parts[:, :b], axis=0), [sum(outs[:n]) for n in range(1, len(outs))], axis=1)
+    if size is not None:
+        whole = [
+            y * (size * jax.lax.dynamic_index_in_dim(scale, layer)) for y, scale in zip(whole, scales, strict=True)
+        ]
+    return [y.astype(dtype) for y in whole]
 
 
-def unsupported_reason(x: Float[Array, "b i"], weight: Float[Array, "layers i o"]) -> str | None:
+def unsupported_reason(
+    x: Float[Array, "b i"],
+    weights: Sequence[Float[Array, "layers ..."]],
+    scales: Sequence[Float[Array, "layers o"]] = (),
+) -> str | None:
     """Why `stacked_matvec` can't serve a call, in words; None if it can."""
-    if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[1]:
-        return f"x {x.shape} does not fit weight {weight.shape}"
-    if x.dtype not in (jnp.bfloat16, jnp.float16) or weight.dtype != x.dtype:
-        return f"the kernel computes in bfloat16 or float16; x is {x.dtype} and weight {weight.dtype}"
-    if x.shape[0] > ROWS:
-        return f"the kernel takes at most {ROWS} rows, got {x.shape[0]}"
-    if weight.shape[1] % INSIDE or weight.shape[2] % OUT:
-        return f"the kernel needs multiples of {INSIDE} and {OUT} numbers in a weight of shape {weight.shape[1:]}"
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the kernel computes in bfloat16 or float16; x is {x.dtype}"
+    if x.ndim != 2 or x.shape[0] > ROWS:
+        return f"the kernel takes x of at most {ROWS} rows, got shape {x.shape}"
+    if len(scales) not in (0, len(weights)):
+        return f"{len(weights)} weights have {len(scales)} scales"
+    axis, want, tile = (2, DTYPE, NARROW) if scales else (1, x.dtype, WIDE)
+    for weight in weights:
+        if weight.ndim != 3 or weight.shape[axis] != x.shape[1]:
+            return f"x {x.shape} does not fit weight {weight.shape}"
+        if weight.dtype != want:
+            return f"weight is {weight.dtype}; for x of {x.dtype} {'with' if scales else 'without'} scales it is {want}"
+        if weight.shape[axis] % tile.inside or weight.shape[3 - axis] % tile.out:
+            return f"the kernel needs multiples of {tile.inside} and {tile.out} numbers, got {weight.shape[1:]}"
+    if any(s.shape != w.shape[:2] for s, w in zip(scales, weights, strict=False)):
+        return f"scales {[s.shape for s in scales]} are not one for each output of {[w.shape for w in weights]}"
     return None
 
 
-def _kernel(layer_ref, x_ref, weight_ref, out_ref, *, steps: int, splits: int, rows: int) -> None:
-    column, split = pl.program_id(0) * OUT, pl.program_id(1)
+def _kernel(
+    layer_ref, x_ref, *refs, tile: Tile, columns: list[int], steps: int, splits: int, rows: int, narrow: bool
+) -> None:
+    *weight_refs, out_ref = refs
+    block, split = pl.program_id(0), pl.program_id(1)
     layer = layer_ref[0]
-    share = -(-steps // splits)
-
-    def step(index, total):
-        first = index * INSIDE
-        tile = weight_ref[layer, pl.ds(first, INSIDE), pl.ds(column, OUT)]
-        return total + plgpu.dot(x_ref[:, pl.ds(first, INSIDE)], tile)
-
-    total = jnp.zeros((ROWS, OUT), jnp.float32)
-    total = jax.lax.fori_loop(split * share, jnp.minimum((split + 1) * share, steps), step, total)
+    share = math.ceil(steps / splits)
     wanted = jnp.arange(ROWS, dtype=jnp.int32)[:, None] < rows
-    plgpu.store(out_ref.at[split, :, pl.ds(column, OUT)], total, mask=wanted)
+
+    def row_tile(first):
+        if rows > 1:
+            return x_ref[:, pl.ds(first, tile.inside)]
+        return jnp.broadcast_to(x_ref[0, pl.ds(first, tile.inside)][None], (ROWS, tile.inside))
+
+    before = 0
+    for weight_ref, count in zip(weight_refs, columns, strict=True):
+
+        @pl.when((block >= before) & (block < before + count))
+        def _(weight_ref=weight_ref, before=before):
+            column = (block - before) * tile.out
+
+            def step(index, total):
+                first = index * tile.inside
+                if not narrow:
+                    weight = weight_ref[layer, pl.ds(first, tile.inside), pl.ds(column, tile.out)]
+                    return total + plgpu.dot(row_tile(first), weight)
+                weight = weight_ref[layer, pl.ds(column, tile.out), pl.ds(first, tile.inside)]
+                return total + plgpu.dot(row_tile(first), weight.astype(jnp.float16).T)
+
+            total = jnp.zeros((ROWS, tile.out), jnp.float32)
+            total = jax.lax.fori_loop(split * share, jnp.minimum((split + 1) * share, steps), step, total)
+            plgpu.store(out_ref.at[split, :, pl.ds(block * tile.out, tile.out)], total, mask=wanted)
+
+        before += count

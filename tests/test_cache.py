@@ -1,18 +1,20 @@
 """The KV cache: decoding token by token, and prefill in parts, give what one pass over everything gives."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_qkv, relative_error
+from helpers import relative_error
 from numpy_llama import numpy_llama, random_params
 
-from minference_jax.index import make_plan
-from minference_jax.models import LlamaConfig
+from minference_jax.models import LlamaConfig, forward, part_attention
 from minference_jax.models.cache import KVCache, cache_dtype, quantize_rows
 from minference_jax.models.llama import Llama
-from minference_jax.models.prefix_index import PrefixIndex, for_part
-from minference_jax.patterns import AShape, BlockSparse, VerticalSlash, head_arrays
+from minference_jax.models.part_attention import part_budgets, prefix_extents
+from minference_jax.patterns import AShape, VerticalSlash, head_arrays
 
 CONFIG = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
 
@@ -152,18 +154,36 @@ def test_the_cache_is_a_pytree_of_static_shape(model):
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, cache)
 
 
-@pytest.mark.parametrize(
-    "pattern", [VerticalSlash(columns=8, tiles=3), BlockSparse(blocks=4), AShape(sink=4, window=70)]
-)
-def test_the_index_of_a_part_reads_a_prefix_and_finds_the_same(pattern, rng):
-    q, k, _ = random_qkv(rng, 1, 128, 1024, 4, 2, 16)
-    arrays = head_arrays(pattern, 4)
-    index = for_part(arrays, 128, 1024)
-    assert isinstance(index, PrefixIndex) and for_part(arrays, 600, 1024) is arrays and for_part(None, 1, 2) is None
-    where = {"lengths": jnp.asarray([900]), "scale": 0.25}
-    builders = (index, arrays)
-    build = jax.jit(lambda start: [make_plan(q, k, builder, q_offset=start, **where) for builder in builders])
-    for start in (0, 128, 384, 768):
-        got, expected = build(jnp.int32(start))
-        masks = [plan.to_mask(128, 1024, q_offset=start, lengths=where["lengths"]) for plan in (got, expected)]
-        np.testing.assert_array_equal(*masks)
+@pytest.mark.parametrize("pattern", [None, VerticalSlash(columns=40, tiles=3)])
+def test_a_part_reads_a_prefix_of_a_long_cache_and_finds_the_same(model, pattern, rng, monkeypatch):
+    assert prefix_extents(128, 1024) == [1024]
+    assert prefix_extents(128, 1024, short=0) == [256, 512, 768, 1024]
+    assert prefix_extents(600, 1000, short=0) == [600, 768, 1000]
+    model = model.with_patterns(pattern)
+    tokens = jnp.asarray(prompt(rng, 2, 640))
+    _, cache = model.prefill(tokens, None, model.init_cache(2, 1024))
+
+    @partial(jax.jit, static_argnums=0)
+    def part(short: int, start: jax.Array) -> Any:
+        monkeypatch.setattr(part_attention, "SHORT", short)
+        monkeypatch.setattr(part_attention, "EXTENTS", 2)
+        lengths = jnp.asarray([128, 50]) + start
+        rows = jax.lax.dynamic_slice_in_dim(tokens, start, 128, axis=1)
+        arguments = model.pattern_arrays, rows, lengths, lengths, cache, start
+        x, _, info = forward.prefill(CONFIG, model.params(), *arguments, keep="info")
+        return x, info
+
+    for start in (0, 128, 512):
+        (got, info), (expected, expected_info) = part(0, jnp.int32(start)), part(4096, jnp.int32(start))
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+        assert (info is None) == (pattern is None)
+        if info is not None:
+            np.testing.assert_allclose(info.density, expected_info.density, rtol=1e-6)
+
+
+def test_budgets_grow_with_the_root_of_what_a_part_has_seen():
+    patterns = head_arrays([VerticalSlash(columns=100, tiles=10), VerticalSlash(90, 600), AShape(sink=4, window=70)], 3)
+    got = part_budgets(patterns, jnp.asarray([256, 100]), jnp.asarray([1024, 100]))
+    np.testing.assert_array_equal(got.first, [[50, 45, 4], [100, 90, 4]])
+    np.testing.assert_array_equal(got.tiles, [[5, -1, -1], [10, -1, -1]])
+    np.testing.assert_array_equal(got.second[:, 1:], [[300, 70], [600, 70]])

@@ -5,24 +5,44 @@ import numpy as np
 import pytest
 from helpers import relative_error
 
+from minference_jax.models import fp8
 from pallas_kernels.matvec import stacked_matvec
 
 
-@pytest.mark.parametrize("shape", [(1, 64, 128), (3, 320, 256)])
+@pytest.mark.parametrize("shape", [(1, 64, (128,)), (3, 320, (256, 128))])
 def test_it_is_the_product_with_that_layer(rng, shape):
-    b, inside, out = shape
+    b, inside, outs = shape
     x = jnp.asarray(rng.standard_normal((b, inside)), jnp.bfloat16)
-    weight = jnp.asarray(rng.standard_normal((3, inside, out)), jnp.bfloat16)
+    weights = [jnp.asarray(rng.standard_normal((3, inside, out)), jnp.bfloat16) for out in outs]
     for layer in (0, 2):
-        got = stacked_matvec(x, weight, jnp.int32(layer), interpret=True)
-        expected = np.asarray(x.astype(jnp.float32)) @ np.asarray(weight[layer].astype(jnp.float32))
-        assert got.dtype == jnp.bfloat16 and relative_error(got, expected) < 3e-3
+        got = stacked_matvec(x, weights, jnp.int32(layer), interpret=True)
+        for y, weight in zip(got, weights, strict=True):
+            expected = np.asarray(x.astype(jnp.float32)) @ np.asarray(weight[layer].astype(jnp.float32))
+            assert y.dtype == jnp.bfloat16 and relative_error(y, expected) < 3e-3
+
+
+@pytest.mark.parametrize("b", [1, 3])
+def test_fp8_weights_are_read_as_they_lie(rng, b):
+    # Rows of very different sizes, as residual streams have, one of them of zeros.
+    x = jnp.asarray(rng.standard_normal((b, 256)) * np.array([[1e4], [1e-6], [0]])[:b], jnp.bfloat16)
+    wide = [jnp.asarray(rng.standard_normal((2, 256, out)), jnp.bfloat16) for out in (128, 256)]
+    weights, scales = zip(*(fp8.quantize_weight(weight, 1) for weight in wide), strict=True)
+    got = stacked_matvec(x, weights, jnp.int32(1), scales, interpret=True)
+    for y, weight, scale in zip(got, weights, scales, strict=True):
+        exact = weight[1].astype(jnp.float32) * scale[1][:, None]
+        for row, expected in zip(y, np.asarray(x.astype(jnp.float32)) @ np.asarray(exact).T, strict=True):
+            np.testing.assert_allclose(row.astype(jnp.float32), expected, atol=4e-3 * np.abs(expected).max())
 
 
 def test_what_it_cannot_serve_it_refuses():
     x, weight = jnp.zeros((1, 64), jnp.bfloat16), jnp.zeros((2, 64, 128), jnp.bfloat16)
     for other in (x.astype(jnp.float32), jnp.zeros((17, 64), jnp.bfloat16), jnp.zeros((1, 65), jnp.bfloat16)):
         with pytest.raises(ValueError, match="stacked_matvec"):
-            stacked_matvec(other, weight, jnp.int32(0))
+            stacked_matvec(other, [weight], jnp.int32(0))
     with pytest.raises(ValueError, match="multiples of 64 and 128"):
-        stacked_matvec(x, weight[..., :100], jnp.int32(0))
+        stacked_matvec(x, [weight[..., :100]], jnp.int32(0))
+    with pytest.raises(ValueError, match="with scales it is float8_e4m3fn"):
+        stacked_matvec(x, [weight.swapaxes(1, 2)], jnp.int32(0), [jnp.ones((2, 128))])
+    with pytest.raises(ValueError, match="not one for each output"):
+        narrow = jnp.zeros((2, 128, 128), jnp.float8_e4m3fn)
+        stacked_matvec(jnp.zeros((1, 128), jnp.bfloat16), [narrow], jnp.int32(0), [jnp.ones((2, 64))])

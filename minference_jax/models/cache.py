@@ -119,9 +119,17 @@ class KVCache:
             **{name: x.at[layer, rows, positions].set(new[name], mode="drop") for name, x in self._rows().items()},
         )
 
-    def read(self, layer: Array, dtype: Any) -> tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]]:
-        """Keys and values of one layer in `dtype`."""
-        rows = {n: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for n, x in self._rows().items()}
+    def read(
+        self, layer: Array | int, dtype: Any, extent: int | None = None
+    ) -> tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]]:
+        """Keys and values of one layer in `dtype`, of the first `extent` positions (static; None: of all)."""
+        extent = self.capacity if extent is None else extent
+
+        def first(x: Array) -> Array:
+            size = (1, x.shape[1], extent, *x.shape[3:])
+            return jax.lax.dynamic_slice(x, (layer, *(0,) * (x.ndim - 1)), size)[0]
+
+        rows = {name: first(x) for name, x in self._rows().items()}
         if self.k_scale is None:
             return rows["k"], rows["v"]
         return dequantize(rows["k"], rows["k_scale"], dtype), dequantize(rows["v"], rows["v_scale"], dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -18,6 +19,7 @@ import pallas_kernels
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.layers import Layer, StackedLayer, finish_layer, map_chunks, project_qkv, rms_norm
+from minference_jax.models.part_attention import attend_to_cache
 from minference_jax.models.rope import inverse_frequencies, rope_tables
 
 Params = Mapping[str, Array]
@@ -66,9 +68,7 @@ def attend(
     if patterns is None:
         return cast(Array, pallas_kernels.dense_attention(q, k, v, **where)), None
     from minference_jax.attention import sparse_attention  # a dense model needs no index
-    from minference_jax.models.prefix_index import for_part
 
-    patterns = for_part(patterns, q.shape[1], k.shape[1])
     return sparse_attention(q, k, v, patterns, **where, return_info=True)
 
 
@@ -97,6 +97,7 @@ def prefill(
     q_offset = jnp.int32(0) if start is None else start
     seen = jnp.minimum(lengths, q_offset + t)
     frequencies = inverse_frequencies(config, rope_lengths)
+    served = partial(attend, implementation=implementation)
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, Any]:
         x, cache = carry
@@ -104,11 +105,10 @@ def prefill(
         q, k, v = layer_qkv(config, layer, x, frequencies, q_offset, chunk)
         if cache is not None:
             cache = cache.write(index, q_offset, k, v)
-            if start is not None:
-                k, v = cache.read(index, q.dtype)
-        out, info = attend(
-            q, k, v, layer_patterns, lengths=seen, q_offset=0 if start is None else start, implementation=implementation
-        )
+        if start is None or cache is None:
+            out, info = served(q, k, v, layer_patterns, lengths=seen, q_offset=0)
+        else:
+            out, info = attend_to_cache(served, q, cache, index, layer_patterns, start=start, lengths=lengths)
         x = map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), chunk, in_place=True)
         return (x, cache), {"nothing": None, "info": info, "hidden": x}[keep]
 

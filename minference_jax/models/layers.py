@@ -38,25 +38,35 @@ class StackedLayer(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self.stacked)
 
-    def serves(self, name: str, x: Float[Array, "b t *in"]) -> bool:
-        """Whether `matvec` can multiply x with this weight: a row a sequence, 16 bits, whole tiles."""
-        return x.shape[1] == 1 and unsupported_reason(*self._flat(name, x)) is None
+    def serves(self, names: tuple[str, ...], x: Float[Array, "b t *in"]) -> bool:
+        """Whether `matvec` can multiply x with these weights: a row a sequence, 16 or 8 bits, whole tiles."""
+        return x.shape[1] == 1 and unsupported_reason(*self._flat(names, x)) is None
 
-    def matvec(self, name: str, x: Float[Array, "b 1 *in"]) -> Float[Array, "b 1 *out"]:
-        """x times a weight `[*in, *out]` of this layer."""
-        flat, weight = self._flat(name, x)
+    def matvec(self, names: tuple[str, ...], x: Float[Array, "b 1 *in"]) -> list[Float[Array, "b 1 *out"]]:
+        """x times the named weights `[*in, *out]` of this layer, or their FP8 form; x is not quantized for that."""
+        flat, weights, scales = self._flat(names, x)
 
-        def sliced(x: Array, weight: Array, index: Array) -> Array:
-            return x @ jax.lax.dynamic_index_in_dim(weight, index, keepdims=False)
+        def sliced(x: Array, weights: list[Array], index: Array, scales: list[Array]) -> list[Array]:
+            layer = [jax.lax.dynamic_index_in_dim(weight, index, keepdims=False) for weight in weights]
+            if not scales:
+                return [x @ weight for weight in layer]
+            factors = [jax.lax.dynamic_index_in_dim(scale, index, keepdims=False) for scale in scales]
+            rows = fp8.quantize(x)
+            return [fp8.product(rows, weight, scale, x.dtype) for weight, scale in zip(layer, factors, strict=True)]
 
-        out = jax.lax.platform_dependent(flat, weight, self.index, cuda=stacked_matvec, default=sliced)
-        return out.reshape(*x.shape[:2], *self.stacked[name].shape[x.ndim - 1 :])
+        outs = jax.lax.platform_dependent(flat, weights, self.index, scales, cuda=stacked_matvec, default=sliced)
+        shapes = (
+            self.stacked[f"{n}_scale"].shape[1:] if scales else self.stacked[n].shape[x.ndim - 1 :] for n in names
+        )
+        return [out.reshape(*x.shape[:2], *shape) for out, shape in zip(outs, shapes, strict=True)]
 
-    def _flat(self, name: str, x: Array) -> tuple[Float[Array, "b i"], Float[Array, "layers i o"]]:
-        flat, weight = x.reshape(x.shape[0], -1), self.stacked[name]
-        if f"{name}_scale" in self.stacked:  # FP8 weights lie the other way round
-            return flat, weight.reshape(weight.shape[0], -1, flat.shape[1])
-        return flat, weight.reshape(weight.shape[0], flat.shape[1], -1)
+    def _flat(self, names: tuple[str, ...], x: Array) -> tuple[Array, list[Array], list[Array]]:
+        """x, weights and scales with their summed and their free axes as one each."""
+        flat, weights = x.reshape(x.shape[0], -1), [self.stacked[name] for name in names]
+        if f"{names[0]}_scale" not in self.stacked:
+            return flat, [w.reshape(w.shape[0], flat.shape[1], -1) for w in weights], []
+        scales = [self.stacked[f"{name}_scale"].reshape(weights[0].shape[0], -1) for name in names]
+        return flat, [w.reshape(w.shape[0], -1, flat.shape[1]) for w in weights], scales  # the other way round
 
 
 def matmul(equation: str, x: Array, weight: Array) -> Array:
@@ -67,8 +77,8 @@ def matmul(equation: str, x: Array, weight: Array) -> Array:
 
 def project(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"]) -> list[Array]:
     """x times each of the named weights `[*in, *out]`, or their FP8 form, for which x is quantized once."""
-    if isinstance(layer, StackedLayer) and all(layer.serves(name, x) for name in names):
-        return [layer.matvec(name, x) for name in names]
+    if isinstance(layer, StackedLayer) and layer.serves(names, x):
+        return layer.matvec(names, x)
     if f"{names[0]}_scale" in layer:
         rows = fp8.quantize(x.reshape(*x.shape[:2], -1))
         return [fp8.product(rows, layer[name], layer[f"{name}_scale"], x.dtype) for name in names]
