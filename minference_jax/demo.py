@@ -44,8 +44,9 @@ TIMED_LAYERS = 4
 class Run:
     """One of the two runs. Seconds are wall time of finished results; compilation is counted apart.
 
-    `attention_seconds` is attention alone, the mean over the first layers, measured on the same queries, keys and
-    values in both runs; the sparse one includes finding the index. `reply` ends where the model ends it.
+    `decode_tokens_per_second` is None for a reply that ended with its first token. `attention_seconds` is attention
+    alone, the mean over the first layers, measured on the same queries, keys and values in both runs; the sparse one
+    includes finding the index. `reply` ends where the model ends it.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Run:
     compile_seconds: float
     prefill_seconds: float
     attention_seconds: float
-    decode_tokens_per_second: float
+    decode_tokens_per_second: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +203,8 @@ def _run(
         compile_seconds=compile_seconds,
         prefill_seconds=prefill_seconds,
         attention_seconds=attention_seconds,
-        decode_tokens_per_second=1 / float(np.median(seconds)),  # the median leaves the step that compiles out
+        # The median leaves the step that compiles out. A reply of one token took no step.
+        decode_tokens_per_second=1 / float(np.median(seconds)) if seconds else None,
     )
     return run, after_prompt, info
 
@@ -256,7 +258,8 @@ def report(result: DemoResult) -> Any:
 
     def add(name: str, value: str, field: str) -> None:
         a, b = getattr(dense, field), getattr(sparse, field)
-        table.add_row(name, value.format(a), value.format(b), f"{b / a:.2f}" if a else "")
+        shown = ("" if x is None else value.format(x) for x in (a, b))
+        table.add_row(name, *shown, f"{b / a:.2f}" if a and b else "")
 
     add("prefill, seconds", "{:.2f}", "prefill_seconds")
     add("attention, seconds a layer", "{:.3f}", "attention_seconds")

@@ -47,7 +47,7 @@ def decode_attention(
 
     **Arguments:**
 
-    - `q`: `[b, n, h]`; `k`, `v`: `[layers, b, s, k, h]` in q's dtype, or in any narrower one (float8_e4m3fn, int8) with
+    - `q`: `[b, n, h]`; `k`, `v`: `[layers, b, s, k, h]` in q's dtype, or in a narrower one (float8_e4m3fn, int8) with
       `k_scale`, `v_scale` `[layers, b, s, k]`: the factor of each row.
     - `layer`: int32 scalar, may be traced. `lengths`: int32 `[b]`, clamped to [0, s]; a sequence without keys gives
       zeros. Rows past a length may hold any finite numbers.
@@ -63,6 +63,8 @@ def decode_attention(
         raise ValueError(f"decode_attention: q {q.shape} does not fit k {k.shape} and v {v.shape}")
     if (k_scale is None) != (v_scale is None) or (k_scale is not None and k_scale.shape != k.shape[:-1]):
         raise ValueError(f"decode_attention: k_scale and v_scale must both have shape {k.shape[:-1]}, or be None")
+    if k.dtype != v.dtype or (k_scale is None and k.dtype != q.dtype):
+        raise ValueError(f"decode_attention: k is {k.dtype} and v {v.dtype}; without scales both have q's {q.dtype}")
     if lengths.shape != q.shape[:1]:
         raise ValueError(f"decode_attention: lengths {lengths.shape} are not one for each row of q {q.shape}")
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)

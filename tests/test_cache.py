@@ -117,6 +117,15 @@ def test_feeding_cached_tokens_again_changes_nothing(model, rng):
     assert int(cache.lengths[0]) == 250
 
 
+def test_a_traced_start_past_the_end_is_that_of_the_last_rows_that_fit(model, rng):
+    tokens, lengths = jnp.asarray(prompt(rng, 1, 384)), jnp.asarray([384])
+    _, cache = model.prefill(tokens[:, :256], None, model.init_cache(1, 384))
+    got, cache = model.prefill(tokens[:, 256:], lengths, cache, start=jnp.int32(512))
+    np.testing.assert_allclose(got[0], full_pass(model, np.asarray(tokens[0]))[-1], atol=2e-5)
+    again, _ = model.prefill(tokens[:, 256:], lengths, cache, start=jnp.int32(300))  # no multiple of 128
+    np.testing.assert_allclose(again, got, atol=2e-5)
+
+
 def test_what_lies_past_the_length_is_never_read(model, rng):
     tokens = prompt(rng, 1, 20)
     _, cache = model.prefill(jnp.asarray(tokens), None, model.init_cache(1, 32))
@@ -140,9 +149,11 @@ def test_a_full_cache_stays_as_it_is(model, rng):
 def test_growing_keeps_contents_and_is_free_when_there_is_room(model, rng):
     _, cache = model.prefill(jnp.asarray(prompt(rng, 1, 16)), None, model.init_cache(1, 16))
     assert cache.grown(10) is cache
+    keys = np.array(cache.k)
     grown = cache.grown(40)
     assert grown.capacity == 40 and int(grown.lengths[0]) == 16
-    np.testing.assert_array_equal(grown.k[:, :, :16], cache.k)
+    np.testing.assert_array_equal(grown.k[:, :, :16], keys)
+    assert cache.k.is_deleted() and cache.v.is_deleted()  # or there would be two caches
     with pytest.raises(ValueError, match="batch and length"):
         model.init_cache(0, 5)
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from minference_jax.models import fp8
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.convert import load_checkpoint, save_checkpoint
+from minference_jax.models.llama import Llama
 from minference_jax.models.params import param_shapes
 from tests.checkpoints import CONFIG, hf_shapes, random_tensors, write_hf
 from tests.variants import VARIANTS
@@ -194,6 +196,16 @@ def test_values_that_are_not_finite_are_refused(tmp_path, value):
     tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = value
     with pytest.raises(ValueError, match=r"1 NaN or infinite: model\.layers\.1\.mlp\.up_proj\.weight$"):
         load_checkpoint(write_hf(tmp_path / "model", tensors), dtype="float16")
+
+
+def test_projections_are_quantized_as_they_are_read(tmp_path):
+    path = write_hf(tmp_path / "model", random_tensors(CONFIG))
+    _, params = load_checkpoint(path, dtype="float32")
+    narrow = Llama.from_pretrained(path, dtype="float32", fp8_projections=True)
+    expected = fp8.quantize_params(params)
+    assert narrow.fp8_projections and list(narrow.params()) == list(expected)
+    for name, value in narrow.params().items():
+        np.testing.assert_array_equal(value.astype(jnp.float32), expected[name].astype(jnp.float32), err_msg=name)
 
 
 def test_progress_counts_tensors(tmp_path):

@@ -72,6 +72,9 @@ def test_what_does_not_fit_is_refused():
     q, cache = jnp.zeros((1, 4, 16)), jnp.zeros((1, 1, 256, 2, 16))
     with pytest.raises(ValueError, match="does not fit"):
         decode_attention(jnp.zeros((1, 3, 16)), cache, cache, 0, jnp.asarray([1]))
+    with pytest.raises(ValueError, match="k is bfloat16"):
+        narrow = cache.astype(jnp.bfloat16)
+        decode_attention(q, narrow, narrow, 0, jnp.asarray([1]))
     with pytest.raises(ValueError, match="k_scale"):
         decode_attention(q, cache, cache, 0, jnp.asarray([1]), k_scale=jnp.zeros((1, 1, 256, 2)))
     with pytest.raises(ValueError, match="q is float32"):

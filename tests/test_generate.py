@@ -161,6 +161,19 @@ def test_a_follow_up_turn_processes_only_what_is_new(model, rng):
     np.testing.assert_array_equal(edited.tokens, generate(model, turn, max_new_tokens=8).tokens)
 
 
+def test_a_conversation_that_outgrows_its_cache_or_waits_on_the_host_goes_on_with_it(model, rng):
+    tokens = prompt(rng, 2, 128)
+    first = generate(model, tokens, max_new_tokens=4, offload=True)
+    assert first.cache.k.sharding.memory_kind == "pinned_host"
+    turn = np.concatenate([tokens, first.tokens, prompt(rng, 2, 300)], axis=1)
+    again = generate(model, turn, max_new_tokens=4, cache=first.cache)
+    assert again.stats.cached_tokens == 2 * 128 and again.cache.k.sharding.memory_kind != "pinned_host"
+    np.testing.assert_array_equal(again.tokens, generate(model, turn, max_new_tokens=4).tokens)
+    assert first.cache.k.is_deleted()  # there is one cache at a time
+    other = generate(model, prompt(rng, 1, 100), max_new_tokens=2, cache=again.cache)
+    assert other.stats.cached_tokens == 0 and again.cache.k.is_deleted()
+
+
 def test_longrope_is_computed_anew_when_a_sequence_outgrows_its_context(rng):
     rope = RopeConfig(
         kind="longrope",

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int32
 
 from minference_jax.models.config import LlamaConfig
@@ -70,16 +71,24 @@ class KVCache:
         return self.k.shape[2]
 
     def grown(self, length: int) -> KVCache:
-        """This cache with room for at least `length` positions; itself if it has that already."""
+        """This cache with room for at least `length` positions; itself if it has that already.
+
+        A cache that has to grow is given up: its buffers go one by one, so keys and values never exist twice at a time.
+        """
         extra = length - self.capacity
         if extra <= 0:
             return self
+        longer = {}
+        for name, x in {"tokens": self.tokens, **self._rows()}.items():
+            axis = 1 if name == "tokens" else 2
+            longer[name] = jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)])
+            _delete(x)
+        return dataclasses.replace(self, **longer)
 
-        def pad(x: Array, axis: int) -> Array:
-            return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)])
-
-        stacked = jax.tree.map(lambda x: pad(x, 2), self._rows())
-        return dataclasses.replace(self, tokens=pad(self.tokens, 1), **stacked)
+    def release(self) -> None:
+        """Gives up the buffers of keys and values, for another cache in their place."""
+        for x in self._rows().values():
+            _delete(x)
 
     def on_host(self) -> KVCache:
         """This cache in the host's memory, its device buffers free: for a conversation that waits for its next turn."""
@@ -94,8 +103,7 @@ class KVCache:
             return self
         moved = {name: jax.device_put(x, x.sharding.with_memory_kind(kind)) for name, x in self._rows().items()}
         jax.block_until_ready(moved)
-        for x in self._rows().values():
-            x.delete()
+        self.release()
         return dataclasses.replace(self, **moved)
 
     def write(self, layer: Array, start: Array, k: Float[Array, "b t k h"], v: Float[Array, "b t k h"]) -> KVCache:
@@ -148,6 +156,12 @@ class KVCache:
             return {"k": k, "v": v}
         (k, k_scale), (v, v_scale) = quantize_rows(k, self.k.dtype), quantize_rows(v, self.v.dtype)
         return {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
+
+
+def _delete(x: Array) -> None:
+    """Frees the buffer of an array that has one, once what is being computed from it is done."""
+    if not isinstance(x, Tracer) and not x.is_deleted():
+        x.delete()
 
 
 def quantize_rows(x: Float[Array, "*rows h"], dtype: Any) -> tuple[Array, Float[Array, "*rows"]]:

@@ -118,4 +118,7 @@ def check_start(start: Any, tokens: Array, cache: KVCache | None) -> Int32[Array
             raise ValueError(f"start must be a multiple of {QUERY_TILE}, got {start}")
         if start + t > cache.capacity:
             raise ValueError(f"start {start} and {t} tokens exceed the cache's {cache.capacity} positions")
-    return jnp.asarray(start, jnp.int32)
+        return jnp.asarray(start, jnp.int32)
+    # A slice update would clamp what it writes, and nothing else: positions would not be those of the rows.
+    start = jnp.clip(jnp.asarray(start, jnp.int32), 0, cache.capacity - t)
+    return start // QUERY_TILE * QUERY_TILE

@@ -73,7 +73,11 @@ def open_checkpoint(path: str | Path) -> TensorFiles:
 
 
 def load_checkpoint(
-    path: str | Path, *, dtype: str = "bfloat16", progress: Progress | None = None
+    path: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    progress: Progress | None = None,
+    convert: Callable[[str, Array], Mapping[str, Array]] | None = None,
 ) -> tuple[LlamaConfig, dict[str, Array]]:
     """Reads a checkpoint into our stacked parameters on the default device.
 
@@ -85,6 +89,8 @@ def load_checkpoint(
     - `path`: a Hugging Face directory with safetensors (whole or sharded), a .gguf file, or a directory with one.
     - `dtype`: "bfloat16", "float16" or "float32", for every parameter.
     - `progress`: called as `progress(done, total)` after each of the file's tensors.
+    - `convert`: called with the name and array of each parameter as it is placed; what it returns is kept instead, so
+      that the device never holds the whole model both ways (`fp8.quantize_param`).
 
     **Returns:** the config, and name → array as in `minference_jax.models.params.param_shapes`.
 
@@ -120,9 +126,12 @@ def load_checkpoint(
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            params |= {path: jnp.asarray(reader.stacks.pop(path)) for path in list(reader.stacks)}
+            for path in list(reader.stacks):
+                value = jnp.asarray(reader.stacks.pop(path))
+                params |= {path: value} if convert is None else convert(path, value)
     _report(f"{files.path} cannot be used", {"NaN or infinite": not_finite})
-    return config, {name: params[name] for name in param_shapes(config)}
+    order = {name: place for place, name in enumerate(param_shapes(config))}
+    return config, dict(sorted(params.items(), key=lambda item: order[item[0].removesuffix("_scale")]))
 
 
 class _GroupReader:

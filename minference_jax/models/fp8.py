@@ -89,14 +89,19 @@ def quantize_params(params: Mapping[str, Array]) -> dict[str, Array]:
 
     Embeddings, head, norms and biases stay as they are (and are shared). Already quantized parameters pass unchanged.
     """
-    result = {}
+    result: dict[str, Array] = {}
     for name, value in params.items():
-        leaf = name.removeprefix("layers.")
-        if leaf in CONTRACTED and value.dtype != DTYPE:
-            result[name], result[f"{name}_scale"] = quantize_weight(value, CONTRACTED[leaf])
-        else:
-            result[name] = value
+        result |= quantize_param(name, value)
     return result
+
+
+def quantize_param(name: str, value: Array) -> dict[str, Array]:
+    """One parameter as `quantize_params` has it: a projection as two arrays, anything else as it is."""
+    leaf = name.removeprefix("layers.")
+    if leaf not in CONTRACTED or value.dtype == DTYPE:
+        return {name: value}
+    numbers, scale = quantize_weight(value, CONTRACTED[leaf])
+    return {name: numbers, f"{name}_scale": scale}
 
 
 def fp8_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -118,12 +118,14 @@ class Llama(nnx.Module):
     ) -> Llama:
         """Loads a Hugging Face directory or a GGUF file; see `minference_jax.models.convert.load_checkpoint`.
 
-        `fp8_projections`: see `with_fp8_projections`. `progress(done, total)` is called as tensors are read.
+        `fp8_projections`: see `with_fp8_projections`; each projection is quantized as it is read, so the device holds
+        one of them at most in `dtype` too. `progress(done, total)` is called as tensors are read.
         """
         from minference_jax.models.convert import load_checkpoint
 
-        config, params = load_checkpoint(os.fspath(path), dtype=dtype, progress=progress)
-        return cls.from_params(config, fp8.quantize_params(params) if fp8_projections else params, patterns)
+        convert = fp8.quantize_param if fp8_projections else None
+        config, params = load_checkpoint(os.fspath(path), dtype=dtype, progress=progress, convert=convert)
+        return cls.from_params(config, params, patterns)
 
     def with_patterns(self, patterns: Patterns) -> Llama:
         """The same weights (shared, not copied) with other patterns."""
@@ -223,8 +225,9 @@ class Llama(nnx.Module):
         - `cache`: filled and returned; **its buffers are given up** (donated), so do not use it again. None keeps
           nothing, which a single prompt's logits need no more of.
         - `start`: None or 0 for a whole prompt. Otherwise a multiple of 128, an int or a traced int32 scalar, shared
-          by all sequences; the cache must hold every earlier position. A traced `start` that leaves no room for `t`
-          rows in the cache is clamped. To continue from a position between, feed up to 127 tokens again.
+          by all sequences; the cache must hold every earlier position. A traced `start` is rounded down to one
+          that is, and leaves room for `t` rows in the cache. To continue from a position between, feed up to 127
+          tokens again.
         - `rope_lengths`: int32 `[b]`, for RoPE that depends on the sequence length ("dynamic", "longrope"): the
           length to assume, where a prompt comes in parts. Default: `lengths` up to these rows, as one call would see.
         - `chunk`: feed the tokens in parts of so many (a multiple of 128) against the cache, one part after another:

@@ -36,16 +36,21 @@ class PromptRunner:
         self, prompts: np.ndarray, sizes: np.ndarray, cache: KVCache | None, new: int
     ) -> tuple[Array, KVCache, int]:
         """Last-token logits, the cache with room for `new` more tokens, and how many tokens came from `cache`."""
-        cache = None if cache is None else cache.on_device()
         start = 0 if cache is None else shared_prefix(self._model.config, prompts, sizes, cache)
         rows = bucket_length(int(sizes.max()) - start)
         chunk = min(self._chunk or rows, rows)
         rows = -(-rows // chunk) * chunk
         capacity = start + rows + new
-        if cache is None or cache.lengths.shape != sizes.shape:
+        if cache is not None and ((start == 0 and cache.capacity < capacity) or cache.lengths.shape != sizes.shape):
+            # Nothing of it is used: a new one takes its place, rather than a copy of it.
+            kind = cache.k.dtype if self._cache_dtype is None else self._cache_dtype
+            cache.release()
+            cache = self._model.init_cache(len(sizes), capacity, kind)
+        elif cache is None:
             cache = self._model.init_cache(len(sizes), capacity, self._cache_dtype)
-        elif cache.capacity < capacity:
-            cache = cache.grown(bucket_length(capacity))
+        else:
+            cache = cache.on_device()
+            cache = cache if cache.capacity >= capacity else cache.grown(bucket_length(capacity))
         logits, cache = self._run(prompts, sizes, cache, start, rows, chunk)
         return logits, cache, start * len(sizes)
 
