@@ -107,13 +107,14 @@ def run_batch(
 ) -> list[Result]:
     """The results of up to `batch` samples, run as one full batch."""
     tokens, lengths = padded([sample.tokens for sample in group], batch)
-    measured: list[dict[str, Any]] = [{}] * len(group)
     if group[0].max_new_tokens == 0:
-        scores = np.asarray(model.token_log_likelihoods(jnp.asarray(tokens), jnp.asarray(lengths)), np.float64)
+        likelihoods, info = model.token_log_likelihoods(jnp.asarray(tokens), jnp.asarray(lengths), return_info=True)
+        scores = np.asarray(likelihoods, np.float64)
         found: list[dict[str, Any]] = [
             {"nll": -float(scores[i].sum()) / (len(sample.tokens) - 1), "tokens": len(sample.tokens) - 1}
             for i, sample in enumerate(group)
         ]
+        measured = _measured((info,), len(group))
     else:
         answer = generate(
             model,

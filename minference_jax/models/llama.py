@@ -194,14 +194,16 @@ class Llama(nnx.Module):
         return _hidden_states(self.config, self.params(), arrays, *check_tokens(tokens, lengths))
 
     def token_log_likelihoods(
-        self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
-    ) -> Float[Array, "b t"]:
-        """log p of each token given those before it, float32; 0 for the first one and for padding.
+        self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None, *, return_info: bool = False
+    ) -> Any:
+        """log p of each token given those before it, float32 `[b, t]`; 0 for the first one and for padding.
 
-        The logits of a few rows exist at a time, so this costs no more memory than a prefill.
+        The logits of a few rows exist at a time, so this costs no more memory than a prefill. With `return_info`
+        also what `prefill` returns then: the `AttentionInfo` of all layers, None for dense attention.
         """
         arrays = self._arrays(jnp.shape(tokens)[-1])
-        return _log_likelihoods(self.config, self.params(), arrays, *check_tokens(tokens, lengths))
+        scores, info = _log_likelihoods(self.config, self.params(), arrays, *check_tokens(tokens, lengths))
+        return (scores, info) if return_info else scores
 
     def prefill(
         self,
@@ -313,9 +315,9 @@ def _hidden_states(config: LlamaConfig, params: forward.Params, patterns: Any, t
 @partial(jax.jit, static_argnums=0)
 def _log_likelihoods(
     config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array
-) -> Array:
-    x, _, _ = forward.prefill(config, params, patterns, tokens, lengths, lengths, None, None)
-    return forward.log_likelihoods(config, params, x, tokens, lengths)
+) -> tuple[Array, Any]:
+    x, _, info = forward.prefill(config, params, patterns, tokens, lengths, lengths, None, None, keep="info")
+    return forward.log_likelihoods(config, params, x, tokens, lengths), info
 
 
 def _run_prefill(
