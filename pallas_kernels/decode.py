@@ -94,10 +94,14 @@ def unsupported_reason(q: Float[Array, "b n h"], k: Array) -> str | None:
         return f"the kernel needs a head_dim that is a power of two from 16 on; it is {h}"
     if k.shape[2] < _tile(k):
         return f"the kernel needs a cache of at least {_tile(k)} keys; it has {k.shape[2]}"
-    # Pallas's Triton lowering counts bytes: it addresses up to 2**32 of them with signed 32-bit element offsets.
-    if k.dtype.itemsize == 1 and 2**31 < k.size <= 2**32:
-        return f"a cache of 2**31 to 2**32 one-byte keys is addressed with 32 bits; it has {k.size:,} numbers"
+    if _wraps(k.dtype, k.size // k.shape[0]):
+        return f"a layer of 2**31 to 2**32 one-byte numbers is addressed with 32 bits; it has {k.size // k.shape[0]:,}"
     return None
+
+
+def _wraps(dtype: Any, size: int) -> bool:
+    """Whether offsets overflow: Pallas's Triton lowering counts bytes, and has signed 32 bits for up to 2**32."""
+    return jnp.dtype(dtype).itemsize == 1 and 2**31 < size <= 2**32
 
 
 def _tile(k: Array) -> int:
@@ -133,6 +137,9 @@ def _split_attention(
 ) -> Array:
     b, n, h = q.shape
     s, kv_heads = k.shape[2:4]
+    if _wraps(k.dtype, k.size):  # so the layer is copied out: three bytes moved for one, on caches of 2 to 4 GiB only
+        k, v, k_scale, v_scale = (jax.lax.dynamic_index_in_dim(x, layer) for x in (k, v, k_scale, v_scale))
+        layer = jnp.int32(0)
     group = n // kv_heads
     rows = max(MIN_ROWS, pl.next_power_of_2(group))
     dtype = q.dtype

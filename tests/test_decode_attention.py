@@ -60,12 +60,21 @@ def test_rows_of_zeros_in_a_quantized_cache_give_zeros():
         np.testing.assert_array_equal(got.astype(jnp.float32), np.zeros((1, 2, 16)))
 
 
-@pytest.mark.parametrize(("keys", "served"), [(65_536, True), (65_664, False), (131_072, False), (131_200, True)])
-def test_caches_that_the_lowering_cannot_address_are_left_to_the_compiler(keys, served):
+@pytest.mark.parametrize(("keys", "sliced"), [(65_536, False), (65_664, True), (131_072, True), (131_200, False)])
+def test_caches_that_the_lowering_cannot_address_are_read_a_layer_at_a_time(keys, sliced):
     # 32 layers of 8 heads of 128: 2**31 numbers at 65,536 keys.
-    q, cache = jax.ShapeDtypeStruct((1, 32, 128), jnp.bfloat16), jax.ShapeDtypeStruct((32, 1, keys, 8, 128), jnp.int8)
-    reason = unsupported_reason(q, cache)
-    assert reason is None if served else "32 bits" in str(reason)
+    shapes = ((1, 32, 128), jnp.bfloat16), ((32, 1, keys, 8, 128), jnp.int8), ((32, 1, keys, 8), jnp.bfloat16)
+    q, cache, scale = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+
+    def attend(q, k, v, k_scale, v_scale):
+        options = {"k_scale": k_scale, "v_scale": v_scale, "implementation": "triton", "interpret": True}
+        return decode_attention(q, k, v, 3, jnp.asarray([keys]), **options)
+
+    assert unsupported_reason(q, cache) is None
+    text = str(jax.make_jaxpr(attend)(q, cache, cache, scale, scale))
+    assert (f"i8[1,1,{keys},8,128] = dynamic_slice" in text) == sliced
+    whole = jax.ShapeDtypeStruct((1, 1, 32 * keys, 8, 128), jnp.int8)
+    assert (unsupported_reason(q, whole) is not None) == sliced
 
 
 def test_what_does_not_fit_is_refused():

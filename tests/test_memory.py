@@ -39,18 +39,21 @@ def test_weights_and_caches_are_counted_exactly(name):
 
 
 @pytest.mark.parametrize(
-    ("options", "gib"),
+    ("options", "gib", "above"),
     # Temporary buffers of the compiled program, vertical-slash with 1,000 columns, XLA for an H100 SXM.
     [
-        ({"tokens": 1 << 20, "cache": None}, 28.94),
-        ({"tokens": 1 << 17, "cache": None}, 3.95),
-        ({"tokens": 1 << 20, "cache": None, "fp8_projections": True}, 28.77),
-        ({"tokens": 1 << 20, "cache": "fp8"}, 28.59),
-        ({"tokens": 1 << 18, "chunk": 32_768}, 2.80),
+        ({"tokens": 1 << 20, "cache": None}, 28.94, 1.15),
+        ({"tokens": 1 << 17, "cache": None}, 3.95, 1.15),
+        ({"tokens": 1 << 20, "cache": None, "fp8_projections": True}, 28.77, 1.15),
+        ({"tokens": 1 << 20, "cache": "fp8"}, 28.59, 1.15),
+        ({"tokens": 1 << 15, "cache": None, "batch": 4}, 6.86, 1.15),
+        ({"tokens": 1 << 15, "cache": None, "dtype": "float32"}, 3.97, 1.15),
+        ({"tokens": 1 << 18, "chunk": 32_768}, 2.14, 1.25),
+        ({"tokens": 1 << 17, "chunk": 32_768, "batch": 2}, 3.61, 1.15),
     ],
 )
-def test_activations_are_just_above_what_the_compiler_takes(options, gib):
-    assert gib <= memory_need(LLAMA, **options).activations / GIB <= 1.15 * gib
+def test_activations_are_just_above_what_the_compiler_takes(options, gib, above):
+    assert gib <= memory_need(LLAMA, **options).activations / GIB <= above * gib
 
 
 def test_the_longest_prompt_fits_and_a_longer_one_does_not():

@@ -37,9 +37,10 @@ def prefill_parts(
 ) -> Iterator[Part]:
     """Feeds `tokens`, which stand at positions `start` …, in parts of `chunk`, and yields after each.
 
-    One program serves all parts; a last, shorter one is compiled separately, so pad to a multiple of `chunk`. Each part
-    of a sparse model has an index of its own, estimated from the part's last rows: at least as true to its queries as
-    the one-shot index. With dense attention the results are those of one call but for rounding.
+    One program serves all parts; a last, shorter one is compiled separately, so pad to a multiple of `chunk`. Each
+    part of a sparse model has an index of its own, estimated from the part's last rows, with the share of the
+    budget that a part of its place needs (`models.part_attention`). With dense attention the results are those of
+    one call but for rounding.
 
     `options`: of `Llama.prefill`. Raises `ValueError` for a chunk that is no positive multiple of 128.
     """
