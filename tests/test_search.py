@@ -16,6 +16,7 @@ import pallas_kernels
 from minference_jax import AShape, BlockSparse, Dense, HeadPatterns, Llama, LlamaConfig, VerticalSlash, load_patterns
 from minference_jax.attention import make_plan
 from minference_jax.index.recall import recall
+from minference_jax.models.capture import capture_qkv
 from minference_jax.pattern_io import load_about
 from minference_jax.patterns import head_arrays
 from minference_jax.search import CANDIDATES, Latency, Settings, search_patterns, search_to_file
@@ -23,7 +24,9 @@ from minference_jax.search.adjust import adjust
 from minference_jax.search.candidates import arrays, scaled
 from minference_jax.search.choose import allocate, best_at_equal_cost
 from minference_jax.search.cost import CostModel, default_target
+from minference_jax.search.density import mean_density, scale_to_density
 from minference_jax.search.driver import Search
+from minference_jax.search.measure import LayerMeter
 from minference_jax.search.plans import plan_masks, scored_tiles
 from minference_jax.search.score import ROWS, output_errors
 from minference_jax.search.verify import format_table, verify
@@ -196,6 +199,35 @@ def test_worst_case_objective_scores_by_the_worst_sample(model, samples):
     assert np.any(np.asarray(worst.scores) > np.asarray(mean.scores))
 
 
+def test_a_short_sample_counts_as_much_as_a_long_one(model, samples):
+    """Scored at rows of its own: alone or beside a long one, its error is the same; the density is of all cells."""
+    lengths = jnp.asarray([520, 140])
+    padded = jnp.where(jnp.arange(520) < lengths[:, None], samples, 0)
+    settings = Settings(target=0.6, candidates=SMALL[:1])
+    both = LayerMeter(settings, lengths, 520)
+    layers = list(capture_qkv(model, padded, lengths))
+    record = both.measure(layers[1], *both.calibrate(layers[0]))
+    assert np.all(record.error[:, 1].max(0) > 0)  # no row of the long sample's scored tiles but the first is in it
+    for at, length in enumerate((520, 140)):
+        q, k, v = (x[at : at + 1, :length] for x in layers[1])
+        tiles = jnp.asarray(scored_tiles(length, settings.query_tiles))
+        heads = arrays([scaled(SMALL[0], float(f), 520) for f in record.factors[0]], length)
+        masks = plan_masks(q, k, heads, jnp.asarray([length]), tiles)
+        found = output_errors(q, k, v, masks.keys[None], tiles, jnp.asarray([length]))
+        step = settings.ladder.index(1.0)
+        np.testing.assert_allclose(record.error[step, at], found.error[0, 0], atol=2e-6)
+    visited = [
+        cells * np.asarray(m.density[0])
+        for cells, m in zip(
+            both.cells,
+            both.masks(both.samples(layers[1]), [scaled(SMALL[0], float(f), 520) for f in record.factors[0]]),
+            strict=True,
+        )
+    ]
+    np.testing.assert_allclose(record.density[step], sum(visited) / both.cells.sum(), atol=2e-6)
+    assert np.all(record.density[step] <= 0.6 + 1e-6)
+
+
 def test_target_that_is_dense_is_refused(model, samples):
     with pytest.raises(ValueError, match="leaves nothing to search"):
         search_patterns(model, samples, target=AShape(1024, 4096), candidates=SMALL)
@@ -294,6 +326,19 @@ def test_search_that_was_killed_goes_on(tmp_path):
     subprocess.run([*command, str(tmp_path / "again.json"), "0"], check=True, env=os.environ | compiled)
     assert out.read_bytes() == (tmp_path / "again.json").read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["again.json", "cache", "p.json"]
+
+
+def test_patterns_are_scaled_to_a_density_at_another_length(model, samples):
+    found = HeadPatterns(((AShape(64, 512), VerticalSlash(64, tiles=4, probes="spread"), BlockSparse(8), Dense()),) * 3)
+    for wanted in (0.85, 0.65):
+        scaled_ones = scale_to_density(model, samples, found, wanted)
+        reached = mean_density(list(capture_qkv(model, samples)), scaled_ones, jnp.asarray([520, 520]))
+        assert wanted - 0.04 < reached <= wanted
+        assert [type(p) for p in scaled_ones.layers[0]] == [type(p) for p in found.layers[0]]
+    least = scale_to_density(model, samples, found, 0.01)  # less than the diagonal: the smallest budgets
+    assert least.layers[0][:3] == (AShape(2, 16), VerticalSlash(2, tiles=0, probes="spread"), BlockSparse(1))
+    with pytest.raises(ValueError, match="density must be in"):
+        scale_to_density(model, samples, found, 35)
 
 
 def test_verify_gives_no_candidate_less_than_the_searched(model, samples):

@@ -23,6 +23,9 @@ from minference_jax.patterns import (
 )
 from pallas_kernels.plan import num_key_tiles
 
+PAPER_TARGET = AShape(1024, 4096)
+"""What all of the original's candidates were brought to the cost of; a row visits as many keys with each."""
+
 PAPER: tuple[Pattern, ...] = (
     AShape(1024, 4096),
     VerticalSlash(30, 2048),
@@ -72,6 +75,11 @@ def scaled(pattern: Pattern, factor: float, keys: int) -> Pattern:
         if value is not None and not (name == "slashes" and getattr(pattern, "tiles", None) is not None):
             changed[name] = min(max(round(value * factor), least.get(name, 0)), most.get(name, keys))
     return dataclasses.replace(pattern, **changed)
+
+
+def factor_at(density: float, keys: int) -> float:
+    """About the factor at which a candidate of the original's size visits this share of the causal cells."""
+    return density * keys / 2 / (PAPER_TARGET.sink + PAPER_TARGET.window)
 
 
 def arrays(patterns: Sequence[Pattern], keys: int) -> PatternArrays:

@@ -49,11 +49,13 @@ def search_patterns(
     Layer by layer, with that layer's queries, keys and values of a dense run: the budgets of every candidate are
     scaled, in each head, until the candidate's own plan for the samples costs the target; then the output of each
     candidate is compared with dense attention's, at `ROWS` rows of each of `query_tiles` query tiles that are spread
-    evenly over the sample. The least error wins, the cheaper one of equals.
+    evenly over each sample. The least error wins, the cheaper one of equals.
 
     **Arguments:**
 
-    - `samples`: int32 tokens of b prompts, padded on the right; `lengths`: int32 `[b]`. 128 tokens at least.
+    - `samples`: int32 tokens of b prompts, padded on the right; `lengths`: int32 `[b]`. 128 tokens at least. They may
+      be of very unequal length: each counts the same in the error, by rows of its own, and as many cells as it has
+      in the density.
     - `target`: what a layer may cost. A density (visited / causal cells) in (0, 1); an `AShape`, for what that costs;
       a `Latency`, with `cost="measured"`; None for an A-shape of 1,024 sinks and a window of 4,096, in proportion for
       samples shorter than 32,768 tokens.
@@ -71,7 +73,8 @@ def search_patterns(
 
     **Raises:** ValueError and TypeError for arguments that do not fit, among them a `state` of another search.
 
-    Memory: one layer's queries, keys and values, and a bit per option, head and key; nothing of size t × t.
+    Memory: one layer's queries, keys and values, and a bit per option, head, sample, scored query tile and key;
+    nothing of size t × t.
 
     Source: MInference (arXiv 2407.02490) §3.2, Algorithm 1 and Table 7. Budgets per head are ours.
     """

@@ -13,15 +13,14 @@ from jaxtyping import Array, Float
 from minference_jax.patterns import Pattern
 from minference_jax.search import cost as costs
 from minference_jax.search.adjust import adjust
-from minference_jax.search.candidates import arrays, scaled
+from minference_jax.search.candidates import arrays, factor_at, scaled
 from minference_jax.search.cost import CostModel, Latency
 from minference_jax.search.plans import PlanMasks, plan_masks, scored_tiles
-from minference_jax.search.score import output_errors
+from minference_jax.search.score import HeadErrors, output_errors
 from minference_jax.search.settings import Settings
+from pallas_kernels.plan import num_query_tiles
 
 QKV = tuple[Array, Array, Array]
-
-_KEYS = costs.PAPER_TARGET.sink + costs.PAPER_TARGET.window  # visited by a row with a candidate's own budgets, about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,7 @@ class LayerRecord:
     """Measurements of one layer's heads: what `choose` works on, and what an interrupted search keeps.
 
     `factors`: float64 `[candidates, n]`, of equal cost. Of each option (candidate · ladder + step): `density`
-    `[o, n]`, mean over samples; `error` and `recall` `[o, b, n]` as in `HeadErrors`. Six digits are kept.
+    `[o, n]`, of all samples together; `error` and `recall` `[o, b, n]` as in `HeadErrors`. Six digits are kept.
     """
 
     factors: Float[np.ndarray, "candidates n"]
@@ -48,68 +47,99 @@ class LayerRecord:
 
 
 class LayerMeter:
-    """Measures layers of one model and one set of samples: what all layers share."""
+    """Measures layers of one model and one set of samples: what all layers share.
+
+    Samples are measured one by one, by the same compiled programs: each at rows spread over its own length, so that a
+    short one counts as much in the error as a long one. Their densities are pooled, visited over causal cells of all
+    samples together, since that is what the kernel spends.
+    """
 
     def __init__(self, settings: Settings, lengths: Array, tokens: int):
-        self.settings, self.lengths, self.tokens = settings, lengths, tokens
-        self.query_tiles = jnp.asarray(scored_tiles(int(jnp.max(lengths)), settings.query_tiles))
+        self.settings, self.tokens = settings, tokens
+        sizes = np.asarray(lengths, np.float64)
+        self.lengths = [lengths[i : i + 1] for i in range(len(sizes))]
+        self.cells = sizes * (sizes + 1) / 2
+        tiles = [scored_tiles(int(n), settings.query_tiles) for n in sizes]
+        # Past its end no row of a sample is scored: all have as many tiles as the longest, for one program.
+        count, past = max(map(len, tiles)), num_query_tiles(tokens)
+        self.query_tiles = [jnp.asarray(np.pad(t, (0, count - len(t)), constant_values=past)) for t in tiles]
 
-    def masks(self, qkv: QKV, patterns: list[Pattern]) -> PlanMasks:
-        """The plan of one pattern per head, all of one kind."""
-        return plan_masks(qkv[0], qkv[1], arrays(patterns, self.tokens), self.lengths, self.query_tiles)
+    def samples(self, qkv: QKV) -> list[QKV]:
+        """Queries, keys and values of each sample alone, with a batch axis of 1."""
+        q, k, v = qkv
+        return [(q[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(len(self.lengths))]
 
-    def density(self, qkv: QKV, candidate: Pattern, factors: np.ndarray) -> np.ndarray:
-        """float64 `[n]`, mean over samples, of a candidate with each head's own factor."""
-        found = self.masks(qkv, [scaled(candidate, float(f), self.tokens) for f in factors]).density
-        return np.asarray(found, np.float64).mean(0)
+    def masks(self, samples: list[QKV], patterns: list[Pattern]) -> list[PlanMasks]:
+        """Of each sample, the plan of one pattern per head, all of one kind."""
+        heads = arrays(patterns, self.tokens)
+        shared = zip(samples, self.lengths, self.query_tiles, strict=True)
+        return [plan_masks(q, k, heads, length, tiles) for (q, k, _), length, tiles in shared]
+
+    def pooled(self, masks: list[PlanMasks]) -> Float[np.ndarray, " n"]:
+        """Visited / causal cells of each head, of all samples together."""
+        return np.average(np.concatenate([np.asarray(m.density, np.float64) for m in masks]), 0, weights=self.cells)
+
+    def density(self, samples: list[QKV], candidate: Pattern, factors: np.ndarray) -> np.ndarray:
+        """float64 `[n]`, pooled over samples, of a candidate with each head's own factor."""
+        return self.pooled(self.masks(samples, [scaled(candidate, float(f), self.tokens) for f in factors]))
 
     def calibrate(self, qkv: QKV) -> tuple[CostModel, float]:
         """How density turns into cost, and the target as a cost (of a layer whose heads are all like it)."""
         settings, heads = self.settings, qkv[0].shape[2]
+        if settings.cost == "measured" and len(self.lengths) > 1:  # the time of one prompt: the longest sample
+            longest = int(np.argmax(self.cells))
+            alone = LayerMeter(settings, self.lengths[longest], self.tokens)
+            return alone.calibrate(self.samples(qkv)[longest])
+        samples = self.samples(qkv)
 
         def density_of(pattern: Pattern) -> float:
-            return float(np.mean(self.density(qkv, pattern, np.ones(heads))))
+            return float(np.mean(self.density(samples, pattern, np.ones(heads))))
 
         if settings.cost == "visited":
             model = CostModel.visited(len(settings.candidates))
             return model, costs.target_density(settings.target, self.tokens, density_of)
+        (lengths,) = self.lengths
         if isinstance(settings.target, Latency):
             near, target = 0.1, settings.target.milliseconds / 1000
         else:
             pattern = costs.default_target(self.tokens) if settings.target is None else settings.target
             assert not isinstance(pattern, int | float)  # settings are checked
             near = costs.target_density(pattern, self.tokens, density_of)
-            target = costs.seconds(qkv, self.lengths, pattern)
+            target = costs.seconds(qkv, lengths, pattern)
+        guess = factor_at(near, self.tokens)
         factors = [
-            float(np.median(adjust(lambda f, c=c: self.density(qkv, c, f), near, self._guess(near), heads)))
+            float(np.median(adjust(lambda f, c=c: self.density(samples, c, f), near, guess, heads)))
             for c in settings.candidates
         ]
         model = costs.measure(
             qkv,
-            self.lengths,
+            lengths,
             settings.candidates,
             factors,
-            lambda c, f: float(np.mean(self.density(qkv, settings.candidates[c], np.full(heads, f)))),
+            lambda c, f: float(np.mean(self.density(samples, settings.candidates[c], np.full(heads, f)))),
         )
         return model, target
 
     def measure(self, qkv: QKV, model: CostModel, target: float) -> LayerRecord:
         """Everything the choice needs to know of one layer."""
-        settings, heads = self.settings, qkv[0].shape[2]
-        guess = self._guess(target if settings.cost == "visited" else 0.1)
+        settings, heads, samples = self.settings, qkv[0].shape[2], self.samples(qkv)
+        guess = factor_at(target if settings.cost == "visited" else 0.1, self.tokens)
         factors, density, visited = [], [], []
-        for index, candidate in enumerate(settings.candidates):
-            found = adjust(lambda f, i=index, c=candidate: model.of(i, self.density(qkv, c, f)), target, guess, heads)
+        for i, candidate in enumerate(settings.candidates):
+            found = adjust(lambda f, i=i, c=candidate: model.of(i, self.density(samples, c, f)), target, guess, heads)
             factors.append(found)
             for step in settings.ladder:
-                masks = self.masks(qkv, [scaled(candidate, float(f), self.tokens) for f in found * step])
-                density.append(np.asarray(masks.density, np.float64).mean(0))
-                visited.append(masks.keys)
-        errors = output_errors(*qkv, jnp.stack(visited), self.query_tiles, self.lengths)
-        return LayerRecord(np.stack(factors), _short(np.stack(density)), *(_short(x) for x in errors))
-
-    def _guess(self, density: float) -> float:
-        return density * self.tokens / 2 / _KEYS
+                masks = self.masks(samples, [scaled(candidate, float(f), self.tokens) for f in found * step])
+                density.append(self.pooled(masks))
+                visited.append([m.keys for m in masks])
+        errors = [
+            output_errors(*sample, jnp.stack([keys[at] for keys in visited]), self.query_tiles[at], self.lengths[at])
+            for at, sample in enumerate(samples)
+        ]
+        error, recall = (
+            np.concatenate([np.asarray(getattr(e, name)) for e in errors], 1) for name in HeadErrors._fields
+        )
+        return LayerRecord(np.stack(factors), *map(_short, (np.stack(density), error, recall)))
 
 
 def _short(x: Any) -> np.ndarray:

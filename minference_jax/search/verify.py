@@ -17,7 +17,8 @@ from minference_jax.models.capture import capture_qkv
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
 from minference_jax.patterns import HeadPatterns, Pattern, PatternArrays
-from minference_jax.search.candidates import CANDIDATES, arrays, check_candidates, scaled
+from minference_jax.search.candidates import CANDIDATES, arrays, check_candidates, factor_at, scaled
+from minference_jax.search.density import mean_density
 from minference_jax.search.measure import QKV
 from minference_jax.search.plans import plan_masks, scored_tiles
 from minference_jax.search.score import output_errors
@@ -70,7 +71,7 @@ def verify(
     if "dense" in patterns:
         raise ValueError("patterns: dense attention is compared with anyway")
     first = next(iter(patterns))
-    wanted = _mean_density(layers, patterns[first], lengths)
+    wanted = mean_density(layers, patterns[first], lengths)
     say(f"{first}: density {wanted:.4f}")
     every = {name: found.arrays() for name, found in patterns.items()}
     for candidate in check_candidates(candidates):
@@ -106,6 +107,7 @@ def verify(
 def _log_likelihoods(
     config: LlamaConfig, params: Mapping[str, Array], patterns: PatternArrays | None, tokens: Array, lengths: Array
 ) -> Array:
+    # Not the model's own method: arrays of the kind's widths let one program serve all candidates of a kind.
     x, _, _ = forward.prefill(config, params, patterns, tokens, lengths, lengths, None, None)
     return forward.log_likelihoods(config, params, x, tokens, lengths)
 
@@ -125,25 +127,14 @@ def format_row(row: Row) -> str:
     )
 
 
-def _mean_density(layers: Sequence[QKV], patterns: HeadPatterns, lengths: Array) -> float:
-    every = patterns.arrays()
-    return float(np.mean([np.asarray(_density(q, k, every.layer(i), lengths)) for i, (q, k, _) in enumerate(layers)]))
-
-
-def _density(q: Array, k: Array, heads: object, lengths: Array) -> Array:
-    none = jnp.zeros((1,), jnp.int32)  # the scored tiles' masks are not needed here
-    return plan_masks(q, k, heads, lengths, none).density
-
-
 def _at_density(layers: Sequence[QKV], candidate: Pattern, wanted: float, lengths: Array) -> Pattern:
     """The candidate scaled to the least mean density, of those tried, that is at least `wanted`."""
     t, heads = layers[0][1].shape[1], layers[0][0].shape[2]
 
     def density(pattern: Pattern) -> float:
-        found = arrays([pattern] * heads, t)
-        return float(np.mean([np.asarray(_density(q, k, found, lengths)) for q, k, _ in layers]))
+        return mean_density(layers, HeadPatterns.uniform(pattern, len(layers), heads), lengths)
 
-    factor, low, high = wanted * t / 2 / 5120, 0.0, math.inf  # density(low) < wanted <= density(high)
+    factor, low, high = factor_at(wanted, t), 0.0, math.inf  # density(low) < wanted <= density(high)
     best, best_density = candidate, math.inf
     for attempt in range(10 * TRIES):
         pattern = scaled(candidate, factor, t)
