@@ -18,3 +18,9 @@ def rng():
     import numpy as np
 
     return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def no_compile_cache(monkeypatch):
+    """Commands that a test calls leave the user's cache of compiled programs alone."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")

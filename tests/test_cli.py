@@ -30,11 +30,6 @@ def model(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(autouse=True)
-def no_compile_cache(monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-
-
 def test_generate_prints_the_text_and_nothing_else(model, capsys):
     status, text, news = run(capsys, "generate", model, "Hello", "--max-new-tokens", 6)
     assert (status, news) == (0, "")

@@ -11,7 +11,7 @@ from numpy_llama import random_params
 
 from minference_jax.attention import make_plan
 from minference_jax.eval.baselines import BigBird, Longformer
-from minference_jax.eval.methods import METHODS, Method, expected_density, plan_density, vertical_slash_for
+from minference_jax.eval.methods import METHODS, Method, plan_density, vertical_slash_for
 from minference_jax.eval.metrics import starts_with
 from minference_jax.eval.perplexity import Perplexity
 from minference_jax.eval.report import markdown, write_report
@@ -19,8 +19,10 @@ from minference_jax.eval.results import Result, ResultFile, perplexity_cell, sco
 from minference_jax.eval.runner import evaluate, padded, run_batch
 from minference_jax.eval.samples import Sample
 from minference_jax.models import LlamaConfig
+from minference_jax.models.capture import capture_qkv
 from minference_jax.models.llama import Llama
-from minference_jax.patterns import AShape, Dense, HeadPatterns, VerticalSlash
+from minference_jax.patterns import AShape, HeadPatterns, VerticalSlash
+from minference_jax.search.density import mean_density
 from tests.eval_tokenizer import WordTokenizer
 
 CONFIG = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
@@ -201,7 +203,6 @@ def test_methods_keep_to_the_density(rng, model, name):
     if isinstance(pattern, VerticalSlash):  # an estimate; columns are dearest at the start, tiles next to the diagonal
         bands = [64 * (i + 1) for i in range(pattern.tiles or 0)]
         most = plan_density(length, bands=bands, sink=pattern.columns)
-        assert expected_density(pattern, length) <= density
     # Random tiles that fall into the window cost nothing.
     assert np.all(found <= most + 1e-3) and np.all(found >= (0.25 if isinstance(pattern, BigBird) else 0.3))
 
@@ -211,17 +212,20 @@ def test_budgets_grow_with_length_and_density():
     assert (small.tiles or 0) < (large.tiles or 0) < (loose.tiles or 0) and small.columns < large.columns
 
 
-def test_searched_budgets_keep_their_proportions_at_any_length(model):
-    patterns = HeadPatterns(((AShape(64, 640), VerticalSlash(400, tiles=6), VerticalSlash(200, tiles=6), Dense()),) * 2)
-    method = Method.searched("searched", patterns)
-    for length, density in ((2048, 0.5), (8192, 0.4)):
-        found = method.choose(model, length, density)
+def test_measured_budgets_keep_their_proportions_and_the_density(model):
+    patterns = HeadPatterns(((AShape(64, 640), VerticalSlash(400, tiles=6)) * 2,) * model.config.num_layers)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 700)
+    for name, given in (("searched", patterns), ("minference", METHODS["minference"])):
+        found = Method.measured(name, given, tokens).choose(model, 1024, 0.5)  # of a prompt that repeats the tokens
         assert isinstance(found, HeadPatterns)
-        _, first, second, dense = found.layer(1)
-        assert isinstance(first, VerticalSlash) and isinstance(second, VerticalSlash) and dense == Dense()
-        assert first.tiles == second.tiles and abs(first.columns - 2 * second.columns) <= 1
-        mean = np.mean([expected_density(pattern, length) for pattern in found.layer(0)])
-        assert density - 0.03 < mean <= density
+        layers = list(capture_qkv(model, jnp.asarray([[*tokens, *tokens[:324]]])))
+        assert 0.44 < mean_density(layers, found, jnp.asarray([1024])) <= 0.5
+        if given is patterns:
+            window, lines, *_ = found.layer(0)
+            assert isinstance(window, AShape) and isinstance(lines, VerticalSlash)
+            assert abs(window.window - 10 * window.sink) <= 10 and lines.columns < 400
+    with pytest.raises(TypeError, match="no budgets to scale"):
+        Method.measured("dense", METHODS["dense"], tokens).choose(model, 1024, 0.5)
 
 
 def results_of_two_methods():

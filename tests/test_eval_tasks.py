@@ -264,8 +264,13 @@ def test_longbench_is_read_and_scored(tmp_path, tokenizer):
     record = {"context": "Ann lives in Rome.", "input": "Where does Ann live?", "answers": ["In Rome", "Rome"]}
     task = read_longbench(lines(tmp_path / "hotpotqa_e.jsonl", record, record))
     sample = task.sample(tokenizer, 500, 1, 0)
-    assert (task.name, sample.answers, sample.max_new_tokens) == ("longbench-hotpotqa", ("In Rome", "Rome"), 32)
+    assert (task.name, sample.answers, sample.max_new_tokens) == ("longbench-hotpotqa_e", ("In Rome", "Rome"), 32)
     assert task.score("rome", sample.answers) == 1 and task.score("Paris", sample.answers) == 0
+    files = [lines(tmp_path / "hotpotqa.jsonl", record), tmp_path / "hotpotqa_e.jsonl"]
+    both = make_tasks(["longbench"], files=files)
+    assert [one.name for one in both] == ["longbench-hotpotqa", "longbench-hotpotqa_e"]
+    with pytest.raises(ValueError, match="another file is named longbench-hotpotqa too"):
+        make_tasks(["longbench"], files=[*files, files[0]])
     classes = ["Animal", "City", "City of birth"]
     record = {"context": "Examples.", "input": "Type of Rome?", "answers": ["City of birth"], "all_classes": classes}
     task = read_longbench(lines(tmp_path / "trec.jsonl", record))

@@ -25,11 +25,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def no_compile_cache(monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-
-
 def test_search_writes_patterns_and_verifies_them(folder, capsys):
     out = folder / "patterns.json"
     texts = ("--text", folder / "a.txt", folder / "b.txt", "--out", out)  # as a shell expands *.txt

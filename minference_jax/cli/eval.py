@@ -83,18 +83,23 @@ def split_methods(text: str) -> list[str]:
 
 
 def _method(name: str, config: Any, tokenizer: Any) -> Any:
-    """A name of `METHODS`, `static`, `searched:<file or preset>`, or a pattern that `parse_pattern` reads."""
+    """A name of `METHODS`, `static`, `searched:<file or preset>`, or a pattern that `parse_pattern` reads.
+
+    Budgets are brought to the density on the end of the package's text, of which prompts rarely begin.
+    """
     from minference_jax.data import load_text
-    from minference_jax.eval.methods import METHODS, Method, static_from
+    from minference_jax.eval.methods import ESTIMATED, METHODS, Method, static_from
+
+    def other() -> list[int]:
+        return tokenizer.encode(load_text())[-32768:]
 
     if name == "static":
-        # The other prompt: the end of the book, of which prompts rarely begin.
-        return Method(name, static_from(tokenizer.encode(load_text())[-32768:]))
+        return Method(name, static_from(other()))
     if name in METHODS:
-        return Method(name, METHODS[name])
+        return Method.measured(name, METHODS[name], other()) if name in ESTIMATED else Method(name, METHODS[name])
     if name.startswith("searched:"):
         patterns = parse_pattern(name.removeprefix("searched:"), config)
         if patterns is None:
             raise ValueError(f"{name}: dense attention has no budgets to scale")
-        return Method.searched(name, patterns)
+        return Method.measured(name, patterns, other())
     return Method.fixed(name, parse_pattern(name, config))

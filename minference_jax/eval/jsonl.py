@@ -144,10 +144,11 @@ def truncate_middle(
 
 
 def _known(path: str | Path, table: dict[str, Any], benchmark: str) -> tuple[str, Any]:
-    name = Path(path).stem.removesuffix("_e")  # LongBench-E's files end in _e
-    if name not in table:
+    name = Path(path).stem
+    task = name.removesuffix("_e")  # LongBench-E's files end in _e: other samples of the same task
+    if task not in table:
         raise ValueError(f"{path}: no task of {benchmark} has this name; there are {', '.join(table)}")
-    return name, table[name]
+    return name, table[task]
 
 
 def _record(line: Mapping[str, Any], answer: Any, options: Sequence[str]) -> dict[str, Any]:

@@ -2,24 +2,23 @@
 
 A method says which patterns a model should have for prompts of a length: the budgets are chosen so that the plan visits
 `density` of the causal cells. For a fixed mask that is exact up to a tile; for an index it is an estimate, since the
-prompt decides where columns and tiles lie. Where even the smallest budget visits more (short prompts), it is that. What
-was visited is measured with every sample.
+prompt decides where columns and tiles lie, unless it is measured on another prompt (`Method.measured`). Where even the
+smallest budget visits more (short prompts), it is that. What was visited is measured with every sample.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
 from minference_jax.eval.baselines import BigBird, Dilated, Longformer, StaticPlan, TopKOracle
-from minference_jax.models.checks import Patterns
+from minference_jax.models.checks import Patterns, resolve_patterns
 from minference_jax.models.llama import Llama
-from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, Pattern, VerticalSlash
-from minference_jax.search.candidates import scaled
+from minference_jax.patterns import AShape, BlockSparse, HeadPatterns, VerticalSlash
+from minference_jax.search.density import scale_to_density
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
 
 Chooser = Callable[[Llama, int, float], Patterns]
@@ -39,41 +38,24 @@ class Method:
         return cls(name, lambda model, length, density: patterns)
 
     @classmethod
-    def searched(cls, name: str, patterns: HeadPatterns) -> Method:
-        """Patterns of a search, all their budgets times one factor, so that they visit the density at each length."""
+    def measured(cls, name: str, patterns: Chooser | HeadPatterns, tokens: Sequence[int]) -> Method:
+        """Patterns with all budgets times one factor, so that they visit the density on another prompt: `tokens`.
+
+        Of those the first as many as a length has are run, from the beginning again where there are fewer. Patterns of
+        a search serve any length so; a rule such as `METHODS["minference"]`, whose budgets are an estimate of what
+        they visit, keeps to the density.
+        """
 
         def choose(model: Llama, length: int, density: float) -> Patterns:
-            def times(factor: float) -> HeadPatterns:
-                return HeadPatterns(tuple(tuple(_scaled(p, factor, length) for p in layer) for layer in patterns))
-
-            def visits(factor: float) -> float:
-                counts = Counter(pattern for layer in times(factor) for pattern in layer)
-                return sum(n * expected_density(p, length) for p, n in counts.items()) / counts.total()
-
-            low, high = 1e-3, 1e3
-            for _ in range(20):
-                middle = (low * high) ** 0.5
-                low, high = (middle, high) if visits(middle) <= density else (low, middle)
-            return times(low)
+            found = patterns if isinstance(patterns, HeadPatterns) else patterns(model, length, density)
+            found = resolve_patterns(model.config, found)
+            if not isinstance(found, HeadPatterns):
+                raise TypeError(f"{name}: {found!r} has no budgets to scale")
+            return scale_to_density(
+                model, jnp.asarray(np.resize(np.asarray(tokens, np.int32), (1, length))), found, density
+            )
 
         return cls(name, choose)
-
-
-def _scaled(pattern: Pattern, factor: float, length: int) -> Pattern:
-    return pattern if isinstance(pattern, Dense) else scaled(pattern, factor, length)
-
-
-def expected_density(pattern: Pattern, length: int) -> float:
-    """Share of visited cells to expect of a pattern: near tiles, columns spread evenly over the prompt."""
-    if isinstance(pattern, Dense):
-        return 1.0
-    if isinstance(pattern, AShape):
-        bands = near_bands(-(-max(pattern.window - 1, 0) // KEY_TILE))
-        return plan_density(length, bands=bands, sink=pattern.sink)
-    if isinstance(pattern, BlockSparse):
-        return plan_density(length, blocks=max(pattern.blocks - 2, 1))
-    tiles = -(-pattern.slashes // KEY_TILE) if pattern.tiles is None else pattern.tiles
-    return plan_density(length, bands=near_bands(tiles), columns=pattern.columns)
 
 
 def plan_density(
@@ -212,4 +194,7 @@ METHODS: dict[str, Chooser] = {
     "bigbird": _big_bird,
     "oracle": lambda model, length, density: TopKOracle(density),
 }
-"""Methods by name. `static` needs a prompt, see `static_from`; a search's patterns are `Method.searched`."""
+"""Methods by name. `static` needs a prompt, see `static_from`."""
+
+ESTIMATED = ("minference", "vertical-only", "slash-only", "block-sparse")
+"""Those of `METHODS` whose budgets only estimate what they visit: `Method.measured` brings them to the density."""

@@ -59,7 +59,11 @@ def make_tasks(
             if not files:
                 raise ValueError(f"{name} needs its JSONL files")
             read = read_infinitebench if name == "infinitebench" else read_longbench
-            chosen |= {task.name: task for task in map(read, files)}
+            for path in files:
+                task = read(path)
+                if task.name in chosen:
+                    raise ValueError(f"{path}: another file is named {task.name} too")
+                chosen[task.name] = task
             continue
         if name in ("ruler-qa_1", "ruler-qa_2") and name not in known:
             raise ValueError(f"{name} needs a file of questions in SQuAD's format")
