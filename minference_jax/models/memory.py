@@ -6,9 +6,9 @@ and k KV heads of h, MLP width f:
 - weights: every parameter; with FP8 projections those in one byte, and four for each output channel's scale.
 - cache: 2 · layers · b · s · k · (h · bytes + 2 if quantized), and 4 · b · s for the tokens.
 - activations: the larger of what attention and what the MLP of a layer take, and a copy of one layer's weights.
-  Attention: residual stream, queries, its output, and keys and values, b · (r·(d + 2·n·h) + 2·s·k·h) · a; probe scores, at
-  most 512 MiB; 2 bytes for each column and query tile of every head. MLP: residual stream, attention's output, and
-  b · 3·f·a for each of the 16,384 rows that it has at once.
+  Attention: residual stream, queries, its output, and keys and values, b · (r·(d + 2·n·h) + 2·s·k·h) · a; probe
+  scores, at most 512 MiB; 2 bytes for each column and query tile of every head. MLP: residual stream, attention's
+  output, and b · 3·f·a for each of the 16,384 rows that it has at once.
 
 The first two are exact. The last is checked against what XLA allocates when it compiles for an H100: it is 1 to 15 %
 above, and 25 % for one prompt in parts.
