@@ -31,12 +31,15 @@ class Tile(NamedTuple):
 
     inside: int
     out: int
-    warps: int = 4
-    stages: int = 4
+    warps: int
+    stages: int
 
 
-WIDE, NARROW = Tile(64, 128), Tile(128, 128)
-"""Of weights in 16 bits, and in FP8."""
+WIDE = Tile(64, 128, 8, 4), Tile(64, 64, 4, 4)
+"""Of weights in 16 bits: the first one that divides all of a call's weights."""
+
+NARROW = Tile(256, 64, 4, 3), Tile(64, 64, 4, 4)
+"""The same of weights in FP8."""
 
 DTYPE = jnp.dtype(jnp.float8_e4m3fn)
 
@@ -56,7 +59,7 @@ def stacked_matvec(
 
     - `x`: `[b, i]`, bfloat16 or float16, at most 16 rows.
     - `weights`: all `[layers, i, o]` in x's dtype; or all float8_e4m3fn `[layers, o, i]`, with `scales`, the float32
-      factor of each output: `[layers, o]`. i is a multiple of 64 (FP8: 128), each o of 128.
+      factor of each output: `[layers, o]`. i and each o are multiples of 64.
     - `layer`: int32 scalar, may be traced. `tile` (static): by default the fastest measured. `interpret`: run the
       kernel on a CPU.
 
@@ -67,7 +70,8 @@ def stacked_matvec(
     reason = unsupported_reason(x, weights, scales)
     if reason is not None:
         raise ValueError(f"stacked_matvec: {reason}")
-    tile = tile or (NARROW if scales else WIDE)
+    tile = tile or _tile(weights, scales)
+    assert tile is not None
     (b, inside), dtype = x.shape, x.dtype
     outs = [weight.shape[1 if scales else 2] for weight in weights]
     columns = [out // tile.out for out in outs]
@@ -107,17 +111,27 @@ def unsupported_reason(
         return f"the kernel takes x of at most {ROWS} rows, got shape {x.shape}"
     if len(scales) not in (0, len(weights)):
         return f"{len(weights)} weights have {len(scales)} scales"
-    axis, want, tile = (2, DTYPE, NARROW) if scales else (1, x.dtype, WIDE)
+    axis, want = (2, DTYPE) if scales else (1, x.dtype)
     for weight in weights:
         if weight.ndim != 3 or weight.shape[axis] != x.shape[1]:
             return f"x {x.shape} does not fit weight {weight.shape}"
         if weight.dtype != want:
             return f"weight is {weight.dtype}; for x of {x.dtype} {'with' if scales else 'without'} scales it is {want}"
-        if weight.shape[axis] % tile.inside or weight.shape[3 - axis] % tile.out:
-            return f"the kernel needs multiples of {tile.inside} and {tile.out} numbers, got {weight.shape[1:]}"
+    if _tile(weights, scales) is None:
+        return f"the kernel needs axes that are multiples of 64, got {[weight.shape[1:] for weight in weights]}"
     if any(s.shape != w.shape[:2] for s, w in zip(scales, weights, strict=False)):
         return f"scales {[s.shape for s in scales]} are not one for each output of {[w.shape for w in weights]}"
     return None
+
+
+def _tile(weights: Sequence[Array], scales: Sequence[Array]) -> Tile | None:
+    """The fastest tile that divides all weights, if one does."""
+    axis, tiles = (2, NARROW) if scales else (1, WIDE)
+
+    def divides(tile: Tile) -> bool:
+        return all(w.shape[axis] % tile.inside == 0 == w.shape[3 - axis] % tile.out for w in weights)
+
+    return next(filter(divides, tiles), None)
 
 
 def _kernel(

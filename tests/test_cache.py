@@ -168,8 +168,9 @@ def test_the_cache_is_a_pytree_of_static_shape(model):
 @pytest.mark.parametrize("pattern", [None, VerticalSlash(columns=40, tiles=3)])
 def test_a_part_reads_a_prefix_of_a_long_cache_and_finds_the_same(model, pattern, rng, monkeypatch):
     assert prefix_extents(128, 1024) == [1024]
-    assert prefix_extents(128, 1024, short=0) == [256, 512, 768, 1024]
-    assert prefix_extents(600, 1000, short=0) == [600, 768, 1000]
+    assert prefix_extents(64, 1024, short=0) == [128 * i for i in range(1, 9)]
+    assert prefix_extents(300, 1000, short=0) == [384, 768, 1000]
+    assert prefix_extents(600, 1000, short=0) == [1000]
     model = model.with_patterns(pattern)
     tokens = jnp.asarray(prompt(rng, 2, 640))
     _, cache = model.prefill(tokens, None, model.init_cache(2, 1024))

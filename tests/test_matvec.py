@@ -24,8 +24,9 @@ def test_it_is_the_product_with_that_layer(rng, shape):
 @pytest.mark.parametrize("b", [1, 3])
 def test_fp8_weights_are_read_as_they_lie(rng, b):
     # Rows of very different sizes, as residual streams have, one of them of zeros.
-    x = jnp.asarray(rng.standard_normal((b, 256)) * np.array([[1e4], [1e-6], [0]])[:b], jnp.bfloat16)
-    wide = [jnp.asarray(rng.standard_normal((2, 256, out)), jnp.bfloat16) for out in (128, 256)]
+    inside = 256 if b == 1 else 320  # a multiple of the larger tile, and of the smaller one only
+    x = jnp.asarray(rng.standard_normal((b, inside)) * np.array([[1e4], [1e-6], [0]])[:b], jnp.bfloat16)
+    wide = [jnp.asarray(rng.standard_normal((2, inside, out)), jnp.bfloat16) for out in (128, 64)]
     weights, scales = zip(*(fp8.quantize_weight(weight, 1) for weight in wide), strict=True)
     got = stacked_matvec(x, weights, jnp.int32(1), scales, interpret=True)
     for y, weight, scale in zip(got, weights, scales, strict=True):
@@ -39,7 +40,7 @@ def test_what_it_cannot_serve_it_refuses():
     for other in (x.astype(jnp.float32), jnp.zeros((17, 64), jnp.bfloat16), jnp.zeros((1, 65), jnp.bfloat16)):
         with pytest.raises(ValueError, match="stacked_matvec"):
             stacked_matvec(other, [weight], jnp.int32(0))
-    with pytest.raises(ValueError, match="multiples of 64 and 128"):
+    with pytest.raises(ValueError, match="multiples of 64"):
         stacked_matvec(x, [weight[..., :100]], jnp.int32(0))
     with pytest.raises(ValueError, match="with scales it is float8_e4m3fn"):
         stacked_matvec(x, [weight.swapaxes(1, 2)], jnp.int32(0), [jnp.ones((2, 128))])

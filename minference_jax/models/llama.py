@@ -340,8 +340,14 @@ def _run_prefill(
         chunk=rows_at_once,
         implementation=implementation,
     )
-    last = lengths - 1 if start is None else lengths - 1 - start
-    return forward.last_logits(config, params, x, last), cache, info
+    if start is None:
+        return forward.last_logits(config, params, x, lengths - 1), cache, info
+    last = lengths - 1 - start
+    head = partial(forward.last_logits, config, params)
+    shape = jax.eval_shape(head, x, last)
+    # Most parts of a prompt hold no last token, and the head of an 8B model is as large as two of its layers.
+    ends = jnp.any((last >= 0) & (last < x.shape[1]))
+    return jax.lax.cond(ends, head, lambda *_: jnp.zeros(shape.shape, shape.dtype), x, last), cache, info
 
 
 _compiled = partial(

@@ -26,8 +26,8 @@ from minference_jax.models.cache import KVCache
 from minference_jax.patterns import VERTICAL_SLASH, PatternArrays
 from pallas_kernels.sizes import QUERY_TILE
 
-EXTENTS = 4
-"""Prefixes of a cache: its quarters. Each is compiled, at a few seconds."""
+EXTENTS = 8
+"""Prefixes of a cache: its eighths, as far as they are longer than a part. Each is compiled, at about four seconds."""
 
 SHORT = 16_384
 """Up to so many positions a cache is read whole: what a prefix would save is less than it takes to compile."""
@@ -40,8 +40,10 @@ def prefix_extents(rows: int, capacity: int, short: int | None = None) -> list[i
     """
     if capacity <= (SHORT if short is None else short):
         return [capacity]
-    quarter = -(-capacity // (EXTENTS * QUERY_TILE)) * QUERY_TILE
-    return sorted({min(capacity, max(rows, i * quarter)) for i in range(1, EXTENTS + 1)})
+    # No more of them than parts: a prefix that ends inside a part helps none.
+    number = max(1, min(EXTENTS, capacity // rows))
+    step = -(-capacity // (number * QUERY_TILE)) * QUERY_TILE
+    return sorted({min(capacity, i * step) for i in range(1, number + 1)})
 
 
 def attend_to_cache(
