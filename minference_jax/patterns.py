@@ -62,13 +62,12 @@ class VerticalSlash:
     - `tiles`: 64-key tiles at fixed distances before each 128-query tile. Tiles are what a kernel visits, so this
       budget has a cost that does not depend on the prompt, and holds more softmax mass at the same cost.
     - `probes`: the query rows that the estimate looks at: `"last"` (the last 64, the original) or `"spread"` (the
-      last 32 and 32 more spread evenly over the prompt, for attention that changes along the prompt).
+      last 16 and 48 more spread evenly over the prompt, for attention that changes along the prompt).
     - `coverage`: if given, each head keeps only its best entries until they hold this share of the estimated
       mass; the budgets remain upper limits, so shapes and compiled code do not change.
     - `threshold`: if given (with `tiles`), the budgets are what every head gets at least, and a head whose attention
-      is spread wider takes more, up to `GROWTH` times: all tiles whose keys have at least this mean attention weight
-      by the estimate, and all columns from a quarter of it. About 1 / (prompt length) is a start; halve it to visit
-      more.
+      is spread wider takes more, up to `GROWTH` times: all tiles and columns whose keys have at least this mean
+      attention weight by the estimate. About 1 / (2 · prompt length) is a start; half of it visits more.
 
     The defaults are the original's rule and its most frequent budget.
 

@@ -23,13 +23,13 @@ def last_probes(length, q_offset, q_len):
 
 
 def spread_probes(length, q_offset, q_len):
-    """The last 32 valid rows, and one row from the middle of each of 32 equal parts of those before."""
+    """The last 16 valid rows, and one row from the middle of each of 48 equal parts of those before."""
     rows = last_probes(length, q_offset, q_len)
     valid = max(min(length, q_offset + q_len) - q_offset, 0)
     if valid <= PROBES:
         return rows
-    even = [q_offset + (2 * i + 1) * (valid - 32) // 64 for i in range(32)]
-    return np.concatenate([even, rows[-32:]])
+    even = [q_offset + (2 * i + 1) * (valid - 16) // 96 for i in range(48)]
+    return np.concatenate([even, rows[-16:]])
 
 
 def softmax_rows(q, k, rows, scale=None):

@@ -74,15 +74,34 @@ def test_threshold_by_digits_of_any_size(rng, bits, monkeypatch):
         np.testing.assert_array_equal(found, np.sort(keys, axis=-1)[:, -k])
 
 
-def test_count_reaching_a_mass(rng):
+def test_as_many_as_hold_enough(rng):
+    """The best until they hold the target, but no more than k and no fewer than `least`."""
     scores = rng.random((20, 300)).astype(np.float32)
     mass = (scores * rng.random((20, 300))).astype(np.float32)
+    scores[:, 40:43] = np.inf
     target = mass.sum(-1) * rng.random(20).astype(np.float32)
-    count = jax.jit(select.count_reaching)(jnp.asarray(scores), jnp.asarray(mass), jnp.asarray(target))
+    target[:2] = 0
+    k = np.where(np.arange(20) < 15, 300, rng.integers(0, 300, 20)).astype(np.int32)
+    enough = select.Enough(jnp.asarray(mass), jnp.asarray(target), least=3)
+    positions, count = jax.jit(select.top_k, static_argnums=2)(jnp.asarray(scores), jnp.asarray(k), 300, enough)
     for row in range(20):
-        held = np.cumsum(mass[row, np.argsort(-scores[row])].astype(np.float64))
-        assert held[count[row] - 1] >= target[row] * (1 - 1e-5)
-        assert count[row] == 1 or held[count[row] - 2] <= target[row] * (1 + 1e-5)
+        best = np.argsort(-scores[row], kind="stable")
+        held = np.cumsum(mass[row, best].astype(np.float64))
+        np.testing.assert_array_equal(positions[row, : count[row]], np.sort(best[: count[row]]))
+        if count[row] < k[row]:
+            assert held[count[row] - 1] >= target[row] * (1 - 1e-5)
+        assert count[row] <= max(3, k[row])
+        assert count[row] <= 3 or held[count[row] - 2] <= target[row] * (1 + 1e-5)
+    assert set(count[:2].tolist()) == {3}
+
+
+def test_enough_among_equal_scores():
+    """Ties hold their mean: the lower positions are taken until that many would reach the target."""
+    scores, mass = jnp.asarray([[2.0, 1, 1, 1, 1, 0]]), jnp.asarray([[0.5, 0.1, 0.1, 0.1, 0.1, 0.1]])
+    for target, expected in ((0.4, [0]), (0.65, [0, 1, 2]), (0.75, [0, 1, 2, 3]), (2.0, list(range(6)))):
+        enough = select.Enough(mass, jnp.asarray([target]))
+        positions, count = select.top_k(scores, jnp.asarray([6]), 6, enough)
+        np.testing.assert_array_equal(positions[0, : count[0]], expected)
 
 
 def test_compact_and_bitmaps(rng):

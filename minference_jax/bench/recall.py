@@ -44,7 +44,7 @@ def near_a_quarter(tokens: int) -> VerticalSlash:
     where the diagonal tiles alone are a quarter."""
     size = tokens / 4096
     return VerticalSlash(
-        columns=round(300 * size), tiles=max(1, round(3 * size)), probes="spread", threshold=4.1e-4 / size
+        columns=round(200 * size), tiles=max(1, round(4 * size)), probes="spread", threshold=1.4e-4 / size
     )
 
 

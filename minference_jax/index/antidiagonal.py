@@ -89,7 +89,8 @@ def fewest_tiles(
     tile = jnp.arange(mass.shape[-1], dtype=jnp.int32)
     scores = jnp.where(tile < past, jnp.where(tile == 0, jnp.inf, mass), -jnp.inf)
     target = coverage * mass.sum(-1) - jnp.where(tile < past, 0, mass).sum(-1)
-    return select.top_k(scores, jnp.maximum(select.count_reaching(scores, mass, target), 1), width)
+    everything = jnp.full(target.shape, width, jnp.int32)
+    return select.top_k(scores, everything, width, select.Enough(mass, target, least=1))
 
 
 def _cells(

@@ -1,7 +1,7 @@
 """The few query rows ("probes") whose attention stands for the whole prompt, and their scores against the keys.
 
 The original looks at the last 64 rows of one unpadded prompt. Here: the last 64 *valid* rows of each sequence, of the
-chunk at hand; or half of them spread evenly over it, since heads differ along a prompt.
+chunk at hand; or most of them spread evenly over it, since heads differ along a prompt.
 """
 
 from __future__ import annotations
@@ -23,31 +23,32 @@ SCORE_BYTES = 512 * 2**20
 """Most memory that probe scores may take at once: with one KV head of a 1M-token prompt at a time (four query heads,
 bfloat16) they just fit."""
 
-_HALF = PROBES // 2
+LAST = 16
+"""Of the probes that are spread over the prompt, so many are its last rows."""
 
 LAST_IMPORTANCE = 0.3
-"""How much each of the last rows counts where the other half of the probes is spread over the prompt: they stand for
-far fewer rows. (In proportion they would hardly count, but what the end asks for is what a prompt is read for.)"""
+"""How much each of the last rows counts where the other probes are spread over the prompt: they stand for far fewer
+rows. (In proportion they would hardly count, but what the end asks for is what a prompt is read for.)"""
 
 
 def probe_rows(valid: Int[Array, " b"], spread: Bool[Array, " n"]) -> Int[Array, "b n p"]:
     """Row numbers of the probes, ascending; negative where a sequence has fewer valid rows than probes.
 
-    **Arguments:** `valid`: int32 number of valid query rows of each sequence. `spread`: heads that want half of
-    their probes spread over the rows; the others, and sequences of no more than 64 rows, take the last 64.
+    **Arguments:** `valid`: int32 number of valid query rows of each sequence. `spread`: heads that want
+    all but 16 of their probes spread over the rows; the others, and sequences of 64 rows or fewer, take the last 64.
     """
     i = jnp.arange(PROBES, dtype=jnp.int32)
     valid = valid[:, None, None]
     last = valid - PROBES + i
-    # The middle of each of 32 equal parts; (2i + 1)(valid − 32) stays below 2³¹ up to 34 million rows.
-    even = (2 * i + 1) * (valid - _HALF) // PROBES
-    return jnp.where(spread[:, None] & (valid > PROBES) & (i < _HALF), even, last)
+    # The middle of each of 48 equal parts; (2i + 1)(valid − 16) stays below 2³¹ up to 22 million rows.
+    even = (2 * i + 1) * (valid - LAST) // (2 * (PROBES - LAST))
+    return jnp.where(spread[:, None] & (valid > PROBES) & (i < PROBES - LAST), even, last)
 
 
 def probe_importance(rows: Int[Array, "b n p"], spread: Bool[Array, " n"]) -> Float[Array, "b n p"]:
     """How much each probe counts: 0 where there is none; less for the last rows where others are spread."""
     i = jnp.arange(PROBES, dtype=jnp.int32)
-    last = spread[:, None] & (rows[..., -1:] >= PROBES) & (i >= _HALF)
+    last = spread[:, None] & (rows[..., -1:] >= PROBES) & (i >= PROBES - LAST)
     return jnp.where(rows >= 0, jnp.where(last, LAST_IMPORTANCE, 1.0), 0.0)
 
 
@@ -83,9 +84,8 @@ class Weights(NamedTuple):
     """Weight of the key at each position."""
 
     by_distance: Callable[..., Float[Array, "*heads p s"]]
-    """Weight of the key at each distance before the probe, without the keys below the position `skip`. Given the
-    `total` weight of each key over the probes (`[*heads, s]`), each weight counts by its share of it: all of a key
-    that one probe sees, as on a slash, and little of a column that all of them see."""
+    """Weight of the key at each distance before the probe, without the keys below the position `skip` and, if `keep`
+    (bool `[*heads, s]`) is given, without those where it is False."""
 
 
 def probe_weights(
@@ -122,18 +122,17 @@ def lazy_weights(
     def by_key() -> Array:
         return (jnp.exp(scaled(jax.lax.optimization_barrier(scores), seen) - top) * inverse).reshape(shape)
 
-    def by_distance(skip: int, total: Array | None = None) -> Array:
+    def by_distance(skip: int, keep: Array | None = None) -> Array:
         # The shift is a gather of the scores, which fuses with all the rest. (Padding and reshaping, which shears the
         # rows of consecutive probes, takes a GPU five times as long.)
         key = positions - place
         at = jnp.clip(key, 0, shape[-1] - 1)
         shifted = jnp.take_along_axis(jax.lax.optimization_barrier(scores), at, axis=-1, mode="clip")
-        weights = jnp.exp(scaled(shifted, (key >= skip) & (key < shape[-1])) - top) * inverse
-        if total is not None:
+        seen = (key >= skip) & (key < shape[-1])
+        if keep is not None:
             head = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None] // shape[-2]
-            whole = total.reshape(-1, shape[-1]).at[head, at].get(mode="promise_in_bounds")
-            weights = weights * (weights / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny))
-        return weights.reshape(shape)
+            seen &= keep.reshape(-1, shape[-1]).at[head, at].get(mode="promise_in_bounds")
+        return (jnp.exp(scaled(shifted, seen) - top) * inverse).reshape(shape)
 
     return Weights(by_key, by_distance)
 

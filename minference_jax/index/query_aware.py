@@ -90,15 +90,16 @@ class QueryAware(PlanBuilder):
         position = jnp.where(rows >= 0, rows + q_offset, -1)
         exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
-        def truth(scored: tuple[Array, Array]) -> Float[Array, "b g kt"]:
-            queries, keys = scored  # one KV head: [b, p, g, h], [b, s, h]
-            scores = jnp.einsum("bpgh,bsh->bgps", queries, keys, precision=exact, preferred_element_type=jnp.float32)
-            weights = probes.probe_weights(scores, scale, jnp.broadcast_to(position[:, None], scores.shape[:-1]))
-            weights = jnp.pad(weights, ((0, 0), (0, 0), (0, 0), (0, -s % KEY_TILE))).sum(-2)
-            return weights.reshape(*weights.shape[:-1], -1, KEY_TILE).sum(-1)
+        def truth(head: Int[Array, ""]) -> Float[Array, "b kt"]:
+            # One query head at a time: float32 scores of 128 rows with a million keys are 512 MiB.
+            queries = jax.lax.dynamic_index_in_dim(last, head, axis=2, keepdims=False)
+            keys = jax.lax.dynamic_index_in_dim(k, head // (n // kv_heads), axis=2, keepdims=False)
+            scores = jnp.einsum("bph,bsh->bps", queries, keys, precision=exact, preferred_element_type=jnp.float32)
+            weights = probes.probe_weights(scores, scale, position)
+            weights = jnp.pad(weights.sum(-2), ((0, 0), (0, -s % KEY_TILE)))
+            return weights.reshape(b, -1, KEY_TILE).sum(-1)
 
-        held = jax.lax.map(truth, (jnp.moveaxis(grouped, 2, 0), jnp.moveaxis(k, 2, 0)))
-        held = jnp.moveaxis(held, 0, 1).reshape(b, n, -1)
+        held = jnp.moveaxis(jax.lax.map(truth, jnp.arange(n, dtype=jnp.int32)), 0, 1)
         valid = jnp.maximum(jnp.sum(rows >= 0, axis=1), 1).astype(jnp.float32)
         mean = (grouped.sum(1, dtype=jnp.float32) / valid[:, None, None, None]).astype(q.dtype)
         scores = jnp.einsum("bkgh,bskh->bkgs", mean, pooled_k, precision=exact, preferred_element_type=jnp.float32)

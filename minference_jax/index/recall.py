@@ -73,7 +73,7 @@ def estimated_recall(
     q_offset: Int[Array, ""],
     scale: float,
 ) -> Float[Array, "b n"]:
-    """As `recall`, from 64 probe rows (the last 32 and 32 spread over the rows): as cheap as the index itself.
+    """As `recall`, from 64 probe rows (the last 16 and 48 spread over the rows): as cheap as the index itself.
 
     The plan was often made from the same rows, so this errs on the high side.
     """

@@ -11,6 +11,8 @@ Equal scores go to the lower position. NaN counts as −inf, and −inf is never
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt, UInt32
@@ -24,8 +26,23 @@ sums to compute: on an H100, 1, 3 and 4 are slower."""
 _BLOCK = 1024
 
 
-def top_k(scores: Float[Array, "*rows s"], k: Int[Array, "*rows"], width: int) -> tuple[Array, Array]:
-    """Positions of the k largest scores of each row, ascending.
+class Enough(NamedTuple):
+    """Fewer than the k best, where those hold enough."""
+
+    mass: Float[Array, "*rows s"]
+    """What each entry holds, at least 0; it may differ from the scores."""
+
+    target: Float[Array, "*rows"]
+    """The best entries are taken until they hold so much together."""
+
+    least: int = 0
+    """The first so many are taken in any case."""
+
+
+def top_k(
+    scores: Float[Array, "*rows s"], k: Int[Array, "*rows"], width: int, enough: Enough | None = None
+) -> tuple[Array, Array]:
+    """Positions of the k largest scores of each row, ascending; of fewer, where they hold `enough`.
 
     **Arguments:** `scores`: float32, or a 16-bit float (half the passes). `k`: int32, traced; clamped to [0, width]
     and to the number of scores above −inf. `width`: static number of output slots.
@@ -34,25 +51,35 @@ def top_k(scores: Float[Array, "*rows s"], k: Int[Array, "*rows"], width: int) -
 
     Cost: 18 reads of `scores`, 10 of 16-bit ones (from cache where they fit).
     """
-    words = top_k_words(scores, jnp.minimum(k, width))
+    words = top_k_words(scores, jnp.minimum(k, width), enough)
     return word_positions(words, width, scores.shape[-1])
 
 
-def top_k_mask(scores: Float[Array, "*rows s"], k: Int[Array, "*rows"]) -> Bool[Array, "*rows s"]:
+def top_k_mask(
+    scores: Float[Array, "*rows s"], k: Int[Array, "*rows"], enough: Enough | None = None
+) -> Bool[Array, "*rows s"]:
     """True at the k largest scores of each row; see `top_k`."""
-    return unpack(top_k_words(scores, k), scores.shape[-1])
+    return unpack(top_k_words(scores, k, enough), scores.shape[-1])
 
 
-def top_k_words(scores: Float[Array, "*rows s"], k: Int[Array, "*rows"]) -> UInt32[Array, "*rows w"]:
+def top_k_words(
+    scores: Float[Array, "*rows s"], k: Int[Array, "*rows"], enough: Enough | None = None
+) -> UInt32[Array, "*rows w"]:
     """`top_k_mask` as a bitmap: bit p % 32 of word p // 32 is position p."""
     keys = ordered_keys(scores)
     eligible = jnp.sum(keys > _lowest(scores.dtype), axis=-1, dtype=jnp.int32)
     k = jnp.clip(k.astype(jnp.int32), 0, eligible)
-    threshold = kth_largest(keys, k)
-    above, ties = pack(keys > threshold[..., None]), pack(keys == threshold[..., None])
-    wanted = k - jnp.sum(jax.lax.population_count(above), axis=-1).astype(jnp.int32)
-    ties_before = _exclusive_sum(jax.lax.population_count(ties).astype(jnp.int32))
-    return above | lowest_bits(ties, jnp.maximum(wanted[..., None] - ties_before, 0))
+    threshold = kth_largest(keys, k, enough)[..., None]
+    above, tied = keys > threshold, keys == threshold
+    above_words, tied_words = pack(above), pack(tied)
+    taken, ties_before = _set_bits(above_words), _exclusive_sum(jax.lax.population_count(tied_words).astype(jnp.int32))
+    wanted = k - taken
+    if enough is not None:
+        held, more = (jnp.sum(jnp.where(flags, enough.mass, 0), axis=-1) for flags in (above, tied))
+        one_tie = jnp.maximum(more / jnp.maximum(_set_bits(tied_words), 1).astype(more.dtype), 1e-30)
+        missing = jnp.clip(jnp.ceil((enough.target - held) / one_tie), 0, scores.shape[-1]).astype(jnp.int32)
+        wanted = jnp.minimum(wanted, jnp.maximum(missing, enough.least - taken))
+    return above_words | lowest_bits(tied_words, jnp.maximum(wanted[..., None] - ties_before, 0))
 
 
 def ordered_keys(scores: Float[Array, "*rows s"]) -> UInt[Array, "*rows s"]:
@@ -73,13 +100,11 @@ def _lowest(dtype: jnp.dtype) -> Array:
     return ~jax.lax.bitcast_convert_type(jnp.asarray(-jnp.inf, dtype), jnp.dtype(f"uint{8 * dtype.itemsize}"))
 
 
-def kth_largest(keys: UInt[Array, "*rows s"], k: Int[Array, "*rows"]) -> UInt[Array, "*rows"]:
-    """The largest value that at least k keys of each row reach (the type's largest where k is 0)."""
-    return _largest_reaching(keys, None, k)
-
-
-def _largest_reaching(keys: UInt[Array, "*rows s"], mass: Float[Array, "*rows s"] | None, target: Array) -> Array:
-    """The largest v for which the keys >= v hold `target` together: so many of them, or so much of their mass."""
+def kth_largest(
+    keys: UInt[Array, "*rows s"], k: Int[Array, "*rows"], enough: Enough | None = None
+) -> UInt[Array, "*rows"]:
+    """The largest value that at least k keys of each row reach (the type's largest where k is 0), or that `enough`
+    of them reach."""
     kind, bits = keys.dtype, 8 * keys.dtype.itemsize
     padding = [(0, 0)] * (keys.ndim - 1) + [(0, -keys.shape[-1] % min(_BLOCK, keys.shape[-1]))]
 
@@ -88,35 +113,22 @@ def _largest_reaching(keys: UInt[Array, "*rows s"], mass: Float[Array, "*rows s"
         return jnp.pad(x, padding).reshape(*x.shape[:-1], -1, min(_BLOCK, x.shape[-1]))
 
     keys = blocks(keys)
-    share = jnp.ones((), jnp.int32) if mass is None else blocks(mass)
+    shares = [jnp.ones((), jnp.int32)] + ([] if enough is None else [blocks(enough.mass)])
     digits = jnp.arange(1, 1 << DIGIT_BITS, dtype=kind)
 
     def step(i: Int[Array, ""], found: Array) -> Array:
         shift = (bits - DIGIT_BITS * (i + 1)).astype(kind)
         trials = found[..., None] | (digits << shift)
-        held = (jnp.where(keys >= trials[..., d, None, None], share, 0).sum(-1) for d in range(digits.size))
-        reached = jnp.stack(list(held), axis=-2).sum(-1) >= target[..., None]
+        held = []
+        for share in shares:
+            sums = (jnp.where(keys >= trials[..., d, None, None], share, 0).sum(-1) for d in range(digits.size))
+            held.append(jnp.stack(list(sums), axis=-2).sum(-1))
+        reached = held[0] >= k[..., None]
+        if enough is not None:
+            reached |= (held[1] >= enough.target[..., None]) & (held[0] >= enough.least)
         return found | (jnp.sum(reached, axis=-1, dtype=kind) << shift)
 
-    return jax.lax.fori_loop(0, bits // DIGIT_BITS, step, jnp.zeros(target.shape, kind))
-
-
-def count_reaching(
-    scores: Float[Array, "*rows s"], mass: Float[Array, "*rows s"], target: Float[Array, "*rows"]
-) -> Int[Array, "*rows"]:
-    """How many of the best-scored entries hold `target` mass together (all of them, if they never do).
-
-    `mass` >= 0 may differ from `scores` (an entry with score +inf is taken first, whatever its mass).
-    """
-    keys = ordered_keys(scores)
-    threshold = _largest_reaching(keys, mass, target)[..., None]
-    above, tied = keys > threshold, keys == threshold
-    ties = jnp.sum(tied, axis=-1, dtype=jnp.int32)
-    held_above = jnp.sum(jnp.where(above, mass, 0), axis=-1)
-    held_tied = jnp.sum(jnp.where(tied, mass, 0), axis=-1)
-    one_tie = jnp.maximum(held_tied / jnp.maximum(ties, 1).astype(mass.dtype), 1e-30)
-    wanted = jnp.ceil((target - held_above) / one_tie)
-    return jnp.sum(above, axis=-1, dtype=jnp.int32) + jnp.minimum(jnp.maximum(wanted, 0).astype(jnp.int32), ties)
+    return jax.lax.fori_loop(0, bits // DIGIT_BITS, step, jnp.zeros(k.shape, kind))
 
 
 def pack(mask: Bool[Array, "*rows s"]) -> UInt32[Array, "*rows w"]:
@@ -166,6 +178,10 @@ def lowest_bits(words: UInt32[Array, "*any"], n: Int[Array, "*any"]) -> UInt32[A
     below = (jnp.uint32(1) << nth_bit(words, n).astype(jnp.uint32)) - 1
     enough = n >= jax.lax.population_count(words).astype(jnp.int32)
     return jnp.where(enough, words, words & below)
+
+
+def _set_bits(words: UInt32[Array, "*rows w"]) -> Int[Array, "*rows"]:
+    return jnp.sum(jax.lax.population_count(words), axis=-1).astype(jnp.int32)
 
 
 def _exclusive_sum(x: Int[Array, "*rows w"]) -> Int[Array, "*rows w"]:
