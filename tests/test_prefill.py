@@ -31,14 +31,16 @@ def test_rows_say_what_ran_and_what_was_estimated():
     assert weights / 2**30 < sparse.memory_gib < (weights + 4e7) / 2**30
 
 
-def test_the_command_prints_json_and_draws(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+def test_the_command_takes_pattern_files_prints_json_and_draws(tmp_path, capsys):
     config, image = tmp_path / "config.json", tmp_path / "plot.png"
     config.write_text(json.dumps(TINY.to_hf()))
     arguments = ["bench", "prefill", "--random-weights", str(config), "--lengths", "128", "--repeats", "1", "--json"]
-    assert main([*arguments, "--methods", "dense", "--plot", str(image)]) == 0
+    official = tmp_path / "official.json"
+    official.write_text(json.dumps([{"0": ["vertical_and_slash", 4, 8, 1], "3": ["stream_llm", 8, 64, 1]}, {}]))
+    arguments += ["--pattern", str(official)]
+    assert main([*arguments, "--methods", "dense,minference", "--plot", str(image)]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [(row["tokens"], row["method"]) for row in found["rows"]] == [(128, "dense")]
+    assert [(row["tokens"], row["method"]) for row in found["rows"]] == [(128, "dense"), (128, "minference")]
     assert found["rows"][0]["tokens_per_second"] == pytest.approx(128 / found["rows"][0]["seconds"])
     assert image.read_bytes()[:4] == b"\x89PNG"
     assert main(["bench", "prefill", "--random-weights", str(config), "--lengths", "8Q"]) == 2
@@ -46,7 +48,6 @@ def test_the_command_prints_json_and_draws(tmp_path, capsys, monkeypatch):
 
 
 def test_rows_before_an_error_are_printed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     config = tmp_path / "config.json"
     config.write_text(json.dumps(TINY.to_hf()))
     timed = prefill._time

@@ -33,7 +33,7 @@ def test_search_writes_patterns_and_verifies_them(folder, capsys):
     assert status == 0
     patterns = load_patterns(out, heads=3, layers=2)
     assert f"{out}: 6 a-shape" in table
-    assert "| searched | " in table
+    assert "| searched | " in table and " GiB at most" in table
     assert "b.txt, 256 tokens" in table
     assert "layer 2 of 2" in news
     assert all(isinstance(p, AShape) for layer in patterns for p in layer)

@@ -22,7 +22,7 @@ from minference_jax.models.cost import AUTO_PATTERN
 from minference_jax.models.forward import CHUNK
 from minference_jax.models.llama import Llama, prefill_program
 from minference_jax.models.memory import advise
-from minference_jax.patterns import AShape, Pattern
+from minference_jax.patterns import AShape, HeadPatterns, Pattern
 
 VERTICAL_SLASH = AUTO_PATTERN
 """The paper's largest budget, (1000, 6096), with the slashes counted in tiles: of random weights and tokens, lines
@@ -67,7 +67,7 @@ class Row:
 def bench_prefill(
     model: Llama,
     lengths: Sequence[int],
-    methods: Mapping[str, tuple[Pattern | None, bool]] = METHODS,
+    methods: Mapping[str, tuple[Pattern | HeadPatterns | None, bool]] = METHODS,
     *,
     repeats: int = 3,
     dense_limit: int = 1 << 17,
@@ -77,7 +77,8 @@ def bench_prefill(
 
     **Arguments:**
 
-    - `methods`: name → (pattern of all heads, FP8 projections). "dense" comes first, so that others can be compared.
+    - `methods`: name → (pattern of all heads, or one for each; FP8 projections). "dense" comes first, so that others
+      can be compared. Shares and density are those of the first layer.
     - `repeats`: runs of which the median is taken; a run of more than three seconds is not repeated.
     - `dense_limit`: beyond it, dense attention is timed in one layer only, and its row estimated (at a million tokens
       an 8B model would take ten minutes).
@@ -133,7 +134,9 @@ def median_seconds(run: Callable[[], Any], repeats: int, *, long: float = 3.0) -
     return statistics.median(times[1:] or times)
 
 
-def _time(network: Llama, method: str, pattern: Pattern | None, tokens: int, repeats: int, estimated: bool) -> Row:
+def _time(
+    network: Llama, method: str, pattern: Pattern | HeadPatterns | None, tokens: int, repeats: int, estimated: bool
+) -> Row:
     """A row whose speed-up is still unknown."""
     prompt = jax.random.randint(jax.random.key(tokens), (1, tokens), 0, network.config.vocab_size, jnp.int32)
     compile_seconds, memory, seconds = float("nan"), float("nan"), float("nan")
@@ -142,7 +145,8 @@ def _time(network: Llama, method: str, pattern: Pattern | None, tokens: int, rep
         memory = program_bytes(program) / 2**30
         seconds = median_seconds(lambda: program(*arguments(network, prompt)), repeats)
         del program
-    pieces = time_pieces(network, prompt, pattern, lambda run: median_seconds(run, repeats))
+    first = pattern.layer(0) if isinstance(pattern, HeadPatterns) else pattern
+    pieces = time_pieces(network, prompt, first, lambda run: median_seconds(run, repeats))
     if estimated:
         seconds = pieces.attention + pieces.indexing + pieces.projections
     device = jax.devices()[0].memory_stats() or {}

@@ -32,7 +32,7 @@ class Pieces(NamedTuple):
 def time_pieces(
     model: Llama,
     tokens: Int32[Array, "1 t"],
-    pattern: Pattern | None,
+    pattern: Pattern | tuple[Pattern, ...] | None,
     seconds: Callable[[Callable[[], Any]], float],
 ) -> Pieces:
     """Times the pieces of the first layer; `seconds(run)` measures. The last layer's arrays need not fit beside them:

@@ -9,7 +9,7 @@ import typer
 
 from minference_jax.bench.cases import Case
 from minference_jax.cli.console import print_json, stderr, stdout, usage_error
-from minference_jax.cli.pattern_option import PATTERN_HELP
+from minference_jax.cli.pattern_option import PATTERN_HELP, parse_pattern
 
 app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 
@@ -24,7 +24,7 @@ def prefill(
     methods: Annotated[
         str, typer.Option(help="Any of dense, a-shape, minference, minference-fp8.")
     ] = "dense,a-shape,minference",
-    pattern: Annotated[str, typer.Option(help=f"What minference means, for all heads: {PATTERN_HELP}")] = "",
+    pattern: Annotated[str, typer.Option(help=f"What minference means: {PATTERN_HELP}")] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Runs, of which the median is shown.")] = 3,
     dense_limit: Annotated[
@@ -44,9 +44,12 @@ def prefill(
         raise usage_error("give a model, or --random-weights")
     from minference_jax.bench import prefill as bench
 
-    chosen = _methods(methods, pattern)
+    chosen = _methods(methods)
     sizes = [parse_length(text) for text in lengths.split(",")]
     network = _network(model, random_weights, dtype)
+    if pattern:
+        mine = parse_pattern(pattern, network.config)
+        chosen = {name: (mine if name.startswith("minference") else p, fp8) for name, (p, fp8) in chosen.items()}
     rows, name = [], random_weights or str(model)
     try:
         for row in bench.bench_prefill(
@@ -137,18 +140,13 @@ def parse_length(text: str) -> int:
     return int(number) * factor
 
 
-def _methods(names: str, pattern: str) -> dict:
+def _methods(names: str) -> dict:
     from minference_jax.bench.prefill import METHODS
-    from minference_jax.cli.pattern_option import parse_uniform
 
     unknown = [name for name in names.split(",") if name not in METHODS]
     if unknown:
         raise usage_error(f"unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
-    chosen = {name: METHODS[name] for name in METHODS if name in names.split(",")}
-    if pattern:
-        mine = parse_uniform(pattern)
-        chosen = {name: (mine if name.startswith("minference") else p, fp8) for name, (p, fp8) in chosen.items()}
-    return chosen
+    return {name: METHODS[name] for name in METHODS if name in names.split(",")}
 
 
 def _network(model: Path | None, random_weights: str, dtype: str):

@@ -102,6 +102,9 @@ def _cut(tokenizer: Any, name: str, tokens: int, samples: int) -> list[list[int]
 
 
 def _search(network: Any, ids: list[list[int]], out: Path, settings: Any, restart: bool, model: Path) -> dict[str, Any]:
+    import resource
+
+    import jax
     import jax.numpy as jnp
 
     from minference_jax.pattern_io import load_about
@@ -121,7 +124,10 @@ def _search(network: Any, ids: list[list[int]], out: Path, settings: Any, restar
         about = {"model": model.absolute().name, "command": _command()}
         samples = jnp.asarray(ids, jnp.int32)
         search_to_file(network, samples, out, settings=settings, about=about, restart=restart, progress=report)
-    return {"out": str(out), "seconds": time.perf_counter() - started, **load_about(out)}
+    memory = jax.devices()[0].memory_stats() or {}
+    peak = memory.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    figures = {"seconds": time.perf_counter() - started, "peak memory GiB": round(peak / 2**30, 2)}
+    return {"out": str(out), **figures, **load_about(out)}
 
 
 def _command() -> str:
@@ -136,7 +142,7 @@ def _summary(found: dict[str, Any], out: Path) -> str:
     return (
         f"{out}: {', '.join(f'{count} {kind}' for kind, count in kinds)}\n"
         f"mean output error {found['mean output error']:.4f}, density {found['mean density']:.4f},"
-        f" recall {found['mean recall']:.4f}; {found['seconds']:.0f} s"
+        f" recall {found['mean recall']:.4f}; {found['seconds']:.0f} s, {found['peak memory GiB']:.1f} GiB at most"
     )
 
 
