@@ -26,8 +26,9 @@ help:
 demo: .venv/.runtime
 	$(BIN)/minference-jax demo
 
+# Two processes: the suite is mostly compilation, which uses one core, and each process holds about 2 GB.
 test: .venv/.dev torch-env
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 check: lint
 	$(BIN)/pyright
