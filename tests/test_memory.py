@@ -99,6 +99,7 @@ def test_short_prompts_are_dense_and_long_ones_sparse():
         assert chosen[:4] == [True] * 4 and not any(chosen[7:])  # 1K to 8K, 128K to 1M
     short = choose_attention(LLAMA, patterns, 4096, 4096, device="NVIDIA H100 80GB HBM3")
     assert str(short).startswith("dense (predicted") and short.dense_ms < short.sparse_ms
+    assert choose_attention(LLAMA, patterns, 4096, 4096, device="NVIDIA H100 80GB HBM3") is short  # remembered
     # A part at the end of a long cache pays earlier than a prompt of its length.
     assert not choose_attention(LLAMA, patterns, 4096, 1 << 18, device="NVIDIA H100 80GB HBM3").dense
     for pattern in (AShape(), BlockSparse(), VerticalSlash()):
