@@ -1,12 +1,14 @@
 """The recall bench on a random model, and that nothing is compiled anew for every layer or number of lines."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from minference_jax import Llama, LlamaConfig, VerticalSlash, capture_qkv, make_plan
-from minference_jax.bench.recall import lines_as_dense, mean_density, measure, near_a_quarter
+from minference_jax.bench.recall import Row, as_dense, lines_as_dense, mean_density, measure, near_a_quarter
 from minference_jax.index import build
 from minference_jax.index import recall as recall_module
 
@@ -55,3 +57,20 @@ def test_lines_reach_the_density_with_one_program(model, tokens, monkeypatch):
     assert len(traced) == 1
     assert mean_density(sample, found) >= 0.9
     assert mean_density(sample, VerticalSlash(16, found.slashes - 4)) < 0.9
+
+
+def test_threshold_reaches_the_density_with_one_program(model, tokens, monkeypatch):
+    sample = [(q, k) for q, k, _ in capture_qkv(model, tokens)]
+    pattern = VerticalSlash(columns=8, tiles=1, probes="spread", threshold=2e-3)
+    traced = counted(monkeypatch, build, "vertical_slash_index")
+    found = as_dense(sample, pattern, 0.6)
+    assert len(traced) == 1
+    assert mean_density(sample, found) >= 0.6
+    assert mean_density(sample, dataclasses.replace(found, threshold=found.threshold * 1.1)) < 0.62
+
+
+def test_comparison_counts_the_heads_that_lose():
+    ours = Row("ours", 0.25, np.array([[0.955, 0.93], [0.88, 0.99]]))
+    other = Row("other", 0.25, np.array([[0.85, 0.935], [0.90, 0.97]]))
+    assert str(ours) == "ours | 0.250 | 0.9387 | 75% | 50% | 0.88, 0.93, 0.95"
+    assert ours.against(other) == "+2.50 | +0 | 50% (25% by more than a point) | -2.0, -0.5, +2.0"

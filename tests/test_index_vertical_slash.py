@@ -188,8 +188,8 @@ def test_threshold_gives_wide_heads_more(rng):
 
 
 def test_tile_budget():
-    assert tile_budget(6400, window_share=1.0) == 100
-    assert tile_budget(0) == 1
-    assert tile_budget(6096) < tile_budget(6096, cluster=1)
-    with pytest.raises(ValueError, match="cluster"):
-        tile_budget(10, cluster=0)
+    """Near what the original's lines took on text: see the function's table."""
+    assert [tile_budget(lines) for lines in (0, 100, 128, 512, 2048)] == [1, 2, 8, 33, 85]
+    assert tile_budget(2048, tokens=4096) == 64
+    with pytest.raises(ValueError, match="slashes"):
+        tile_budget(-1)

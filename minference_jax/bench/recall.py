@@ -1,14 +1,16 @@
-"""How much of dense attention's softmax mass each rule captures on real text, at equal density.
+"""How much of dense attention's softmax mass each rule captures on real text, at equal density: a table in Markdown.
 
-Run as `python -m minference_jax.bench.recall MODEL_DIR TEXT_FILE [--tokens 4096]`. Queries and keys come from the
-model's own dense run over the text; the share is exact, over all rows, layer by layer and head by head. The original's
-rule is given so many slash lines that it visits as many cells as ours, at three splits between columns and lines; in
-a text of about a thousand tokens or fewer its fewest lines (a window of 100) visit more.
+Run as `python -m minference_jax.bench.recall MODEL TEXT... [--tokens 4096 8192]`. Queries and keys come from the
+model's own dense run over the start of each text; the share is exact, over all rows, layer by layer and head by head.
+Our rule gets the threshold that visits a quarter of the causal cells, the original's so many slash lines that it visits
+as many cells as ours, at three splits between columns and lines; in a text of about a thousand tokens or fewer its
+fewest lines (a window of 100) visit more. Both are set by density alone, on a quarter of the layers.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ from jaxtyping import Array, Int
 
 from minference_jax.index.build import make_plan
 from minference_jax.index.recall import recall
-from minference_jax.patterns import Pattern, PatternArrays, VerticalSlash
+from minference_jax.patterns import Pattern, PatternArrays, VerticalSlash, head_arrays
 from minference_jax.search.candidates import arrays
 
 
@@ -33,10 +35,22 @@ class Row(NamedTuple):
     def __str__(self) -> str:
         r = self.recall.reshape(-1)
         worst = ", ".join(f"{x:.2f}" for x in np.sort(r)[:3])
-        return (
-            f"{self.name:<30} density {self.density:.3f}  recall {r.mean():.4f}  heads >= 0.9: {np.mean(r >= 0.9):.0%}"
-            f"  >= 0.95: {np.mean(r >= 0.95):.0%}  worst {worst}"
-        )
+        cells = (self.name, f"{self.density:.3f}", f"{r.mean():.4f}", f"{np.mean(r >= 0.9):.0%}")
+        return " | ".join((*cells, f"{np.mean(r >= 0.95):.0%}", worst))
+
+    def against(self, other: Row) -> str:
+        """What this rule captures more than another: mean, share of heads >= 0.9, and the heads that lose."""
+        gain = (self.recall - other.recall).reshape(-1)
+        more = np.mean(self.recall >= 0.9) - np.mean(other.recall >= 0.9)
+        lose = f"{np.mean(gain < 0):.0%} ({np.mean(gain < -0.01):.0%} by more than a point)"
+        most = ", ".join(f"{100 * x:+.1f}" for x in np.sort(gain)[:3])
+        return f"{100 * gain.mean():+.2f} | {100 * more:+.0f} | {lose} | {most}"
+
+
+HEADER = (
+    "| text | tokens | rule | density | mean recall | heads ≥ 0.9 | ≥ 0.95 | worst heads | ours: mean, points "
+    "| heads ≥ 0.9 | ours is lower in | by at most |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+)
 
 
 def near_a_quarter(tokens: int) -> VerticalSlash:
@@ -44,8 +58,22 @@ def near_a_quarter(tokens: int) -> VerticalSlash:
     where the diagonal tiles alone are a quarter."""
     size = tokens / 4096
     return VerticalSlash(
-        columns=round(200 * size), tiles=max(1, round(4 * size)), probes="spread", threshold=1.4e-4 / size
+        columns=round(200 * size), tiles=max(1, round(4 * size)), probes="spread", threshold=1.5e-4 / size
     )
+
+
+def as_dense(sample: Sequence[tuple[Array, Array]], pattern: VerticalSlash, density: float) -> VerticalSlash:
+    """The pattern with the threshold, within a factor of 4, that reaches `density` on the sampled layers."""
+    assert pattern.threshold is not None
+    heads = head_arrays(pattern, sample[0][0].shape[2])
+    assert isinstance(heads, PatternArrays)
+    low, high = pattern.threshold / 4, min(pattern.threshold * 4, 0.5)
+    while high / low > 1.03:
+        middle = (low * high) ** 0.5
+        # The threshold is a traced argument, so that one program serves every step.
+        there = dataclasses.replace(heads, threshold=jnp.full_like(heads.threshold, middle))
+        low, high = (middle, high) if mean_density(sample, there) >= density else (low, middle)
+    return dataclasses.replace(pattern, threshold=low)
 
 
 def lines_as_dense(sample: Sequence[tuple[Array, Array]], columns: int, density: float) -> VerticalSlash:
@@ -82,37 +110,48 @@ def measure(model: Any, tokens: Int[Array, "1 t"], patterns: Mapping[str, Patter
     ]
 
 
-def main() -> None:
-    """Prints the table, and our rule against each split of the original's."""
+def table(path: str, texts: Sequence[Path], lengths: Sequence[int], density: float = 0.25) -> None:
+    """Prints the table: the original's rule at three splits and ours, for each text and length.
+
+    **Arguments:** `path`: checkpoint directory or GGUF file.
+
+    **Raises:** ValueError for a text with fewer tokens than wanted.
+    """
     from minference_jax.models.capture import capture_qkv
     from minference_jax.models.llama import Llama
     from minference_jax.models.tokenizer import load_tokenizer
 
+    tokenizer, model = load_tokenizer(path), Llama.from_pretrained(path, dtype="float32")
+    print(HEADER, flush=True)
+    for length in lengths:
+        for text in texts:
+            ids = tokenizer.encode(text.read_text(encoding="utf-8"))[:length]
+            if len(ids) < length:
+                raise ValueError(f"{text} has {len(ids):,} tokens; {length:,} are wanted")
+            tokens = jnp.asarray([ids], jnp.int32)
+            sample = [(q, k) for layer, (q, k, _) in enumerate(capture_qkv(model, tokens)) if layer % 4 == 0]
+            ours = as_dense(sample, near_a_quarter(length), density)
+            visited = mean_density(sample, ours)
+            lines = [lines_as_dense(sample, length // share, visited) for share in (32, 8, 4)]
+            del sample
+            patterns = {f"original ({p.columns}, {p.slashes})": p for p in lines}
+            rows = measure(model, tokens, patterns | {f"ours, threshold {ours.threshold:.1e}": ours})
+            for row in rows:
+                compared = rows[-1].against(row) if row is not rows[-1] else " | | | "
+                print(f"| {text.stem} | {length:,} | {row} | {compared} |", flush=True)
+
+
+def main() -> None:
+    """Prints the table of the given texts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="checkpoint directory or GGUF file")
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("texts", nargs="+", type=Path)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 8192])
     arguments = parser.parse_args()
-    ids = load_tokenizer(arguments.model).encode(arguments.text.read_text(encoding="utf-8"))
-    if len(ids) < arguments.tokens:
-        parser.error(f"{arguments.text} has {len(ids):,} tokens; --tokens {arguments.tokens:,} are wanted")
-    ids = ids[: arguments.tokens]
-    model, tokens = Llama.from_pretrained(arguments.model, dtype="float32"), jnp.asarray([ids], jnp.int32)
-    sample = [(q, k) for layer, (q, k, _) in enumerate(capture_qkv(model, tokens)) if layer % 4 == 0]
-    ours = near_a_quarter(len(ids))
-    density = mean_density(sample, ours)
-    lines = [lines_as_dense(sample, len(ids) // share, density) for share in (32, 8, 4)]
-    del sample
-    rows = measure(model, tokens, {f"lines ({p.columns}, {p.slashes})": p for p in lines} | {"threshold": ours})
-    for row in rows:
-        print(row)
-    for row in rows[:-1]:
-        gain = rows[-1].recall - row.recall
-        more = np.mean(rows[-1].recall >= 0.9) - np.mean(row.recall >= 0.9)
-        print(
-            f"threshold against {row.name}: mean {100 * gain.mean():+.2f} points, heads >= 0.9 {100 * more:+.0f} "
-            f"points, lower in {np.mean(gain < 0):.0%} of heads, by more than a point in {np.mean(gain < -0.01):.0%}"
-        )
+    try:
+        table(arguments.model, arguments.texts, arguments.tokens)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,10 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.plan import KEY_TILE, QUERY_TILE
+from pallas_kernels.plan import KEY_TILE, QUERY_TILE, num_key_tiles
+
+WINDOW_LINES = 100
+"""Of the lines that the original takes, so many form a window next to the diagonal."""
 
 
 def band_scores(distances: Float[Array, "*heads s"]) -> Float[Array, "*heads r"]:
@@ -27,17 +30,23 @@ def band_scores(distances: Float[Array, "*heads s"]) -> Float[Array, "*heads r"]
     return (rising[..., :-2] + KEY_TILE * total[..., 1:-1] + falling[..., 2:]) / QUERY_TILE
 
 
-def tile_budget(slashes: int, *, window_share: float = 1 / 3, cluster: int = 127) -> int:
-    """Tiles that cost about as much as `slashes` lines do, for `VerticalSlash(columns, tiles=...)`.
+def tile_budget(slashes: int, tokens: int | None = None) -> int:
+    """Tiles that about as many slash lines as these take, for `VerticalSlash(columns, tiles=...)`.
 
-    What lines cost depends on how they cluster. The model here: `window_share` of them form a window next to the
-    diagonal, the others lie in clusters of `cluster` neighbours; a run of c lines takes (c + 127) / 64 tiles,
-    rounded up. `cluster=1` gives the cost of lines that all lie apart.
+    What lines cost depends on how they cluster. On text, the original's choice beyond its window of 100 takes about
+    0.7 · lines^0.63 tiles, the more lines the fewer each; a prompt of `tokens`, if given, has no more than it has
+    key tiles. Fitted on 270 heads of SmolLM2-135M over the starts of Persuasion and Hamlet, 4,096 and 8,192 tokens:
 
-    Raises ValueError for a negative number of slashes, a share outside [0, 1] or a cluster below 1.
+    | lines | tiles, mean over heads | 10th to 90th percentile | this formula |
+    |---|---|---|---|
+    | 128 | 7 | 5 to 12 | 8 |
+    | 512 | 34 to 37 | 22 to 52 | 33 |
+    | 2,048 (8,192 tokens) | 81 | 56 to 111 | 85 |
+
+    Raises ValueError for a negative number of slashes or tokens.
     """
-    if slashes < 0 or not 0 <= window_share <= 1 or cluster < 1:
-        raise ValueError(f"tile_budget: got slashes={slashes}, window_share={window_share}, cluster={cluster}")
-    window = round(slashes * window_share)
-    per_cluster = -(-(cluster + QUERY_TILE - 1) // KEY_TILE)
-    return max(1, math.ceil(window / KEY_TILE) + round((slashes - window) / cluster * per_cluster))
+    if slashes < 0 or (tokens is not None and tokens < 0):
+        raise ValueError(f"tile_budget: got slashes={slashes}, tokens={tokens}")
+    window = min(slashes, WINDOW_LINES)
+    tiles = max(1, math.ceil(window / KEY_TILE) + round(0.7 * (slashes - window) ** 0.63))
+    return tiles if tokens is None else max(1, min(tiles, num_key_tiles(tokens)))
