@@ -66,6 +66,7 @@ def test_threshold_reaches_the_density_with_one_program(model, tokens, monkeypat
     found = as_dense(sample, pattern, 0.6)
     assert len(traced) == 1
     assert mean_density(sample, found) >= 0.6
+    assert found.threshold is not None
     assert mean_density(sample, dataclasses.replace(found, threshold=found.threshold * 1.1)) < 0.62
 
 
