@@ -147,16 +147,14 @@ def attend(
     """
     b, t, n, h = q.shape
     query_tiles = num_query_tiles(t)
-    work = b * n * query_tiles
-    lanes, chain, thread_blocks = config.blocks_for(work)
+    rounds = config.rounds_for(b * n * query_tiles)
     launch = Launch(
         config=config,
-        lanes=lanes,
-        chain=chain,
+        rounds=rounds,
         heads=n,
         kv_heads=k.shape[2],
         query_tiles=query_tiles,
-        work=work,
+        work=b * n * query_tiles,
         head_dim=h,
         scale=scale,
         dtype=q.dtype,
@@ -179,7 +177,7 @@ def attend(
         body,
         out_type=out_type,
         scratch_types=scratch_types(launch, return_lse),
-        grid=(thread_blocks,),
+        grid=(rounds.thread_blocks,),
         grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",

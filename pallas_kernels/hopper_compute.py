@@ -8,6 +8,7 @@ warpgroups.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,18 @@ from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPriv
 
 from pallas_kernels import hopper_tables as tables
 from pallas_kernels.hopper_config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS
-from pallas_kernels.hopper_launch import Launch, Refs, item_of, share_of, split_head, views
+from pallas_kernels.hopper_exp2 import exp2
+from pallas_kernels.hopper_launch import (
+    Launch,
+    Refs,
+    item_of,
+    share_of,
+    split_head,
+    swizzle_of,
+    tile_transforms,
+    views,
+)
+from pallas_kernels.hopper_product import start_product
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
 
 
@@ -47,6 +59,7 @@ def compute(
     shape = (ROWS, STEP_KEYS)
 
     take_turns = launch.config.takes_turns(launch.head_dim)
+    polynomials = launch.config.polynomials(launch.head_dim)
 
     def wait_turn():
         if take_turns:
@@ -62,24 +75,120 @@ def compute(
     def start_scores(s_ref, queries, slot):
         """Queues the products of queries and keys, part by part of head_dim."""
         for part in range(parts):
-            plgpu.wgmma(s_ref, queries.at[part], k_smem.at[slot, part].transpose((1, 0)))
+            columns = pl.ds(part * width, width)
+            plgpu.wgmma(s_ref, queries.at[:, columns], k_smem.at[slot, part].transpose((1, 0)))
+
+    def whole_rows(smem, slot):
+        return jnp.concatenate([smem[slot, part] for part in range(parts)], 1)
 
     def emulated_scores(queries, slot):
-        return sum(jnp.dot(queries[i], k_smem[slot, i].T, preferred_element_type=jnp.float32) for i in range(parts))
+        return jnp.dot(queries[...], whole_rows(k_smem, slot).T, preferred_element_type=jnp.float32)
 
     def emulated_values(acc, p16, slot):
-        return tuple(
-            a + jnp.dot(p16, v_smem[slot, part], preferred_element_type=jnp.float32) for part, a in enumerate(acc)
-        )
+        return acc + jnp.dot(p16, whole_rows(v_smem, slot), preferred_element_type=jnp.float32)
 
-    def query_tile(index, step0):
-        z, tile = item_of(launch, index)
-        no_bias = refs.work[z, tile, tables.STEPS_NO_BIAS]
-        steps = refs.work[z, tile, tables.STEPS]
+    def weigh(acc, p16, slot):
+        """Queues the product of probabilities and values; the sum is there after the next wait."""
+        return start_product(acc, p16, v_smem.at[slot], tile_transforms(launch), swizzle_of(launch))
+
+    share = share_of(launch)
+
+    def steps_of(index):
+        z, tile = item_of(launch, jnp.clip(index, 0, share - 1))
+        return jnp.where((index >= 0) & (index < share), refs.work[z, tile, tables.STEPS], 0)
+
+    def queries_of(index):
+        return q_smem.at[lax.rem(index, jnp.int32(2)) * COMPUTE_WARPGROUPS + warpgroup]
+
+    def zeros():
+        return plgpu.layout_cast(jnp.zeros((ROWS, launch.head_dim), jnp.float32), layout)
+
+    def softmax(s, m, total):
+        """Probabilities of one step, the factor for what came before it, and the new running maximum and sum."""
+        m_new = jnp.maximum(m, s.max(axis=1) * log2_scale)
+        factor = jnp.exp2(m - m_new)
+        p = exp2(s * log2_scale - rows_to(m_new, shape), polynomials, emulate=launch.emulate)
+        return p, factor, m_new, total * factor + p.sum(axis=1)
+
+    def multiply(queries, slot, before, finish, more, then=lambda: None, bias_of=lambda: None):
+        """Scores of one step beside the weighted values of the step before, and then the step's softmax.
+
+        **Arguments:** `before`: (weighted values, probabilities, slot) of the step before, or None; `finish(s, bias)`
+        makes the results from the scores; `more`: whether a step follows whose keys to wait for; `then` runs last.
+
+        **Returns:** the weighted values with those of the step before, and what `finish` returned.
+        """
+        acc: Any
+        acc, p16, slot_before = before or (None, None, None)
+        if before:
+            plgpu.barrier_wait(v_full.at[slot_before])
+        wait_turn()
+
+        def finish_scores(s, bias):
+            plgpu.barrier_arrive(k_free.at[slot])
+            return finish(s, bias)
+
+        def wait_next_keys():
+            # Where the softmax ends: the branch keeps the compiler from waiting for the products any sooner.
+            @pl.when(more)
+            def _():
+                plgpu.barrier_wait(k_full.at[lax.rem(slot + 1, jnp.int32(stages))])
+
+            then()
+
+        if launch.emulate:
+            s = emulated_scores(queries, slot)
+            if before:
+                acc = emulated_values(acc, p16, slot_before)
+            pass_turn()
+            plgpu.commit_smem()
+            after = finish_scores(s, bias_of())
+            wait_next_keys()
+        else:
+
+            def products(s_ref):
+                start_scores(s_ref, queries, slot)
+                weighted = weigh(acc, p16, slot_before) if before else None
+                pass_turn()
+                bias = bias_of()
+                s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1 if before else 0)
+                after = lax.optimization_barrier(finish_scores(s, bias))
+                wait_next_keys()
+                if before:
+                    plgpu.wgmma_wait(0)
+                return weighted, after
+
+            acc, after = pl.run_scoped(products, ACC(shape, jnp.float32))
+        p, *rest = after
+        if before:
+            # The rounded probabilities must not be written while the tensor cores read the last ones.
+            acc, p = lax.optimization_barrier((acc, p))
+            plgpu.barrier_arrive(v_free.at[slot_before])
+        return acc, p, *rest
+
+    def diagonal(s, _):
+        """Softmax under the causal mask. Each row sees its own key, so the maximum is finite from here on."""
+        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + warpgroup * ROWS
+        s = jnp.where(row >= plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout), s, -jnp.inf)
+        m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), layout.reduce(1))
+        total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1))
+        p, _, m, total = softmax(s, m, total)
+        return p, m, total
+
+    def query_tile(index, carry):
+        """All steps of a query tile but its first, then its last values beside the first scores of the next tile.
+
+        The carry holds the first step's running maximum and sum and its probabilities. Tile -1, which has no step,
+        begins the pipeline.
+        """
+        step0, m, total, p16 = carry
+        z, tile = item_of(launch, jnp.maximum(index, 0))
+        steps, next_steps = steps_of(index), steps_of(index + 1)
+        no_bias = jnp.where(steps > 0, refs.work[z, tile, tables.STEPS_NO_BIAS], 0)
         whole = refs.work[z, tile, tables.TILES]
         rows_valid = refs.work[z, tile, tables.ROWS_VALID]
-        buffer = lax.rem(index, jnp.int32(2))
-        queries = q_smem.at[buffer * COMPUTE_WARPGROUPS + warpgroup]
+        buffer = lax.rem(jnp.maximum(index, 0), jnp.int32(2))
+        queries = queries_of(jnp.maximum(index, 0))
 
         def slot_of(step):
             return lax.rem(step0 + step, jnp.int32(stages))
@@ -90,161 +199,104 @@ def compute(
             row = (z if refs.bias.shape[0] > 1 else 0, tile if refs.bias.shape[1] > 1 else 0)
             return plgpu.load(refs.bias.at[(*row, pl.ds(start, STEP_KEYS))], layout=layout.reduce(0), optimized=False)
 
-        def zeros():
-            return tuple(plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), layout) for _ in range(parts))
-
-        def softmax(s, m, total):
-            """Probabilities of one step, the factor for what came before it, and the new running maximum and sum."""
-            m_new = jnp.maximum(m, s.max(axis=1) * log2_scale)
-            factor = jnp.exp2(m - m_new)
-            p = jnp.exp2(s * log2_scale - rows_to(m_new, shape))
-            return p, factor, m_new, total * factor + p.sum(axis=1)
-
-        def wait_next_keys(step):
-            """Waits where the softmax ends: the branch keeps the compiler from waiting for the products any sooner."""
-
-            @pl.when(step + 1 < steps)
-            def _():
-                plgpu.barrier_wait(k_full.at[slot_of(step + 1)])
-
-        def first_step():
-            """The diagonal, under the causal mask. Each row sees its own key, so the maximum is finite from here on."""
-            plgpu.barrier_wait(k_full.at[slot_of(0)])
-            wait_turn()
-            if launch.emulate:
-                s = emulated_scores(queries, slot_of(0))
-                pass_turn()
-                plgpu.commit_smem()
-            else:
-
-                def scores(s_ref):
-                    start_scores(s_ref, queries, slot_of(0))
-                    pass_turn()
-                    return s_ref[...]
-
-                s = pl.run_scoped(scores, ACC(shape, jnp.float32))
-            plgpu.barrier_arrive(k_free.at[slot_of(0)])
-            row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + warpgroup * ROWS
-            s = jnp.where(row >= plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout), s, -jnp.inf)
-            m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), layout.reduce(1))
-            total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1))
-            p, _, m, total = softmax(s, m, total)
-            wait_next_keys(jnp.int32(0))
-            return zeros(), m, total, p.astype(launch.dtype)
-
-        def next_step(biased: bool):
-            """Scores of this step beside the weighted values of the one before, and then this step's softmax."""
-
-            def body(step, carry):
-                acc, m, total, p16 = carry
-                slot, slot_before = slot_of(step), slot_of(step - 1)
-                plgpu.barrier_wait(v_full.at[slot_before])
-                wait_turn()
-
-                def finish(s, bias):
-                    plgpu.barrier_arrive(k_free.at[slot])
-                    if bias is not None:
-                        s = s + lax.broadcast_in_dim(bias.astype(jnp.float32), shape, [1])
-                    return softmax(s, m, total)
-
-                if launch.emulate:
-                    s = emulated_scores(queries, slot)
-                    acc = emulated_values(acc, p16, slot_before)
-                    pass_turn()
-                    plgpu.commit_smem()
-                    p, factor, m_new, total_new = finish(s, bias_of(step) if biased else None)
-                    wait_next_keys(step)
-                else:
-
-                    def products(s_ref, *acc_refs):
-                        for acc_ref, a in zip(acc_refs, acc, strict=True):
-                            acc_ref[...] = a
-                        start_scores(s_ref, queries, slot)
-                        for part, acc_ref in enumerate(acc_refs):
-                            plgpu.wgmma(acc_ref, p16, v_smem.at[slot_before, part])
-                        pass_turn()
-                        bias = bias_of(step) if biased else None
-                        s = plgpu.wgmma_accumulator_load(s_ref, wait_n=parts)
-                        after = lax.optimization_barrier(finish(s, bias))
-                        wait_next_keys(step)
-                        return tuple(acc_ref[...] for acc_ref in acc_refs), after
-
-                    acc, (p, factor, m_new, total_new) = pl.run_scoped(
-                        products, ACC(shape, jnp.float32), *[ACC((ROWS, width), jnp.float32)] * parts
-                    )
-                # The rounded probabilities must not be written while the tensor cores read the last ones.
-                acc, p = lax.optimization_barrier((acc, p))
-                plgpu.barrier_arrive(v_free.at[slot_before])
-                acc = tuple(a * rows_to(factor, a.shape) for a in acc)
-                return acc, m_new, total_new, p.astype(launch.dtype)
-
-            return body
-
-        def last_product(acc, p16):
-            slot = slot_of(steps - 1)
-            plgpu.barrier_wait(v_full.at[slot])
-            wait_turn()
-            if launch.emulate:
-                acc = emulated_values(acc, p16, slot)
-                pass_turn()
-                plgpu.commit_smem()
-            else:
-
-                def product(acc_refs):
-                    for part, acc_ref in enumerate(acc_refs):
-                        plgpu.wgmma(acc_ref, p16, v_smem.at[slot, part])
-                    pass_turn()
-
-                acc = pl.run_state(product)(tuple(ACC.init(a) for a in acc))
-            plgpu.barrier_arrive(v_free.at[slot])
-            return acc
-
-        def release_queries():
+        def release_queries(when):
             """The previous query tile's output has left its buffer, which the memory warpgroup may fill again."""
 
-            @pl.when(index > 0)
+            @pl.when((index > 0) & when)
             def _():
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(q_free.at[1 - buffer])
 
-        def attend():
-            carry = first_step()
-            release_queries()
-            carry = lax.fori_loop(jnp.int32(1), no_bias, next_step(biased=False), carry)
-            acc, m, total, p16 = lax.fori_loop(no_bias, steps, next_step(biased=True), carry)
-            return last_product(acc, p16), m, total
+        def next_step(biased: bool):
+            def body(step, carry):
+                acc, m, total, p16 = carry
 
-        def skip():
-            release_queries()
-            nothing = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1))
-            return zeros(), nothing, nothing
+                def finish(s, bias):
+                    if bias is not None:
+                        s = s + lax.broadcast_in_dim(bias.astype(jnp.float32), shape, [1])
+                    return softmax(s, m, total)
 
-        plgpu.barrier_wait(q_full.at[buffer])
-        acc, m, total = lax.cond(steps > 0, attend, skip)
+                acc, p, factor, m, total = multiply(
+                    queries,
+                    slot_of(step),
+                    (acc, p16, slot_of(step - 1)),
+                    finish,
+                    more=(step + 1 < steps) | (next_steps > 0),
+                    then=lambda: release_queries(step == 1),
+                    bias_of=(lambda: bias_of(step)) if biased else lambda: None,
+                )
+                return acc * rows_to(factor, acc.shape), m, total, p.astype(launch.dtype)
 
-        limit = rows_valid - warpgroup * ROWS
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS, width), 0, layout=layout)
-        for part, a in enumerate(acc):
-            queries[part] = jnp.where(row < limit, a * rows_to(1 / total, a.shape), 0.0).astype(launch.dtype)
-        if lse_smem is not None:
-            row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout.reduce(1))
-            lse_smem[warpgroup] = jnp.where(row < limit, m * math.log(2) + jnp.log(total), -jnp.inf)
-        plgpu.commit_smem()
-        batch, head, _ = split_head(launch, z)
-        rows = pl.ds(tile * QUERY_TILE + warpgroup * ROWS, ROWS)
-        for part in range(parts):
-            columns = pl.ds(part * width, width)
-            plgpu.copy_smem_to_gmem(queries.at[part], refs.out.at[batch, rows, head, columns])
-        if lse_smem is not None:
-            plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], refs.lse.at[z, rows])
-        return step0 + steps
+            return body
+
+        carry = zeros(), m, total, p16
+        carry = lax.fori_loop(jnp.int32(1), no_bias, next_step(biased=False), carry)
+        acc, m, total, p16 = lax.fori_loop(no_bias, steps, next_step(biased=True), carry)
+        release_queries(steps < 2)
+
+        def first_of_next(before):
+            more = (next_steps > 1) | (steps_of(index + 2) > 0)
+            acc, p, m, total = multiply(queries_of(index + 1), slot_of(steps), before, diagonal, more)
+            return acc, m, total, p.astype(launch.dtype)
+
+        def last_and_first():
+            return first_of_next((acc, p16, slot_of(steps - 1)))
+
+        def last_step():
+            slot = slot_of(steps - 1)
+            plgpu.barrier_wait(v_full.at[slot])
+            wait_turn()
+            if launch.emulate:
+                product = emulated_values(acc, p16, slot)
+                pass_turn()
+                plgpu.commit_smem()
+            else:
+                product = weigh(acc, p16, slot)
+                pass_turn()
+                plgpu.wgmma_wait(0)
+                product = lax.optimization_barrier(product)
+            plgpu.barrier_arrive(v_free.at[slot])
+            return product
+
+        def first_step():
+            plgpu.barrier_wait(k_full.at[slot_of(steps)])
+            return first_of_next(None)[1:]
+
+        def apart():
+            return lax.cond(steps > 0, last_step, lambda: acc), *lax.cond(next_steps > 0, first_step, nothing)
+
+        @pl.when(index + 1 < share)
+        def _():
+            plgpu.barrier_wait(q_full.at[lax.rem(index + 1, jnp.int32(2))])
+
+        acc, *carry = lax.cond((steps > 0) & (next_steps > 0), last_and_first, apart)
+
+        @pl.when(index >= 0)
+        def _():
+            limit = rows_valid - warpgroup * ROWS
+            row = plgpu.broadcasted_iota(jnp.int32, acc.shape, 0, layout=layout)
+            queries[...] = jnp.where(row < limit, acc * rows_to(1 / total, acc.shape), 0.0).astype(launch.dtype)
+            if lse_smem is not None:
+                row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout.reduce(1))
+                lse_smem[warpgroup] = jnp.where(row < limit, m * math.log(2) + jnp.log(total), -jnp.inf)
+            plgpu.commit_smem()
+            batch, head, _ = split_head(launch, z)
+            rows = pl.ds(tile * QUERY_TILE + warpgroup * ROWS, ROWS)
+            plgpu.copy_smem_to_gmem(queries, refs.out.at[batch, rows, head])
+            if lse_smem is not None:
+                plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], refs.lse.at[z, rows])
+
+        return step0 + steps, *carry
+
+    def nothing():
+        row = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1))
+        return row, row, plgpu.layout_cast(jnp.zeros(shape, launch.dtype), layout)
 
     @pl.when(warpgroup == 1)
     def _():
         pass_turn()
 
-    share = share_of(launch)
-    lax.fori_loop(jnp.int32(0), share, query_tile, jnp.int32(0))
+    lax.fori_loop(jnp.int32(-1), share, query_tile, (jnp.int32(0), *nothing()))
 
     @pl.when(warpgroup == 0)
     def _():

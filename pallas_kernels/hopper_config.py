@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
 
@@ -34,10 +36,14 @@ class KernelConfig:
 
     - `stages`: pipeline steps in flight between the memory warpgroup and the compute warpgroups.
     - `chain`: query tiles that one thread block computes in turn; None means all of them in one round of thread blocks.
-      Long chains let thread blocks drift apart, until neighbours no longer find each other's keys in the L2 cache.
+      Long chains let thread blocks drift apart, until neighbours no longer find each other's keys in the L2 cache. The
+      last thread blocks get shorter ones, so that all multiprocessors end at nearly the same time.
     - `lanes`: thread blocks that take turns over neighbouring query tiles; None means one per multiprocessor.
+    - `heads_together`: query heads whose equal query tiles are computed side by side. Those of one KV head share keys
+      in the L2 cache, and the more heads, the more the long query tiles come first. 1 if it doesn't divide them.
     - `compute_registers`, `memory_registers`: registers per thread of the two kinds of warpgroup.
     - `turns`: whether the compute warpgroups start their matrix products strictly in turn; None decides by head_dim.
+    - `polynomial_tiles`: how many of 16 exponentials are computed as polynomials; None decides by head_dim.
 
     Raises ValueError for values that no kernel can be built from.
     """
@@ -48,13 +54,18 @@ class KernelConfig:
     compute_registers: int = 232
     memory_registers: int = 40
     turns: bool | None = None
+    heads_together: int = 4
+    polynomial_tiles: int | None = None
 
     def __post_init__(self) -> None:
         if self.stages < 2:
             raise ValueError(f"stages must be at least 2; got {self.stages}")
-        for name in ("chain", "lanes"):
-            if (getattr(self, name) or 1) < 1:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        if not 0 <= (self.polynomial_tiles or 0) <= 16:
+            raise ValueError(f"polynomial_tiles must be in [0, 16]; got {self.polynomial_tiles}")
+        for name in ("chain", "lanes", "heads_together"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive; got {value}")
         for name in ("compute_registers", "memory_registers"):
             count = getattr(self, name)
             if count % 8 or not 24 <= count <= 240:
@@ -80,12 +91,42 @@ class KernelConfig:
         """Whether a multiprocessor has the shared memory for this configuration."""
         return self.shared_memory_bytes(head_dim) <= SHARED_MEMORY_LIMIT
 
-    def blocks_for(self, work: int) -> tuple[int, int, int]:
-        """(lanes, chain, thread blocks to launch) for `work` query tiles."""
+    def polynomials(self, head_dim: int) -> int:
+        """How many of 16 exponentials are polynomials: none where the matrix products take longer than all of them."""
+        if self.polynomial_tiles is None:
+            return 4 if head_dim <= 64 else 0
+        return self.polynomial_tiles
+
+    def rounds_for(self, work: int) -> Rounds:
+        """Which thread block computes which of `work` query tiles."""
         lanes = min(work, self.lanes or multiprocessors())
-        chain = self.chain or -(-work // lanes)
-        rest = work % (lanes * chain)
-        return lanes, chain, work // (lanes * chain) * lanes + min(rest, lanes)
+        if self.chain is None:
+            return Rounds(lanes, -(-work // lanes), 1, lanes)
+        full = max(work // (lanes * self.chain) - 1, 0)
+        left = work - full * lanes * self.chain
+        last = max(left - lanes * max(self.chain // 2, 1), 0)
+        return Rounds(lanes, self.chain, full, full * lanes + min(left, lanes) + last)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """Query tiles dealt to thread blocks in rounds: each round of `lanes` thread blocks takes `lanes` · chain in turn.
+
+    `full` rounds have chains of `chain`, one has half of that, and the rest have single query tiles.
+    """
+
+    lanes: int
+    chain: int
+    full: int
+    thread_blocks: int
+
+    def of(self, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(first query tile, most query tiles) of a thread block; its others lie `lanes` apart."""
+        at, lane = lax.div(block, jnp.int32(self.lanes)), lax.rem(block, jnp.int32(self.lanes))
+        half = max(self.chain // 2, 1)
+        chain = jnp.where(at < self.full, self.chain, jnp.where(at == self.full, half, 1))
+        before = jnp.minimum(at, self.full) * self.chain + jnp.where(at > self.full, half + at - self.full - 1, 0)
+        return before * self.lanes + lane, chain
 
 
 def multiprocessors() -> int:

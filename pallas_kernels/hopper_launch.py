@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper_config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS, KernelConfig
+from pallas_kernels.hopper_config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS, KernelConfig, Rounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +22,7 @@ class Launch:
     """
 
     config: KernelConfig
-    lanes: int  # thread blocks that take turns over neighbouring query tiles
-    chain: int  # query tiles of one thread block
+    rounds: Rounds
     heads: int
     kv_heads: int
     query_tiles: int
@@ -69,29 +68,39 @@ class Refs:
     lse: Any
 
 
+def swizzle_of(launch: Launch) -> int:
+    """Bytes of one swizzled row: the widest that divides a row of head_dim elements."""
+    return 128 if launch.head_dim % 64 == 0 else 64
+
+
+def tile_transforms(launch: Launch) -> tuple[Any, Any]:
+    """What lays rows out in shared memory as wgmma wants them."""
+    swizzle = swizzle_of(launch)
+    tiling = plgpu.TilingTransform((8, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
+    return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
+
+
 def scratch_types(launch: Launch, with_lse: bool) -> dict[str, Any]:
     """Shared memory and barriers of one thread block."""
     stages, dtype = launch.config.stages, launch.dtype
     parts, width = launch.parts, launch.part_width
-    swizzle_bytes = 128 if width % 64 == 0 else 64
-    swizzle = plgpu.SwizzleTransform(swizzle_bytes)  # pyright: ignore[reportAbstractUsage]
-    tiling = plgpu.TilingTransform((8, swizzle_bytes // 2))  # pyright: ignore[reportAbstractUsage]
+    tiling, swizzle = tile_transforms(launch)
 
     def rows_of(*shape: int):
-        return plgpu.SMEM((*shape, width), dtype, transforms=(tiling, swizzle))
+        return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
     def loaded(*shape: int):
         # The same bytes twice. wgmma wants tiles of 8 rows, which leave rows of one swizzle width where they are; a
         # copy into the untiled view may start at any row of the source, one into the tiled view only at every eighth.
         if not launch.two_views:
             return rows_of(*shape)
-        return plgpu.RefUnion(plgpu.SMEM((*shape, width), dtype, transforms=(swizzle,)), rows_of(*shape))
+        return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(swizzle,)), rows_of(*shape))
 
     types = {
-        "q_smem": rows_of(2 * COMPUTE_WARPGROUPS, parts, ROWS),
-        "k_smem": loaded(stages, parts, STEP_KEYS),
-        "v_smem": loaded(stages, parts, STEP_KEYS),
-        "q_full": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS * parts, num_barriers=2),
+        "q_smem": rows_of(2 * COMPUTE_WARPGROUPS, ROWS, launch.head_dim),
+        "k_smem": loaded(stages, parts, STEP_KEYS, width),
+        "v_smem": loaded(stages, parts, STEP_KEYS, width),
+        "q_full": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
         "q_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
         "k_full": plgpu.Barrier(num_arrivals=2 * parts, num_barriers=stages),
         "v_full": plgpu.Barrier(num_arrivals=2 * parts, num_barriers=stages),
@@ -109,23 +118,24 @@ def views(ref: Any, launch: Launch) -> tuple[Any, Any]:
     return tuple(ref) if launch.two_views else (ref, ref)
 
 
-def _first(launch: Launch) -> jax.Array:
-    """This thread block's first query tile in the launch's order; the others follow `lanes` apart."""
-    block, lanes = lax.axis_index("block"), jnp.int32(launch.lanes)
-    return lax.div(block, lanes) * (launch.lanes * launch.chain) + lax.rem(block, lanes)
-
-
 def share_of(launch: Launch) -> jax.Array:
     """Number of query tiles that this thread block takes."""
-    left = launch.work - _first(launch)
-    return jnp.clip(lax.div(left + (launch.lanes - 1), jnp.int32(launch.lanes)), 0, launch.chain)
+    first, chain = launch.rounds.of(lax.axis_index("block"))
+    left = launch.work - first
+    return jnp.clip(lax.div(left + (launch.rounds.lanes - 1), jnp.int32(launch.rounds.lanes)), 0, chain)
 
 
 def item_of(launch: Launch, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(head of all sequences, query tile) of this thread block's `turn`-th item: heads slow, late tiles first."""
-    index = _first(launch) + turn * launch.lanes
-    z = lax.div(index, jnp.int32(launch.query_tiles))
-    return z, launch.query_tiles - 1 - lax.rem(index, jnp.int32(launch.query_tiles))
+    """(head of all sequences, query tile) of this thread block's `turn`-th item: late query tiles first.
+
+    The order is group of heads, query tile, head of the group, the last fastest.
+    """
+    together = launch.config.heads_together if launch.heads % launch.config.heads_together == 0 else 1
+    index = launch.rounds.of(lax.axis_index("block"))[0] + turn * launch.rounds.lanes
+    group = lax.div(index, jnp.int32(launch.query_tiles * together))
+    place = lax.rem(index, jnp.int32(launch.query_tiles * together))
+    z = group * together + lax.rem(place, jnp.int32(together))
+    return z, launch.query_tiles - 1 - lax.div(place, jnp.int32(together))
 
 
 def split_head(launch: Launch, z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -62,7 +62,7 @@ def load(launch: Launch, refs: Refs, *, q_smem, k_smem, v_smem, q_full, q_free, 
         for w in range(COMPUTE_WARPGROUPS):
             rows = pl.ds(tile * QUERY_TILE + w * ROWS, ROWS)
             target = q_smem.at[buffer * COMPUTE_WARPGROUPS + w]
-            copy_rows(lambda columns, rows=rows: refs.q.at[batch, rows, head, columns], target, q_full.at[buffer])
+            plgpu.copy_gmem_to_smem(refs.q.at[batch, rows, head], target, q_full.at[buffer])
 
         def whole_tile(source, smem, full, start):
             rows = pl.ds(pl.multiple_of(start, KEY_TILE) if launch.aligned else start, KEY_TILE)

@@ -121,6 +121,8 @@ def test_configurations_that_cannot_run_are_refused():
     for bad in (
         {"stages": 1},
         {"chain": -1},
+        {"heads_together": 0},
+        {"polynomial_tiles": 17},
         {"compute_registers": 100},
         {"compute_registers": 240, "memory_registers": 40},
     ):
@@ -139,11 +141,15 @@ def test_a_slow_assembler_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("work", [1, 131, 132, 133, 527, 528, 529, 5_000])
-@pytest.mark.parametrize("chain", [1, 4, None])
+@pytest.mark.parametrize("chain", [1, 2, 4, 5, None])
 def test_thread_blocks_share_all_query_tiles(work, chain):
-    lanes, chain, blocks = KernelConfig(chain=chain, lanes=132).blocks_for(work)
-    taken = []
-    for block in range(blocks):
-        first = block // lanes * lanes * chain + block % lanes
-        taken += [first + turn * lanes for turn in range(chain) if first + turn * lanes < work]
+    rounds = KernelConfig(chain=chain, lanes=132).rounds_for(work)
+    first, most = jax.vmap(rounds.of)(jnp.arange(rounds.thread_blocks, dtype=jnp.int32))
+    taken = [
+        start + turn * rounds.lanes
+        for start, count in zip(first.tolist(), most.tolist(), strict=True)
+        for turn in range(count)
+        if start + turn * rounds.lanes < work
+    ]
     assert sorted(taken) == list(range(work))
+    assert (first < work).all()
