@@ -55,12 +55,17 @@ def listed_bands(
 
 def band_bitmap(bands: Int[Array, "z R"], size: int) -> UInt32[Array, "z w"]:
     """The distances that `listed_bands` cover, a bit each: bit d % 32 of word d // 32, for distances below `size`."""
-    head = jnp.arange(bands.shape[0], dtype=jnp.int32)[:, None]
     tiles = num_key_tiles(size)
     # Bands are at least 64 apart, so each 64 distances hold at most one. 1 + its place there, or 0.
-    # Integers and a maximum: an atomic on int32 needs no compare-and-swap loop.
-    inside = jnp.zeros((bands.shape[0], tiles + 1), jnp.int32)
-    inside = inside.at[head, bands // KEY_TILE].max(1 + bands % KEY_TILE, mode="drop")
+    if bands.shape[-1] * tiles <= SHORT**2 // 2:  # all pairs, in a kernel less
+        place = jnp.arange(tiles + 1, dtype=jnp.int32)
+        here = bands[:, None, :] // KEY_TILE == place[:, None]
+        inside = jnp.where(here, 1 + bands[:, None, :] % KEY_TILE, 0).max(-1, initial=0)
+    else:
+        # Integers and a maximum: an atomic on int32 needs no compare-and-swap loop.
+        head = jnp.arange(bands.shape[0], dtype=jnp.int32)[:, None]
+        inside = jnp.zeros((bands.shape[0], tiles + 1), jnp.int32)
+        inside = inside.at[head, bands // KEY_TILE].max(1 + bands % KEY_TILE, mode="drop")
     # A band covers the 64 distances up to its own: of these 64 those up to the band in them, and, if the next 64 hold
     # a band, those past its place.
     here, after = inside[:, :-1, None], inside[:, 1:, None]

@@ -118,8 +118,8 @@ def _bands(
     blocks = None if blocks is None else blocks.reshape(z, -1)
     bands = listed_bands(plan.bands.reshape(z, -1), count, blocks, multiple=plan.band_multiple)
     counts = entries_before(bands, jnp.broadcast_to(first + KEY_TILE, (z, first.size)))
-    farthest = jnp.take_along_axis(bands, jnp.maximum(counts - 1, 0), axis=-1, mode="clip")
-    cut = jnp.where(counts > 0, jnp.maximum(farthest - first, 0), 0)
+    reaching = bands[:, None, :] < first[:, None] + KEY_TILE
+    cut = jnp.where(reaching, bands[:, None, :] - first[:, None], 0).max(-1, initial=0)
     return bands, counts, cut
 
 
