@@ -19,7 +19,6 @@ from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPriv
 
 from pallas_kernels import hopper_tables as tables
 from pallas_kernels.hopper_config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS
-from pallas_kernels.hopper_exp2 import exp2
 from pallas_kernels.hopper_launch import (
     Launch,
     Refs,
@@ -31,6 +30,7 @@ from pallas_kernels.hopper_launch import (
     views,
 )
 from pallas_kernels.hopper_product import start_product
+from pallas_kernels.hopper_registers import SUM_COLUMNS, exp2, folded
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
 
 
@@ -104,11 +104,14 @@ def compute(
         return plgpu.layout_cast(jnp.zeros((ROWS, launch.head_dim), jnp.float32), layout)
 
     def softmax(s, m, total):
-        """Probabilities of one step, the factor for what came before it, and the new running maximum and sum."""
+        """Probabilities of one step, the factor for what came before it, and the new running maximum and sums."""
         m_new = jnp.maximum(m, s.max(axis=1) * log2_scale)
         factor = jnp.exp2(m - m_new)
         p = exp2(s * log2_scale - rows_to(m_new, shape), polynomials, emulate=launch.emulate)
-        return p, factor, m_new, total * factor + p.sum(axis=1)
+        return p, factor, m_new, total * rows_to(factor, total.shape) + folded(p, emulate=launch.emulate)
+
+    def no_total():
+        return plgpu.layout_cast(jnp.zeros((ROWS, SUM_COLUMNS), jnp.float32), layout)
 
     def multiply(queries, slot, before, finish, more, then=lambda: None, bias_of=lambda: None):
         """Scores of one step beside the weighted values of the step before, and then the step's softmax.
@@ -171,8 +174,7 @@ def compute(
         row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + warpgroup * ROWS
         s = jnp.where(row >= plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout), s, -jnp.inf)
         m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), layout.reduce(1))
-        total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1))
-        p, _, m, total = softmax(s, m, total)
+        p, _, m, total = softmax(s, m, no_total())
         return p, m, total
 
     def query_tile(index, carry):
@@ -272,7 +274,8 @@ def compute(
         acc, *carry = lax.cond((steps > 0) & (next_steps > 0), last_and_first, apart)
 
         @pl.when(index >= 0)
-        def _():
+        def _(total=total):
+            total = total.sum(axis=1)
             limit = rows_valid - warpgroup * ROWS
             row = plgpu.broadcasted_iota(jnp.int32, acc.shape, 0, layout=layout)
             queries[...] = jnp.where(row < limit, acc * rows_to(1 / total, acc.shape), 0.0).astype(launch.dtype)
@@ -290,7 +293,7 @@ def compute(
 
     def nothing():
         row = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1))
-        return row, row, plgpu.layout_cast(jnp.zeros(shape, launch.dtype), layout)
+        return row, no_total(), plgpu.layout_cast(jnp.zeros(shape, launch.dtype), layout)
 
     @pl.when(warpgroup == 1)
     def _():

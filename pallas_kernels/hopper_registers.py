@@ -1,7 +1,7 @@
-"""Powers of two, some of them on the units that multiply and add.
+"""What the softmax does within registers, where a warpgroup's array is split among its threads.
 
-A Hopper multiprocessor computes 16 exponentials a clock in its special function units. At head_dim 64 that takes as
-long as the matrix products. A polynomial of degree 3 is as exact as 16-bit probabilities need, and runs beside them.
+Hopper's special function units compute 16 exponentials a clock on each multiprocessor. At head_dim 64 that takes as
+long as the matrix products; a polynomial of degree 3 is as exact as 16-bit probabilities need, and runs beside them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxtyping import Array, Float
 
-_TILE = 8  # columns that one thread's pair of neighbouring registers belongs to
+SUM_COLUMNS = 8
+"""Columns of a running sum: the fewest that need no exchange between threads."""
+
+_TILE = SUM_COLUMNS
 _SMALLEST = -126.0  # 2**-126 is the smallest normal number; everything below it counts as that
 _ROUND = 1.5 * 2**23  # adding this to a small number leaves it rounded in the lowest bits
 _FACTORS = (
@@ -45,6 +48,23 @@ def exp2(x: Float[Array, "m s"], polynomial_tiles: int, *, emulate: bool) -> Flo
         return result
 
     return mixed(x)  # pyright: ignore[reportCallIssue]
+
+
+def folded(p: Float[Array, "m s"], *, emulate: bool) -> Float[Array, "m SUM_COLUMNS"]:
+    """Sums over every eighth column: additions within each thread. The exchange between threads is left for later."""
+    if emulate:
+        return p.reshape(p.shape[0], -1, _TILE).sum(1)
+    layout = plgpu.Layout.WGMMA
+    shape = (p.shape[0], _TILE)
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout))
+    def fold(_, p):
+        parts = [p[:, i : i + _TILE] for i in range(0, p.shape[1], _TILE)]
+        while len(parts) > 1:
+            parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
+    return fold(p)  # pyright: ignore[reportCallIssue]
 
 
 def _polynomial_registers(x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
