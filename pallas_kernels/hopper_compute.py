@@ -113,11 +113,11 @@ def compute(
     def no_total():
         return plgpu.layout_cast(jnp.zeros((ROWS, SUM_COLUMNS), jnp.float32), layout)
 
-    def multiply(queries, slot, before, finish, more, then=lambda: None, bias_of=lambda: None):
+    def multiply(queries, slot, before, finish, more, first=lambda: None, bias_of=lambda: None):
         """Scores of one step beside the weighted values of the step before, and then the step's softmax.
 
         **Arguments:** `before`: (weighted values, probabilities, slot) of the step before, or None; `finish(s, bias)`
-        makes the results from the scores; `more`: whether a step follows whose keys to wait for; `then` runs last.
+        makes the results from the scores; `more`: whether a step follows whose keys to wait for; `first` runs before that.
 
         **Returns:** the weighted values with those of the step before, and what `finish` returned.
         """
@@ -132,12 +132,12 @@ def compute(
             return finish(s, bias)
 
         def wait_next_keys():
+            first()
+
             # Where the softmax ends: the branch keeps the compiler from waiting for the products any sooner.
             @pl.when(more)
             def _():
                 plgpu.barrier_wait(k_full.at[lax.rem(slot + 1, jnp.int32(stages))])
-
-            then()
 
         if launch.emulate:
             s = emulated_scores(queries, slot)
@@ -224,7 +224,7 @@ def compute(
                     (acc, p16, slot_of(step - 1)),
                     finish,
                     more=(step + 1 < steps) | (next_steps > 0),
-                    then=lambda: release_queries(step == 1),
+                    first=lambda: release_queries(step == 1),
                     bias_of=(lambda: bias_of(step)) if biased else lambda: None,
                 )
                 return acc * rows_to(factor, acc.shape), m, total, p.astype(launch.dtype)
@@ -237,8 +237,7 @@ def compute(
         release_queries(steps < 2)
 
         def first_of_next(before):
-            more = (next_steps > 1) | (steps_of(index + 2) > 0)
-            acc, p, m, total = multiply(queries_of(index + 1), slot_of(steps), before, diagonal, more)
+            acc, p, m, total = multiply(queries_of(index + 1), slot_of(steps), before, diagonal, more=next_steps > 1)
             return acc, m, total, p.astype(launch.dtype)
 
         def last_and_first():
@@ -270,6 +269,12 @@ def compute(
         @pl.when(index + 1 < share)
         def _():
             plgpu.barrier_wait(q_full.at[lax.rem(index + 1, jnp.int32(2))])
+
+        @pl.when((steps == 1) & (next_steps > 0))
+        def _():
+            # A lone step does not wait for the keys of the next tile: they come after queries whose buffer the output
+            # of the tile before has to leave first.
+            plgpu.barrier_wait(k_full.at[slot_of(steps)])
 
         acc, *carry = lax.cond((steps > 0) & (next_steps > 0), last_and_first, apart)
 

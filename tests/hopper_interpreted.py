@@ -34,7 +34,7 @@ def main(case: dict) -> None:
         plan,
         **options,
         return_lse=True,
-        config=KernelConfig(lanes=2, chain=2, heads_together=2),
+        config=KernelConfig(**case["config"]),
         interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
     expected, expected_lse = reference_attention(q, keys, values, plan, **options)
