@@ -54,7 +54,7 @@ class KernelConfig:
     compute_registers: int = 232
     memory_registers: int = 40
     turns: bool | None = None
-    heads_together: int = 4
+    heads_together: int = 1
     polynomial_tiles: int | None = None
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class KernelConfig:
     def polynomials(self, head_dim: int) -> int:
         """How many of 16 exponentials are polynomials: none where the matrix products take longer than all of them."""
         if self.polynomial_tiles is None:
-            return 4 if head_dim <= 64 else 0
+            return 2 if head_dim <= 64 else 0
         return self.polynomial_tiles
 
     def rounds_for(self, work: int) -> Rounds:
