@@ -2,7 +2,7 @@
 
 The scores of a step are computed beside the weighted values of the step before, and its softmax runs while the tensor
 cores still work on those values: the two matrix products and the softmax of one warpgroup overlap, and so do the two
-warpgroups.
+warpgroups. A query tile's first scores are computed beside the last values of the tile before it in the same way.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def compute(
         """Scores of one step beside the weighted values of the step before, and then the step's softmax.
 
         **Arguments:** `before`: (weighted values, probabilities, slot) of the step before, or None; `finish(s, bias)`
-        makes the results from the scores; `more`: whether a step follows whose keys to wait for; `first` runs before that.
+        makes the results from the scores; `more`: whether a step follows whose keys to wait for; `first` runs before
+        that wait.
 
         **Returns:** the weighted values with those of the step before, and what `finish` returned.
         """

@@ -8,8 +8,8 @@ buffer. The steps of a query tile are, in order,
 3. steps with a bias row of 0 and -inf: gathered columns, at most one whole tile paired with the first of them, and
    a missing second half.
 
-A thread block computes a chain of query tiles, and its memory warpgroup runs ahead into the next one while the compute
-warpgroups finish the last.
+A thread block computes a chain of query tiles. Its memory warpgroup runs ahead into the next one, whose first step the
+compute warpgroups begin beside the last step of the one before.
 """
 
 from __future__ import annotations
