@@ -58,7 +58,7 @@ def compute(
     layout = plgpu.Layout.WGMMA
     shape = (ROWS, STEP_KEYS)
 
-    take_turns = launch.config.takes_turns(launch.head_dim)
+    take_turns = launch.config.turns
     polynomials = launch.config.polynomials(launch.head_dim)
 
     def wait_turn():

@@ -39,10 +39,8 @@ class KernelConfig:
       Long chains let thread blocks drift apart, until neighbours no longer find each other's keys in the L2 cache. The
       last thread blocks get shorter ones, so that all multiprocessors end at nearly the same time.
     - `lanes`: thread blocks that take turns over neighbouring query tiles; None means one per multiprocessor.
-    - `heads_together`: query heads whose equal query tiles are computed side by side. Those of one KV head share keys
-      in the L2 cache, and the more heads, the more the long query tiles come first. 1 if it doesn't divide them.
     - `compute_registers`, `memory_registers`: registers per thread of the two kinds of warpgroup.
-    - `turns`: whether the compute warpgroups start their matrix products strictly in turn; None decides by head_dim.
+    - `turns`: whether the compute warpgroups start their matrix products strictly in turn.
     - `polynomial_tiles`: how many of 16 exponentials are computed as polynomials; None decides by head_dim.
 
     Raises ValueError for values that no kernel can be built from.
@@ -53,8 +51,7 @@ class KernelConfig:
     lanes: int | None = None
     compute_registers: int = 232
     memory_registers: int = 40
-    turns: bool | None = None
-    heads_together: int = 1
+    turns: bool = False
     polynomial_tiles: int | None = None
 
     def __post_init__(self) -> None:
@@ -62,7 +59,7 @@ class KernelConfig:
             raise ValueError(f"stages must be at least 2; got {self.stages}")
         if not 0 <= (self.polynomial_tiles or 0) <= 16:
             raise ValueError(f"polynomial_tiles must be in [0, 16]; got {self.polynomial_tiles}")
-        for name in ("chain", "lanes", "heads_together"):
+        for name in ("chain", "lanes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive; got {value}")
@@ -82,10 +79,6 @@ class KernelConfig:
         keys = 2 * self.stages * STEP_KEYS * head_dim * 2
         barriers = 8 * (4 * self.stages + 5)
         return queries + keys + 4 * QUERY_TILE + barriers + 2_048  # 2 KiB: alignment of the swizzled buffers
-
-    def takes_turns(self, head_dim: int) -> bool:
-        """Whether the compute warpgroups alternate: not at head_dim 64, where exponentials are the limit."""
-        return head_dim > 64 if self.turns is None else self.turns
 
     def fits(self, head_dim: int) -> bool:
         """Whether a multiprocessor has the shared memory for this configuration."""

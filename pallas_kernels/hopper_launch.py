@@ -126,16 +126,10 @@ def share_of(launch: Launch) -> jax.Array:
 
 
 def item_of(launch: Launch, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(head of all sequences, query tile) of this thread block's `turn`-th item: late query tiles first.
-
-    The order is group of heads, query tile, head of the group, the last fastest.
-    """
-    together = launch.config.heads_together if launch.heads % launch.config.heads_together == 0 else 1
+    """(head of all sequences, query tile) of this thread block's `turn`-th item: heads slow, late tiles first."""
     index = launch.rounds.of(lax.axis_index("block"))[0] + turn * launch.rounds.lanes
-    group = lax.div(index, jnp.int32(launch.query_tiles * together))
-    place = lax.rem(index, jnp.int32(launch.query_tiles * together))
-    z = group * together + lax.rem(place, jnp.int32(together))
-    return z, launch.query_tiles - 1 - lax.div(place, jnp.int32(together))
+    z = lax.div(index, jnp.int32(launch.query_tiles))
+    return z, launch.query_tiles - 1 - lax.rem(index, jnp.int32(launch.query_tiles))
 
 
 def split_head(launch: Launch, z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

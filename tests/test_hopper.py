@@ -121,7 +121,6 @@ def test_configurations_that_cannot_run_are_refused():
     for bad in (
         {"stages": 1},
         {"chain": -1},
-        {"heads_together": 0},
         {"polynomial_tiles": 17},
         {"compute_registers": 100},
         {"compute_registers": 240, "memory_registers": 40},

@@ -14,7 +14,7 @@ CASES = {
     "every-part-two-sequences-offset-D64": {
         "b": 2, "t": 140, "s": 300, "n": 2, "k": 1, "h": 64, "dtype": "bfloat16",
         "lengths": [260, 100], "q_offset": 128, "widths": {"columns": 40, "bands": 3, "blocks": 3},
-        "config": {"lanes": 2, "chain": 2, "heads_together": 2},
+        "config": {"lanes": 2, "chain": 2, "turns": True},
     },
     # One thread block for all query tiles, those of no step and of one step among them: what runs ahead must not wait
     # for what comes behind it.
