@@ -22,11 +22,11 @@ thread blocks, and spills no register. In one run, each call after a dense one o
 | | 128K | 16K | 8 x 16K | 128K, head_dim 64 |
 |---|---|---|---|---|
 | version 6 | 27.5 ms | 2.71 ms | 20.4 ms | 18.9 ms |
-| 7, no turns | 25.1 | | | 17.7 |
 | 7, with turns | 25.5 | | | |
 | 7, equal tiles of 4 heads side by side, with turns | 26.4 | 2.60 | 21.1 | |
-| 7, of 8 heads | | 2.59 | 20.2 | |
-| 7, 2 (4) of 16 exponentials as polynomials | 25.8 (with turns, 4 heads) | | | 17.3 (17.9) |
+| the same without turns | 25.1 | | | 17.7 |
+| 7, of 8 heads, with turns | | 2.59 | 20.2 | |
+| 7, 4 heads, 2 (4) of 16 exponentials as polynomials | 25.8 (with turns) | | | 17.3 (17.9) |
 
 Starting tiles anywhere takes a copy for each 128 bytes of a row, and cost version 6 2 to 3 % of the rate where every
 band is a multiple of the tile: such plans (`band_multiple`) keep whole-row copies. In a run of minutes version 5 took
@@ -114,8 +114,8 @@ def hopper_attention(
     Padding rows of k and v may hold any finite values.
 
     **Raises:** ValueError for what the kernel can't serve (see `unsupported_reason`) or a scale that is not positive.
-    NotImplementedError when differentiated. Too much shared memory and too many registers are refused here, at trace
-    time. Should CUDA's assembler fail later, while a surrounding jit is compiled, that error reaches the caller: nothing
+    NotImplementedError when differentiated. Too much shared memory and too many registers are refused at trace time.
+    Should CUDA's assembler fail later, while a surrounding jit is compiled, that error reaches the caller: nothing
     inside a traced program can catch it. `implementation="xla"` is the way around.
     """
     reason = unsupported_reason(q, k, v, plan, platform_check=False)
