@@ -126,11 +126,10 @@ def _select(
             scores, budget = widened(captured, budget, mean, heads["threshold"])
         flags = best_bands(scores, budget, visible, captured, target)
         # Under the last rows alone a column looks like a band, and what the bands leave says nothing about it.
-        by_key = weights.by_key()
-        rest = uncovered(by_key, heads["positions"], flags, heads["spread"])
-        left = None if target is None else target - (mass - rest.sum(-1))
+        rest = uncovered(weights.by_key(), heads["positions"], flags, heads["spread"])
         if limits.spread and sure is None:
-            sure = sure_columns(by_key, heads, rows)
+            sure = sure_columns(weights.by_key(), heads, rows)
+        left = None if target is None else target - (mass - rest.sum(-1))
         scores, budget = rest if sure is None else jnp.where(sure > 0, sure, rest), heads["first"]
         if limits.threshold:
             mean = scores / (mass[..., None] * rows.share_past(jnp.arange(rest.shape[-1], dtype=jnp.int32)))
@@ -268,11 +267,11 @@ def uncovered_words(
 ) -> UInt32[Array, "*heads w"]:
     """The `budget` best columns with a score above zero, as a bitmap; the first four keys come first.
 
-    With `target` mass given, only the best of them that hold it.
+    With `target` mass given, only the best of them that hold it. Scores are compared in bfloat16, which takes half the
+    passes over them; those that agree in it go to the lower position.
     """
     position = jnp.arange(scores.shape[-1], dtype=jnp.int32)
     scores = jnp.where(position < TILE_SINK_COLUMNS, jnp.inf, jnp.where(scores > 0, scores, -jnp.inf))
     scores = jnp.where(position < visible[..., None], scores, -jnp.inf)
-    return select.top_k_words(
-        scores, budget, None if target is None else select.Enough(mass, target, TILE_SINK_COLUMNS)
-    )
+    enough = None if target is None else select.Enough(mass, target, TILE_SINK_COLUMNS)
+    return select.top_k_words(scores.astype(jnp.bfloat16), budget, enough)
