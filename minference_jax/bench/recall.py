@@ -4,14 +4,15 @@ Run as `python -m minference_jax.bench.recall MODEL TEXT... [--tokens 4096 8192]
 model's own dense run over the start of each text; the share is exact, over all rows, layer by layer and head by head.
 Our rule gets the threshold that visits a quarter of the causal cells, the original's so many slash lines that it visits
 as many cells as ours, at three splits between columns and lines; in a text of about a thousand tokens or fewer its
-fewest lines (a window of 100) visit more. Both are set by density alone, on a quarter of the layers.
+fewest lines (a window of 100) visit more. Both are set by density alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,35 +63,51 @@ def near_a_quarter(tokens: int) -> VerticalSlash:
     )
 
 
-def as_dense(sample: Sequence[tuple[Array, Array]], pattern: VerticalSlash, density: float) -> VerticalSlash:
-    """The pattern with the threshold, within a factor of 4, that reaches `density` on the sampled layers."""
+def as_dense(layers: Sequence[tuple[Array, Array]], pattern: VerticalSlash, density: float) -> VerticalSlash:
+    """The pattern with the threshold, within a factor of 4, at which it visits `density` of the cells."""
     assert pattern.threshold is not None
-    heads = head_arrays(pattern, sample[0][0].shape[2])
+    heads = head_arrays(pattern, layers[0][0].shape[2])
     assert isinstance(heads, PatternArrays)
-    low, high = pattern.threshold / 4, min(pattern.threshold * 4, 0.5)
-    while high / low > 1.03:
-        middle = (low * high) ** 0.5
-        # The threshold is a traced argument, so that one program serves every step.
-        there = dataclasses.replace(heads, threshold=jnp.full_like(heads.threshold, middle))
-        low, high = (middle, high) if mean_density(sample, there) >= density else (low, middle)
-    return dataclasses.replace(pattern, threshold=low)
+
+    def visited(threshold: float) -> float:
+        # A traced argument, so that one program serves every step.
+        return mean_density(layers, dataclasses.replace(heads, threshold=jnp.full_like(heads.threshold, threshold)))
+
+    found = _reach(visited, pattern.threshold / 4, min(pattern.threshold * 4, 0.5), density)
+    return dataclasses.replace(pattern, threshold=found)
 
 
-def lines_as_dense(sample: Sequence[tuple[Array, Array]], columns: int, density: float) -> VerticalSlash:
-    """The original's rule with so many columns, and as many lines as reach `density` on the sampled layers."""
-    (t, heads), low = sample[0][0].shape[1:3], 100
-    high = t
-    while high - low > max(1, low // 100):
-        middle = (low + high) // 2
+def lines_as_dense(layers: Sequence[tuple[Array, Array]], columns: int, density: float) -> VerticalSlash:
+    """The original's rule with so many columns, and as many lines as visit `density` of the cells."""
+    t, heads = layers[0][0].shape[1:3]
+
+    def visited(lines: float) -> float:
         # As arrays whose widths are those of all lines, so that one program serves every step.
-        dense_enough = mean_density(sample, arrays([VerticalSlash(columns, middle)] * heads, t)) >= density
-        low, high = (low, middle) if dense_enough else (middle, high)
-    return VerticalSlash(columns, high)
+        return mean_density(layers, arrays([VerticalSlash(columns, round(lines))] * heads, t))
+
+    return VerticalSlash(columns, round(_reach(visited, 100, t, density)))
 
 
-def mean_density(sample: Sequence[tuple[Array, Array]], pattern: Pattern | PatternArrays) -> float:
+def _reach(visited: Callable[[float], float], low: float, high: float, density: float) -> float:
+    """Where between `low` and `high` a monotonic density is nearly the one wanted (to a thousandth, in few steps)."""
+    x, y = [math.log(low), math.log(high)], [math.log(visited(end) / density) for end in (low, high)]
+    if y[0] * y[1] >= 0:
+        return math.exp(x[0] if abs(y[0]) < abs(y[1]) else x[1])
+    for step in range(12):
+        # Where a line through both ends crosses zero, or every other time half way: an end may be far off.
+        share = 0.5 if step % 2 else min(max(y[0] / (y[0] - y[1]), 0.05), 0.95)
+        x_new = x[0] + share * (x[1] - x[0])
+        y_new = math.log(visited(math.exp(x_new)) / density)
+        same = 0 if y_new * y[0] > 0 else 1
+        x[same], y[same] = x_new, y_new
+        if abs(y_new) * density < 0.001:
+            break
+    return math.exp(x[0] if abs(y[0]) < abs(y[1]) else x[1])
+
+
+def mean_density(layers: Sequence[tuple[Array, Array]], pattern: Pattern | PatternArrays) -> float:
     """Visited share of the causal cells, over the heads of some layers' (q, k)."""
-    density = [make_plan(q, k, pattern).density(q.shape[1], k.shape[1]).mean() for q, k in sample]
+    density = [make_plan(q, k, pattern).density(q.shape[1], k.shape[1]).mean() for q, k in layers]
     return float(np.mean(density))
 
 
@@ -129,11 +146,11 @@ def table(path: str, texts: Sequence[Path], lengths: Sequence[int], density: flo
             if len(ids) < length:
                 raise ValueError(f"{text} has {len(ids):,} tokens; {length:,} are wanted")
             tokens = jnp.asarray([ids], jnp.int32)
-            sample = [(q, k) for layer, (q, k, _) in enumerate(capture_qkv(model, tokens)) if layer % 4 == 0]
-            ours = as_dense(sample, near_a_quarter(length), density)
-            visited = mean_density(sample, ours)
-            lines = [lines_as_dense(sample, length // share, visited) for share in (32, 8, 4)]
-            del sample
+            layers = [(q, k) for q, k, _ in capture_qkv(model, tokens)]
+            ours = as_dense(layers, near_a_quarter(length), density)
+            visited = mean_density(layers, ours)
+            lines = [lines_as_dense(layers, length // share, visited) for share in (32, 8, 4)]
+            del layers
             patterns = {f"original ({p.columns}, {p.slashes})": p for p in lines}
             rows = measure(model, tokens, patterns | {f"ours, threshold {ours.threshold:.1e}": ours})
             for row in rows:
