@@ -13,20 +13,23 @@ runs to a steady state, so only figures of one run compare.
 | 4. chains of 4 query tiles: neighbours stay together and share the L2 cache | 27.3 ms | **224 ms** |
 | 5. softmax beside the value product; columns inside the window left out | 25.4 rested, 28.1 steady | 241 steady |
 | 6. bands at any distance: 12 % fewer keys for the same index; fewer kernels prepare the plan | **25.1** | **215** |
-| 7. query tiles overlap; values in one wgmma; no turns (below) | | |
+| 7. query tiles overlap; values in one wgmma; no turns (below) | 25.6 steady | 217 steady |
 
 Version 7 begins each query tile beside the last step of the one before, multiplies by the values in one wgmma although
 they arrive in parts, adds up the softmax's sums within threads until the tile ends, deals shorter chains to the last
-thread blocks, and spills no register. In one run, each call after a dense one or another version (kernel time):
+thread blocks, and spills no register. Kernel time, medians of 12 (128K) and 24 (16K) calls in bursts of 4 and 8, the
+versions in turn, of which the first bursts shared the GPU with other processes:
 
-| | 128K | 16K | 8 x 16K | 128K, head_dim 64 |
+| | vertical-slash 128K | A-shape 128K | vertical-slash 16K | A-shape 16K |
 |---|---|---|---|---|
-| version 6 | 27.5 ms | 2.71 ms | 20.4 ms | 18.9 ms |
-| 7, with turns | 25.5 | | | |
-| 7, equal tiles of 4 heads side by side, with turns | 26.4 | 2.60 | 21.1 | |
-| the same without turns | 25.1 | | | 17.7 |
-| 7, of 8 heads, with turns | | 2.59 | 20.2 | |
-| 7, 4 heads, 2 (4) of 16 exponentials as polynomials | 25.8 (with turns) | | | 17.3 (17.9) |
+| version 6 | 25.9 ms | 19.1 ms | 2.69 ms | 2.19 ms |
+| version 7 | 25.3 ms | 18.6 ms | 2.59 ms | 2.16 ms |
+
+Another run called each variant once in every round, dense attention first, so that the later ones met a cooler GPU. At
+128K, in this order: version 6 27.5 ms; version 7 with turns and equal tiles of 4 heads side by side 26.4; with turns
+25.5; as the second with 2 of 16 exponentials as polynomials 25.8; as the second without turns 25.1.
+At head_dim 64 that run took 18.9 ms with version 6 and 17.7, 17.9 and 17.3 with none, 4 and 2 of 16 exponentials as
+polynomials. At 16K, 4, 8 and 32 heads side by side were alike (2.60 ms); the heads stay in order.
 
 Starting tiles anywhere takes a copy for each 128 bytes of a row, and cost version 6 2 to 3 % of the rate where every
 band is a multiple of the tile: such plans (`band_multiple`) keep whole-row copies. In a run of minutes version 5 took
