@@ -13,7 +13,7 @@ runs to a steady state, so only figures of one run compare.
 | 4. chains of 4 query tiles: neighbours stay together and share the L2 cache | 27.3 ms | **224 ms** |
 | 5. softmax beside the value product; columns inside the window left out | 25.4 rested, 28.1 steady | 241 steady |
 | 6. bands at any distance: 12 % fewer keys for the same index; fewer kernels prepare the plan | **25.1** | **215** |
-| 7. query tiles overlap; values in one wgmma; no turns (below) | 25.6 steady | 217 steady |
+| 7. query tiles overlap; values in one wgmma; no turns (below) | 26.0 steady | 217 steady |
 
 Version 7 begins each query tile beside the last step of the one before, multiplies by the values in one wgmma although
 they arrive in parts, adds up the softmax's sums within threads until the tile ends, deals shorter chains to the last
@@ -29,7 +29,9 @@ Another run called each variant once in every round, dense attention first, so t
 128K, in this order: version 6 27.5 ms; version 7 with turns and equal tiles of 4 heads side by side 26.4; with turns
 25.5; as the second with 2 of 16 exponentials as polynomials 25.8; as the second without turns 25.1.
 At head_dim 64 that run took 18.9 ms with version 6 and 17.7, 17.9 and 17.3 with none, 4 and 2 of 16 exponentials as
-polynomials. At 16K, 4, 8 and 32 heads side by side were alike (2.60 ms); the heads stay in order.
+polynomials. At 16K, 4, 8 and 32 heads side by side were alike (2.60 ms); the heads stay in order. Power is the limit:
+the first call of a burst at 128K takes 23.0 ms, the third 25.3. The GPU of these runs was slower for every version than
+that of version 6's 25.1, where cuDNN took the same 237 ms.
 
 Starting tiles anywhere takes a copy for each 128 bytes of a row, and cost version 6 2 to 3 % of the rate where every
 band is a multiple of the tile: such plans (`band_multiple`) keep whole-row copies. In a run of minutes version 5 took
