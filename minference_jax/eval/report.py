@@ -46,7 +46,7 @@ def tables(results: Sequence[Result]) -> list[Table]:
     for length in lengths:
         rows = []
         for method in methods:
-            cells = [_cell(_pick(results, method, length, members)) for members in columns.values()]
+            cells = [_group_cell(results, method, length, members) for members in columns.values()]
             rows.append([method, _density(_pick(results, method, length)), *map(_text, cells)])
         found.append(Table(f"{length:,} tokens", ["method", "density", *columns], rows))
     for members in groups.values():
@@ -111,6 +111,12 @@ def _pick(results: Sequence[Result], method: str, length: int, tasks: Sequence[s
 
 def _cell(results: list[Result]) -> Cell | None:
     return score_cell(results) or perplexity_cell(results)
+
+
+def _group_cell(results: Sequence[Result], method: str, length: int, tasks: Sequence[str]) -> Cell | None:
+    """None too where a task is missing, as in a run that was stopped: an average of other tasks is no comparison."""
+    found = _pick(results, method, length, tasks)
+    return _cell(found) if {result.task for result in found} == set(tasks) else None
 
 
 def _text(cell: Cell | None) -> str:
