@@ -114,24 +114,33 @@ plt.show()
 # %% [markdown]
 # ## Which budget, and why?
 #
-# Measured on an H100 80GB HBM3 in bfloat16 (driver 580.159, jax 0.11.2, commit d016752), SmolLM2-135M-Instruct,
-# prompts of 4,096 tokens of *Persuasion*, 50 of each task
-# (needles: a number in the raw text and an address in a chat; RULER: four needle tasks of one key or four, multi-value,
-# multi-query, one haystack of needles, variable tracking):
+# Measured on an H100 80GB HBM3 in bfloat16 (driver 580.159, jax 0.11.2; dense and A-shape at commit 1e574e6, searched
+# at 48d8234), SmolLM2-135M-Instruct, prompts of *Northanger Abbey*, which no pattern was searched on, 50 of each task,
+# with 95 % intervals. Needles: four tasks, a number or an address, in raw text or in a chat. The next column: a pass
+# key or ten digits in repeated sentences. All budgets were brought to about a third of the keys on another text.
 #
-# | method | density | needles, % | RULER, 8 tasks, % | perplexity |
-# |---|---|---|---|---|
-# | dense | 1 | 97 | 40.9 | 28.42 |
-# | searched patterns, budgets × 1.4 | 0.32 | 98 | 39.9 | 28.58 |
-# | searched patterns (`preset("smollm2-135m-instruct")`) | 0.25 | 99 | not run | 28.77 |
-# | one pattern for all: 409 columns, 5 tiles | 0.25 | 96 | 39.9 | 29.88 |
-# | A-shape: 64 sinks, a window of 641 | 0.34 | 20 | 25.9 | 29.58 |
+# | tokens | method | density | needles, % | pass key, number, % | perplexity |
+# |---|---|---|---|---|---|
+# | 1,024 | dense | 1 | 98.5 [96, 99] | 96 [90, 98] | 30.51 |
+# | | patterns searched at 1,024 | .344 | 96.5 [93, 98] | 92 [85, 96] | 31.08 |
+# | | patterns searched at 4,096, scaled | .339 | 95.5 [92, 98] | 98 [93, 99] | 34.91 |
+# | | A-shape | .290 | 20.5 [15, 27] | 17 [11, 26] | 33.51 |
+# | 4,096 | dense | 1 | 96 [92, 98] | 89 [81, 94] | 28.22 |
+# | | patterns searched at 4,096, scaled | .349 | 95.5 [92, 98] | 92 [85, 96] | 28.31 |
+# | | A-shape (two of the four needles) | .340 | 20 [13, 29] | 20 [13, 29] | 29.16 |
+# | 8,192 | dense | 1 | 81 [75, 86] | 88 [80, 93] | 27.50 |
+# | | patterns searched at 4,096, scaled | .342 | 80 [74, 85] | 88 [80, 93] | 27.54 |
+# | | A-shape (three of the four needles) | .340 | 20.7 [15, 28] | 20 [13, 29] | 28.15 |
+#
+# On *Persuasion* at 4,096 tokens (commit d016752), eight RULER tasks: 40.9 dense, 39.9 with searched patterns at .32
+# and with one budget for all heads at .25, 25.9 with A-shape at .34. That one budget costs 5.1 % of perplexity, the
+# searched patterns at the same density 1.2 %.
 #
 # - **Columns find needles.** With as many keys as A-shape, any plan that looks for columns finds the facts that a fixed
-#   window loses.
-# - **Near tiles keep the text's perplexity.** The uniform pattern has half of A-shape's window, and a worse perplexity,
-#   although it answers better. A score on one task says little about another: look at both.
-# - **Search, then spend about a third of the keys.** Heads differ: budgets per head cost 1.2 % of perplexity at a
-#   quarter of the keys and 0.6 % at a third, where the same budget for all costs 5.1 %. The patterns were searched on
-#   the opening of this same book; on another novel the README has 0.3 % at .346 of the keys. Search on text like yours.
-# - Short prompts need more: at 1,024 tokens the diagonal and one tile before it are 23 % of all pairs already.
+#   window loses: A-shape is right where the fact lies in its window, a fifth of the cases.
+# - **Search, then spend about a third of the keys.** From 4,096 tokens on that costs 0.1 to 0.3 % of perplexity.
+# - **Search at the length that you use.** Longer prompts can be served by scaling the budgets
+#   (`search.scale_to_density`). Scaled down to 1,024 tokens they lose 14 % of perplexity, where patterns that were
+#   searched there lose 1.9 %.
+# - **Short prompts want dense attention.** At 1,024 tokens the diagonal and one tile before it are 23 % of all pairs
+#   already, and a third of them is too little for this model.
