@@ -48,7 +48,7 @@ def test_weights_and_caches_are_counted_exactly(name):
         ({"tokens": 1 << 20, "cache": "fp8"}, 28.59, 1.15),
         ({"tokens": 1 << 15, "cache": None, "batch": 4}, 6.86, 1.15),
         ({"tokens": 1 << 15, "cache": None, "dtype": "float32"}, 3.97, 1.15),
-        ({"tokens": 1 << 18, "chunk": 32_768}, 2.14, 1.25),
+        ({"tokens": 1 << 18, "chunk": 32_768}, 2.58, 1.4),
         ({"tokens": 1 << 17, "chunk": 32_768, "batch": 2}, 3.61, 1.15),
     ],
 )

@@ -26,6 +26,8 @@ Params = Mapping[str, Array]
 
 CHUNK = 16_384
 """Rows that projections, norms and the MLP process at once: large enough to fill a GPU, and 0.5 GB for an 8B model."""
+PART = 32_768
+"""Rows up to which a part of a prompt is processed at once: cutting it in two would copy it in and out again."""
 LOGIT_CHUNK = 256
 """Rows whose logits exist at once when only a number per row is kept: 134 MB for a vocabulary of 131,072."""
 

@@ -214,7 +214,7 @@ class Llama(nnx.Module):
         start: int | Int32[Array, ""] | None = None,
         rope_lengths: Int32[Array, " b"] | None = None,
         chunk: int | None = None,
-        rows_at_once: int = forward.CHUNK,
+        rows_at_once: int | None = None,
         implementation: str | None = None,
         return_info: bool = False,
     ) -> Any:
@@ -234,7 +234,8 @@ class Llama(nnx.Module):
           length to assume, where a prompt comes in parts. Default: `lengths` up to these rows, as one call would see.
         - `chunk`: feed the tokens in parts of so many (a multiple of 128) against the cache, one part after another:
           memory is then bounded by the part. Needs a cache; `start` must be None or an int. See `models.parts`.
-        - `rows_at_once` (static): rows of projections and MLP at once. `implementation` (static): of attention.
+        - `rows_at_once` (static): rows of projections and MLP at once, by default 16,384, or all of a part that has no
+          more than 32,768. `implementation` (static): of attention.
 
         **Returns:** float32 logits `[b, vocab]` of each sequence's last token (of a sequence that ends outside these
         rows, they mean nothing) and the cache. With `return_info` (static) also the `AttentionInfo` of all layers,
@@ -254,6 +255,8 @@ class Llama(nnx.Module):
             rope_lengths = jnp.minimum(lengths, end)
         else:
             rope_lengths = check_lengths(rope_lengths, tokens.shape[0])
+        if rows_at_once is None:
+            rows_at_once = tokens.shape[1] if start is not None and tokens.size <= forward.PART else forward.CHUNK
         if rows_at_once <= 0:
             raise ValueError(f"rows_at_once must be positive, got {rows_at_once}")
         result = prefill_program(self, tokens, lengths, rope_lengths, start)(

@@ -8,10 +8,10 @@ and k KV heads of h, MLP width f:
 - activations: the larger of what attention and what the MLP of a layer take, and a copy of one layer's weights.
   Attention: residual stream, queries, its output, and keys and values, b · (r·(d + 2·n·h) + 2·s·k·h) · a; probe
   scores, at most 512 MiB; 2 bytes for each column and query tile of every head. MLP: residual stream, attention's
-  output, and b · 3·f·a for each of the 16,384 rows that it has at once.
+  output, and b · 3·f·a for each of the 16,384 rows that it has at once (of parts up to 32,768 rows for all of them).
 
 The first two are exact. The last is checked against what XLA allocates when it compiles for an H100: it is 1 to 15 %
-above, and 25 % for one prompt in parts.
+above, and up to 40 % for one prompt in parts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from minference_jax.models.cache import QUANTIZED, cache_dtype
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.forward import CHUNK
+from minference_jax.models.forward import CHUNK, PART
 from minference_jax.models.fp8 import CONTRACTED, fp8_shapes
 from minference_jax.models.params import layer_shapes, param_shapes
 
@@ -44,7 +44,7 @@ USABLE = 0.92
 """Share of it that a program may take. JAX takes 0.75 unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; the command
 line sets this share where you have not."""
 
-PARTS = 32_768
+PARTS = PART
 """Rows of a part in what is suggested."""
 
 
@@ -119,7 +119,8 @@ def _activations(config: LlamaConfig, batch: int, rows: int, keys: int, size: in
     scores = min(512 << 20, n * 64 * keys * size)
     columns = 2 * n * -(-rows // 128) * (1000 + 192)
     attention = batch * (stream + 2 * queries + keys_and_values + columns) + scores
-    mlp = batch * (stream + queries + 3 * min(rows, CHUNK) * config.intermediate_size * size)
+    at_once = rows if rows < keys and batch * rows <= PART else min(rows, CHUNK)
+    mlp = batch * (stream + queries + 3 * at_once * config.intermediate_size * size)
     stacked = {f"layers.{name}": (1, *shape) for name, shape in layer_shapes(config).items()}
     return max(attention, mlp) + _weights(stacked, size, fp8_projections)
 

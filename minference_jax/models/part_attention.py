@@ -26,8 +26,9 @@ from minference_jax.models.cache import KVCache
 from minference_jax.patterns import VERTICAL_SLASH, PatternArrays
 from pallas_kernels.sizes import QUERY_TILE
 
-EXTENTS = 8
-"""Prefixes of a cache: its eighths, as far as they are longer than a part. Each is compiled, at about four seconds."""
+EXTENTS = 4
+"""Prefixes of a cache: its quarters, as far as they are longer than a part. Each is compiled, which takes about four
+seconds beside an H100; eight of them took one part's program past a minute, for one per cent of its time."""
 
 SHORT = 16_384
 """Up to so many positions a cache is read whole: what a prefix would save is less than it takes to compile."""
