@@ -208,13 +208,13 @@ def test_a_short_sample_counts_as_much_as_a_long_one(model, samples):
     layers = list(capture_qkv(model, padded, lengths))
     record = both.measure(layers[1], *both.calibrate(layers[0]))
     assert np.all(record.error[:, 1].max(0) > 0)  # no row of the long sample's scored tiles but the first is in it
+    step = settings.ladder.index(1.0)
     for at, length in enumerate((520, 140)):
         q, k, v = (x[at : at + 1, :length] for x in layers[1])
         tiles = jnp.asarray(scored_tiles(length, settings.query_tiles))
         heads = arrays([scaled(SMALL[0], float(f), 520) for f in record.factors[0]], length)
         masks = plan_masks(q, k, heads, jnp.asarray([length]), tiles)
         found = output_errors(q, k, v, masks.keys[None], tiles, jnp.asarray([length]))
-        step = settings.ladder.index(1.0)
         np.testing.assert_allclose(record.error[step, at], found.error[0, 0], atol=2e-6)
     visited = [
         cells * np.asarray(m.density[0])
