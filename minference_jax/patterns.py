@@ -69,7 +69,9 @@ class VerticalSlash:
       is spread wider takes more, up to `GROWTH` times: all tiles and columns whose keys have at least this mean
       attention weight by the estimate. About 1 / (2 · prompt length) is a start; half of it visits more.
 
-    The defaults are the original's rule and its most frequent budget.
+    The defaults are the original's rule and its most frequent budget. What keeps most of the softmax mass on real text,
+    at a quarter of the cells of an N-token prompt, is `VerticalSlash(columns=N // 20, tiles=N // 1024, probes="spread",
+    threshold=0.5 / N)`: see `minference_jax.bench.recall`.
 
     Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2. `tiles`, `probes="spread"`, `coverage` and `threshold`
     are ours.

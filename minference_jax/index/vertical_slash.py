@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
@@ -33,7 +34,7 @@ TILE_SINK_COLUMNS = 4
 
 SURE_COLUMN = 3.0
 """A key with so many times the mean weight that is worth a visit (the threshold; where there is none, half of the mean
-over all keys), seen by as many probes, is a column, whatever tiles hold. Each of the spread probes sees it at a
+over all keys), from as many probes or more, is a column, whatever tiles hold. Each of the spread probes sees it at a
 distance of its own, so that together such keys would pass for bands, and bands at every probe's distance would leave
 nothing of the column. (On text, with a threshold, at equal density: 1 keeps 0.3 points less, no such rule 2 points.)"""
 
@@ -129,8 +130,9 @@ def _select(
         rest = uncovered(weights.by_key(), heads["positions"], flags, heads["spread"])
         if limits.spread and sure is None:
             sure = sure_columns(weights.by_key(), heads, rows)
-        left = None if target is None else target - (mass - rest.sum(-1))
-        scores, budget = rest if sure is None else jnp.where(sure > 0, sure, rest), heads["first"]
+        # The barrier keeps this sum of sums from becoming a pass of its own over the weights.
+        left = None if target is None else target - (mass - jax.lax.optimization_barrier(rest).sum(-1))
+        scores, budget = rest if sure is None else jnp.maximum(rest, sure), heads["first"]
         if limits.threshold:
             mean = scores / (mass[..., None] * rows.share_past(jnp.arange(rest.shape[-1], dtype=jnp.int32)))
             scores, budget = widened(scores, budget, mean, heads["threshold"])
@@ -218,30 +220,32 @@ def best_bands(
     mass: Float[Array, "*heads r"],
     target: Float[Array, "*heads"] | None = None,
 ) -> Bool[Array, "*heads r"]:
-    """The `budget` best bands with a score above zero, the one next to the diagonal among them.
+    """The `budget` best bands with a score above zero (compared in bfloat16), the one next to the diagonal among them.
 
     With `target` mass given, only the best of them that hold it.
     """
     band = jnp.arange(scores.shape[-1], dtype=jnp.int32)
     reached = (band > 0) & (band * KEY_TILE < visible[..., None] + KEY_TILE) & (scores > 0)
     scores = jnp.where(reached, jnp.where(band == 1, jnp.inf, scores), -jnp.inf)
-    return select.top_k_mask(scores, budget, None if target is None else select.Enough(mass, target))
+    enough = None if target is None else select.Enough(mass, target)
+    return select.top_k_mask(scores.astype(jnp.bfloat16), budget, enough)
 
 
 def sure_columns(weights: Float[Array, "*heads p s"], heads: dict[str, Array], rows: Rows) -> Float[Array, "*heads s"]:
-    """Mass of the keys that are columns for sure, 0 at the others (all of them without spread probes).
+    """Mass, or less of it, of the keys that are columns for sure; 0 at the others (all of them without spread probes).
 
     Neither the diagonal nor the band next to it counts.
     """
     key = jnp.arange(weights.shape[-1], dtype=jnp.int32)
     nearest = (heads["positions"] // QUERY_TILE * QUERY_TILE - KEY_TILE).reshape(-1, 1)
-    past = jnp.where(key < nearest, weights.reshape(-1, key.size), 0).reshape(weights.shape)
-    held, squares = past.sum(-2), (past * past).sum(-2)
     half = 0.5 / jnp.maximum(rows.start + rows.valid, 1).astype(jnp.float32)
     worth = jnp.where(jnp.isfinite(heads["threshold"]), heads["threshold"], half)[..., None]
-    often = held >= SURE_COLUMN * worth * heads["importance"].sum(-1)[..., None] * rows.share_past(key)
-    by_many = held * held >= SURE_COLUMN * squares  # n equal weights: held² = n · squares
-    return jnp.where(often & by_many & heads["spread"][..., None], held, 0)
+    most = worth * heads["importance"].sum(-1)[..., None] * rows.share_past(key)
+    # No probe counts for more than its share: one sum tells both how much and by how many.
+    most_of_row = jnp.broadcast_to(most[..., None, :], weights.shape).reshape(-1, key.size)
+    held = jnp.where(key < nearest, jnp.minimum(weights.reshape(-1, key.size), most_of_row), 0)
+    held = held.reshape(weights.shape).sum(-2)  # rows as one axis until here: see probes.lazy_weights
+    return jnp.where((held >= SURE_COLUMN * most) & heads["spread"][..., None], held, 0)
 
 
 def uncovered(
