@@ -115,12 +115,14 @@ def lazy_weights(
     top = jnp.max(scaled(scores, seen), axis=-1, keepdims=True)
     top = jnp.where(jnp.isfinite(top), top, 0)
     total = jnp.sum(jnp.exp(scaled(jax.lax.optimization_barrier(scores), seen) - top), axis=-1, keepdims=True)
-    inverse = jnp.where(total > 0, 1 / total, 0)
+    share = jnp.where(total > 0, 1 / total, 0)
     if importance is not None:
-        inverse = inverse * importance.reshape(-1, 1)
+        share = share * importance.reshape(-1, 1)
+    # Taken into the exponent: the same exponentials as in `total` would become one array, which XLA may store.
+    shift = top - jnp.log(share)
 
     def by_key() -> Array:
-        return (jnp.exp(scaled(jax.lax.optimization_barrier(scores), seen) - top) * inverse).reshape(shape)
+        return jnp.exp(scaled(jax.lax.optimization_barrier(scores), seen) - shift).reshape(shape)
 
     def by_distance(skip: int, keep: Array | None = None) -> Array:
         # The shift is a gather of the scores, which fuses with all the rest. (Padding and reshaping, which shears the
@@ -132,7 +134,7 @@ def lazy_weights(
         if keep is not None:
             head = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None] // shape[-2]
             seen &= keep.reshape(-1, shape[-1]).at[head, at].get(mode="promise_in_bounds")
-        return (jnp.exp(scaled(shifted, seen) - top) * inverse).reshape(shape)
+        return jnp.exp(scaled(shifted, seen) - shift).reshape(shape)
 
     return Weights(by_key, by_distance)
 
