@@ -13,6 +13,8 @@ since rows before a column, or nearer to the start than a band's distance, do no
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -82,7 +84,7 @@ def choose_attention(
 
 
 class _Same:
-    """A key that is equal to itself only: comparing patterns takes as long as what is remembered of them."""
+    """A key that is equal to itself only: comparing patterns takes longer than what is remembered of them."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -96,14 +98,18 @@ class _Same:
 
 @lru_cache(maxsize=256)
 def _choose(config_key: _Same, patterns_key: _Same, rows: int, keys: int, device: str) -> AttentionChoice:
-    """Remembered: every prefill asks, and to look through a thousand heads takes as long as a short one."""
+    """Remembered, since every prefill asks. Patterns that are new each time still cost little: heads that share a
+    pattern object are looked at once."""
     config, patterns = config_key.value, patterns_key.value
     name = next((name for name in RATES if name in device), "")
     rates = RATES.get(name, OTHER)
     operations = 4 * config.head_dim * config.num_heads
-    visited = sum(_layer_cells(layer, rows, keys) for layer in patterns) / patterns.num_layers
+    heads = [pattern for layer in patterns.layers for pattern in layer]
+    number = Counter(map(id, heads))
+    distinct = {id(pattern): pattern for pattern in heads}
+    visited = sum(number[key] * pairs(rows, keys, _budget(p, rows, keys)) for key, p in distinct.items()) / len(heads)
     dense = rates.launch + operations * pairs(rows, keys, keys) / rates.dense
-    index = rates.index + rates.index_key * keys * config.num_heads / 32 if _needs_index(patterns) else 0.0
+    index = rates.index + rates.index_key * keys * config.num_heads / 32 if _needs_index(distinct.values()) else 0.0
     sparse = rates.launch + index + operations * visited / rates.sparse
     return AttentionChoice(dense <= MARGIN * sparse, 1e3 * dense, 1e3 * sparse, name or f"no rates for {device}")
 
@@ -113,11 +119,6 @@ def pairs(rows: int, keys: int, budget: float) -> float:
     first = keys - rows
     short = max(0.0, min(keys, budget) - first)  # rows that see everything before them
     return short * first + short * (short + 1) / 2 + (rows - short) * budget
-
-
-def _layer_cells(layer: tuple[Pattern, ...], rows: int, keys: int) -> float:
-    """Mean over a layer's heads."""
-    return sum(pairs(rows, keys, _budget(pattern, rows, keys)) for pattern in layer) / len(layer)
 
 
 def _budget(pattern: Pattern, rows: int, keys: int) -> float:
@@ -132,5 +133,5 @@ def _budget(pattern: Pattern, rows: int, keys: int) -> float:
     return (1 - 0.5 * rows / keys) * (pattern.columns + 64 * (tiles + 2))
 
 
-def _needs_index(patterns: HeadPatterns) -> bool:
-    return any(isinstance(pattern, VerticalSlash | BlockSparse) for layer in patterns for pattern in layer)
+def _needs_index(patterns: Iterable[Pattern]) -> bool:
+    return any(isinstance(pattern, VerticalSlash | BlockSparse) for pattern in patterns)
