@@ -1,10 +1,13 @@
 """`bench prefill`: its rows, its table and JSON, and the configs that random weights can have."""
 
+import contextlib
+import dataclasses
 import json
 import math
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from minference_jax.bench import prefill
 from minference_jax.bench.prefill import bench_prefill, median_seconds
@@ -29,6 +32,32 @@ def test_rows_say_what_ran_and_what_was_estimated():
     assert sparse.speedup == pytest.approx(dense.seconds / sparse.seconds)
     weights = 4 * sum(parameter.size for parameter in model.params().values())
     assert weights / 2**30 < sparse.memory_gib < (weights + 4e7) / 2**30
+
+
+def test_a_second_run_says_that_its_programs_come_from_the_cache(tmp_path):
+    methods, found = {"dense": (None, False), "minference": (VerticalSlash(columns=4, tiles=1), False)}, []
+    config = dataclasses.replace(TINY, vocab_size=67)  # a program that no other test has compiled
+    with _compile_cache(tmp_path):
+        for _ in range(2):
+            jax.clear_caches()
+            model = Llama.random(config, jax.random.key(0))
+            found.append(list(bench_prefill(model, [128, 256], methods, repeats=1, pieces=False, jobs=2)))
+    assert [[row.cached for row in rows] for rows in found] == [[False] * 4, [True] * 4]
+    assert all(row.seconds > 0 and math.isnan(row.attention) for rows in found for row in rows)
+
+
+@contextlib.contextmanager
+def _compile_cache(directory):
+    options = {"jax_compilation_cache_dir": str(directory), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    options["jax_persistent_cache_min_entry_size_bytes"] = -1
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def test_the_command_takes_pattern_files_prints_json_and_draws(tmp_path, capsys):

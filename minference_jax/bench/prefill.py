@@ -7,17 +7,21 @@ down as it warms up.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from minference_jax.bench.kernels import environment
-from minference_jax.bench.prefill_pieces import time_pieces
+from minference_jax.bench.prefill_pieces import Pieces, time_pieces
 from minference_jax.models.cost import AUTO_PATTERN
 from minference_jax.models.forward import CHUNK
 from minference_jax.models.llama import Llama, prefill_program
@@ -43,10 +47,11 @@ class Row:
 
     - `seconds`: of one prefill of one prompt, to the logits of its last token. `estimated`: not run; the sum of the
       pieces.
-    - `attention`, `index`, `projections`: seconds of all layers, each piece timed by itself.
+    - `attention`, `index`, `projections`: seconds of all layers, each piece timed by itself (NaN where it was not).
     - `memory_gib`: weights, arguments and temporary buffers of the program as compiled; `device_peak_gib`: the most
       that the process has had allocated so far (NaN where the device does not say).
-    - `density`: mean visited share of the causal cells.
+    - `density`: mean visited share of the causal cells (NaN without pieces).
+    - `compile_seconds`: tracing, lowering, and compiling or loading; `cached`: loaded from the compile cache.
     """
 
     tokens: int
@@ -62,6 +67,15 @@ class Row:
     device_peak_gib: float
     compile_seconds: float
     estimated: bool = False
+    cached: bool = False
+
+
+class Compiled(NamedTuple):
+    """A program, the seconds that it took to make, and whether it came from the compile cache."""
+
+    program: Any
+    seconds: float
+    cached: bool
 
 
 def bench_prefill(
@@ -71,6 +85,8 @@ def bench_prefill(
     *,
     repeats: int = 3,
     dense_limit: int = 1 << 17,
+    pieces: bool = True,
+    jobs: int = 1,
     say: Callable[[str], None] | None = None,
 ) -> Iterator[Row]:
     """Yields one row for each length and method.
@@ -82,20 +98,35 @@ def bench_prefill(
     - `repeats`: runs of which the median is taken; a run of more than three seconds is not repeated.
     - `dense_limit`: beyond it, dense attention is timed in one layer only, and its row estimated (at a million tokens
       an 8B model would take ten minutes).
+    - `pieces`: time the pieces too; otherwise only those of estimated rows. (Compiling them takes longer than running.)
+    - `jobs`: with more than one, all programs are compiled first, so many at a time; `compile_seconds` are then those
+      of a program beside others.
     """
     say = say or (lambda line: None)
-    models: dict[bool, Llama] = {False: model}
+    networks: dict[str, Llama] = {}
+    if any(fp8 for _, fp8 in methods.values()):
+        say("quantizing the projections")
+    narrow = model.with_fp8_projections() if any(fp8 for _, fp8 in methods.values()) else model
+    for name, (pattern, fp8) in methods.items():
+        networks[name] = (narrow if fp8 else model).with_patterns(pattern)
+
+    def is_estimated(name: str, tokens: int) -> bool:
+        return methods[name][0] is None and tokens > dense_limit
+
+    ahead: dict[tuple[str, int], Compiled] = {}
+    if jobs > 1:
+        say(f"compiling, {jobs} programs at a time")
+        cases = [(name, tokens) for tokens in lengths for name in methods if not is_estimated(name, tokens)]
+        with ThreadPoolExecutor(jobs) as pool:
+            made = pool.map(lambda case: _compile(networks[case[0]], case[1]), cases)
+            ahead = dict(zip(cases, made, strict=True))
     for tokens in lengths:
         dense_seconds = float("nan")
         for name, (pattern, fp8) in methods.items():
-            if fp8 not in models:
-                say("quantizing the projections")
-                models[fp8] = model.with_fp8_projections()
-            network = models[fp8].with_patterns(pattern)
             say(f"{tokens:,} tokens, {name}")
-            estimated = pattern is None and tokens > dense_limit
+            estimated, compiled = is_estimated(name, tokens), ahead.pop((name, tokens), None)
             with advise(model.config, tokens=tokens, dtype=model.dtype.name, cache=None, fp8_projections=fp8):
-                row = _time(network, name, pattern, tokens, repeats, estimated)
+                row = _time(networks[name], name, pattern, tokens, repeats, estimated, pieces or estimated, compiled)
             if name == "dense":
                 dense_seconds = row.seconds
             yield dataclasses.replace(row, speedup=dense_seconds / row.seconds)
@@ -134,19 +165,57 @@ def median_seconds(run: Callable[[], Any], repeats: int, *, long: float = 3.0) -
     return statistics.median(times[1:] or times)
 
 
+def _prompt(network: Llama, tokens: int) -> Any:
+    return jax.random.randint(jax.random.key(tokens), (1, tokens), 0, network.config.vocab_size, jnp.int32)
+
+
+def _compile(network: Llama, tokens: int) -> Compiled:
+    prompt = _prompt(network, tokens)
+    with compile_cache_hits() as hits:
+        program, seconds = compile_prefill(network, prompt)
+    return Compiled(program, seconds, bool(hits))
+
+
+@contextlib.contextmanager
+def compile_cache_hits() -> Iterator[list[str]]:
+    """A list of the programs that this thread loads from the compile cache meanwhile (one event for each)."""
+    hits, thread = [], threading.get_ident()
+
+    def listen(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits" and threading.get_ident() == thread:
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield hits
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+
+
 def _time(
-    network: Llama, method: str, pattern: Pattern | HeadPatterns | None, tokens: int, repeats: int, estimated: bool
+    network: Llama,
+    method: str,
+    pattern: Pattern | HeadPatterns | None,
+    tokens: int,
+    repeats: int,
+    estimated: bool,
+    with_pieces: bool,
+    compiled: Compiled | None,
 ) -> Row:
     """A row whose speed-up is still unknown."""
-    prompt = jax.random.randint(jax.random.key(tokens), (1, tokens), 0, network.config.vocab_size, jnp.int32)
-    compile_seconds, memory, seconds = float("nan"), float("nan"), float("nan")
+    prompt = _prompt(network, tokens)
+    memory, seconds = float("nan"), float("nan")
     if not estimated:
-        program, compile_seconds = compile_prefill(network, prompt)
-        memory = program_bytes(program) / 2**30
+        compiled = compiled or _compile(network, tokens)
+        memory = program_bytes(compiled.program) / 2**30
+        program = compiled.program
         seconds = median_seconds(lambda: program(*arguments(network, prompt)), repeats)
+        compiled = compiled._replace(program=None)
         del program
-    first = pattern.layer(0) if isinstance(pattern, HeadPatterns) else pattern
-    pieces = time_pieces(network, prompt, first, lambda run: median_seconds(run, repeats))
+    pieces = Pieces(float("nan"), float("nan"), float("nan"), 1.0 if pattern is None else float("nan"))
+    if with_pieces:
+        first = pattern.layer(0) if isinstance(pattern, HeadPatterns) else pattern
+        pieces = time_pieces(network, prompt, first, lambda run: median_seconds(run, repeats))
     if estimated:
         seconds = pieces.attention + pieces.indexing + pieces.projections
     device = jax.devices()[0].memory_stats() or {}
@@ -162,8 +231,9 @@ def _time(
         density=pieces.density,
         memory_gib=memory,
         device_peak_gib=device.get("peak_bytes_in_use", float("nan")) / 2**30,
-        compile_seconds=compile_seconds,
+        compile_seconds=compiled.seconds if compiled else float("nan"),
         estimated=estimated,
+        cached=compiled.cached if compiled else False,
     )
 
 
@@ -178,7 +248,8 @@ def table(rows: Sequence[Row]) -> Any:
     for heading in (*headings, "density", "GiB", "compile, s"):
         result.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for r in rows:
-        shares = (f"{share / r.seconds:.0%}" for share in (r.attention, r.index, r.projections))
+        pieces = (r.attention, r.index, r.projections)
+        shares = ("" if math.isnan(piece) else f"{piece / r.seconds:.0%}" for piece in pieces)
         result.add_row(
             f"{r.tokens:,}",
             r.method,
@@ -186,9 +257,9 @@ def table(rows: Sequence[Row]) -> Any:
             f"{r.tokens_per_second:,.0f}",
             f"{r.speedup:.2f}",
             *shares,
-            f"{r.density:.3f}",
+            "" if math.isnan(r.density) else f"{r.density:.3f}",
             f"{r.memory_gib:.1f}",
-            f"{r.compile_seconds:.1f}",
+            f"{r.compile_seconds:.1f}{' (cache)' if r.cached else ''}",
         )
     return result
 

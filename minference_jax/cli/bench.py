@@ -30,6 +30,8 @@ def prefill(
     dense_limit: Annotated[
         str, typer.Option(help="Beyond this length dense rows are estimated from one layer, and marked ~.")
     ] = "128K",
+    pieces: Annotated[bool, typer.Option(help="Also time attention, index and projections by themselves.")] = True,
+    jobs: Annotated[int, typer.Option(min=1, help="Compile so many programs at a time, all before the first run.")] = 1,
     plot: Annotated[
         Path | None, typer.Option(help="Write latency and speed-up as an image (needs matplotlib).")
     ] = None,
@@ -37,8 +39,8 @@ def prefill(
 ) -> None:
     """Time prefill: lengths times methods, with the share of attention, index and projections.
 
-    Compiled programs are kept (see JAX_COMPILATION_CACHE_DIR in the README), so the compile column of a second run
-    shows what loading them takes.
+    Compiled programs are kept (see JAX_COMPILATION_CACHE_DIR in the README): the compile column says which ones came
+    from there, and what tracing and loading them took.
     """
     if (model is None) == (not random_weights):
         raise usage_error("give a model, or --random-weights")
@@ -58,11 +60,14 @@ def prefill(
             chosen,
             repeats=repeats,
             dense_limit=parse_length(dense_limit),
+            pieces=pieces,
+            jobs=jobs,
             say=lambda line: stderr().print(line),
         ):
             rows.append(row)
             seconds = f"{row.seconds:.3g} s{' (estimated)' if row.estimated else ''}"
-            took = f"{row.tokens_per_second:,.0f} tokens/s, compiled in {row.compile_seconds:.1f} s"
+            how = "loaded from the compile cache" if row.cached else "compiled"
+            took = f"{row.tokens_per_second:,.0f} tokens/s, {how} in {row.compile_seconds:.1f} s"
             stderr().print(f"  {seconds}, {took}")
     finally:  # rows that were measured before an error, such as a length that does not fit, are shown
         if rows:
