@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.plan import SparsePlan
+from pallas_kernels.sizes import QUERY_TILE
 
 MAX_BUDGET = 1 << 24
 """Largest accepted budget: sixteen million tokens, longer than any prompt, so a larger number is a mistake."""
@@ -61,26 +62,37 @@ class VerticalSlash:
     - `slashes`: distances ("slash lines"), as the original counts them. Ignored when `tiles` is given.
     - `tiles`: 64-key tiles at fixed distances before each 128-query tile. Tiles are what a kernel visits, so this
       budget has a cost that does not depend on the prompt, and holds more softmax mass at the same cost.
-    - `probes`: the query rows that the estimate looks at: `"last"` (the last 64, the original) or `"spread"` (the
-      last 16 and 48 more spread evenly over the prompt, for attention that changes along the prompt).
+    - `probes`: the query rows that the estimate looks at: `"last"` (the last 64, the original), `"spread"` (the
+      last 16 and 48 more spread evenly over the prompt, for attention that changes along the prompt), or a number m
+      (static, a divisor of 128, the same in all heads of a model): every m-th row, for prompts of up to some
+      thousand tokens; see below.
     - `coverage`: if given, each head keeps only its best entries until they hold this share of the estimated
       mass; the budgets remain upper limits, so shapes and compiled code do not change.
     - `threshold`: if given (with `tiles`), the budgets are what every head gets at least, and a head whose attention
       is spread wider takes more, up to `GROWTH` times: all tiles and columns whose keys have at least this mean
       attention weight by the estimate. About 1 / (2 · prompt length) is a start; half of it visits more.
 
-    The defaults are the original's rule and its most frequent budget. What keeps most of the softmax mass on real text,
-    at a quarter of the cells of an N-token prompt, is `VerticalSlash(columns=N // 20, tiles=N // 1024, probes="spread",
-    threshold=0.5 / N)`: see `minference_jax.bench.recall`.
+    With a number of `probes` and a `threshold` (no `tiles`, no `coverage`), each head visits the columns, and each of
+    its query tiles the key tiles, whose mean attention weight reaches the threshold; `columns` and `slashes` are a
+    floor: a head that would keep less of the softmax mass than under the original's rule with that budget (or with
+    more slashes for fewer columns, at about the same cost) gets a lower threshold of its own. 0 and 0 leave next to
+    no floor. The estimate costs 1 / m of the scores of dense attention, and memory that grows with the square of
+    the length.
 
-    Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2. `tiles`, `probes="spread"`, `coverage` and `threshold`
-    are ours.
+    The defaults are the original's rule and its most frequent budget. What keeps most of the softmax mass on real text
+    at a quarter of the cells of an N-token prompt: up to some thousand tokens `VerticalSlash(columns=N // 4,
+    slashes=N**0.8 / 7, probes=8, threshold=0.7 / N)`; for long prompts, where the estimate must be cheap,
+    `VerticalSlash(columns=N // 20, tiles=N // 1024, probes="spread", threshold=0.5 / N)`: see
+    `minference_jax.bench.recall`.
+
+    Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2. `tiles`, all `probes` but the last rows, `coverage` and
+    `threshold` are ours.
     """
 
     columns: int = 1000
     slashes: int = 6096
     tiles: int | None = None
-    probes: Literal["last", "spread"] = "last"
+    probes: Literal["last", "spread"] | int = "last"
     coverage: float | None = None
     threshold: float | None = None
 
@@ -89,13 +101,23 @@ class VerticalSlash:
         _check_budget("VerticalSlash", "slashes", self.slashes, 0)
         if self.tiles is not None:
             _check_budget("VerticalSlash", "tiles", self.tiles, 0)
-        if self.probes not in ("last", "spread"):
-            raise ValueError(f"VerticalSlash: probes must be 'last' or 'spread', got {self.probes!r}")
+        if isinstance(self.probes, int) and not isinstance(self.probes, bool):
+            known, per_tile = 1 <= self.probes <= QUERY_TILE and QUERY_TILE % self.probes == 0, True
+        else:
+            known, per_tile = self.probes in ("last", "spread"), False
+        if not known:
+            raise ValueError(
+                f"VerticalSlash: probes must be 'last', 'spread' or a divisor of {QUERY_TILE}, got {self.probes!r}"
+            )
         if self.coverage is not None and not 0.0 < self.coverage <= 1.0:
             raise ValueError(f"VerticalSlash: coverage must be in (0, 1], got {self.coverage}")
         if self.threshold is not None and not 0.0 < self.threshold < 1.0:
             raise ValueError(f"VerticalSlash: threshold must be in (0, 1), got {self.threshold}")
-        if self.threshold is not None and self.tiles is None:
+        if per_tile and (self.threshold is None or self.tiles is not None or self.coverage is not None):
+            raise ValueError(
+                "VerticalSlash: probes every few rows need a threshold, and take neither tiles nor coverage"
+            )
+        if self.threshold is not None and self.tiles is None and not per_tile:
             raise ValueError("VerticalSlash: threshold needs tiles; lines have no mean weight to compare")
 
 
@@ -116,8 +138,8 @@ class BlockSparse:
 
 Pattern = Dense | AShape | VerticalSlash | BlockSparse
 
-DENSE, A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE = range(4)
-"""Codes of `PatternArrays.kind`."""
+DENSE, A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE, PER_TILE = range(5)
+"""Codes of `PatternArrays.kind`; PER_TILE is `VerticalSlash` with a probe every few rows."""
 
 _CODES = {Dense: DENSE, AShape: A_SHAPE, VerticalSlash: VERTICAL_SLASH, BlockSparse: BLOCK_SPARSE}
 
@@ -138,6 +160,9 @@ class Limits:
     spread: bool = False
     adaptive: bool = False
     threshold: bool = False
+    every: int = 0
+    """Rows to a probe where heads have one every few rows, and their largest number of slashes:"""
+    floor: int = 0
     covers: int = 0
     """Up to this many keys, every head's budget covers every key: the patterns are dense attention."""
 
@@ -177,7 +202,7 @@ class PatternArrays:
     The leaves have shape `[layers, heads]`; scanning over a PatternArrays, or indexing its leaves, gives one
     layer's, with shape `[heads]`, which `make_plan` and `sparse_attention` accept. All layers share `limits`.
 
-    - `kind`: int32 codes DENSE, A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE.
+    - `kind`: int32 codes DENSE, A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE, PER_TILE.
     - `first`: int32; sink, columns or blocks. `second`: int32; window or slashes.
     - `tiles`: int32; −1 where slashes are counted as lines.
     - `spread`: bool, `probes == "spread"`. `coverage`, `threshold`: float32, `inf` for none.
@@ -286,6 +311,11 @@ def head_arrays(
     return _arrays((tuple(pattern),)).layer(0)
 
 
+def _code(pattern: Pattern) -> int:
+    per_tile = isinstance(pattern, VerticalSlash) and isinstance(pattern.probes, int)
+    return PER_TILE if per_tile else _CODES[type(pattern)]
+
+
 def _covers(pattern: Pattern) -> int:
     if isinstance(pattern, Dense):
         return MAX_BUDGET
@@ -293,7 +323,7 @@ def _covers(pattern: Pattern) -> int:
         return max(pattern.sink, pattern.window)
     if isinstance(pattern, BlockSparse):
         return 64 * pattern.blocks
-    if pattern.coverage is not None:
+    if pattern.coverage is not None or _code(pattern) == PER_TILE:
         return 0
     return max(pattern.columns, pattern.slashes) if pattern.tiles is None else 64 * pattern.tiles
 
@@ -309,7 +339,7 @@ def _arrays(layers: tuple[tuple[Pattern, ...], ...]) -> PatternArrays:
     coverage, threshold = (np.full(shape, np.inf, np.float32) for _ in range(2))
     patterns = [pattern for layer in layers for pattern in layer]
     for at, pattern in zip(np.ndindex(shape), patterns, strict=True):
-        kind[at] = _CODES[type(pattern)]
+        kind[at] = _code(pattern)
         if isinstance(pattern, AShape):
             first[at], second[at] = pattern.sink, pattern.window
         elif isinstance(pattern, BlockSparse):
@@ -321,10 +351,14 @@ def _arrays(layers: tuple[tuple[Pattern, ...], ...]) -> PatternArrays:
             coverage[at] = np.inf if pattern.coverage is None else pattern.coverage
             threshold[at] = np.inf if pattern.threshold is None else pattern.threshold
     a_shape = [p for p in patterns if isinstance(p, AShape)]
-    vertical_slash = [p for p in patterns if isinstance(p, VerticalSlash)]
+    vertical_slash = [p for p in patterns if isinstance(p, VerticalSlash) and _code(p) == VERTICAL_SLASH]
+    per_tile = [p for p in patterns if isinstance(p, VerticalSlash) and _code(p) == PER_TILE]
+    strides = {p.probes for p in per_tile if isinstance(p.probes, int)}
+    if len(strides) > 1:
+        raise ValueError(f"VerticalSlash: heads with a probe every few rows must agree on it, got {sorted(strides)}")
     lines = [p for p in vertical_slash if p.tiles is None]
     limits = Limits(
-        kinds=tuple(sorted({_CODES[type(p)] for p in patterns})),
+        kinds=tuple(sorted({_code(p) for p in patterns})),
         sink=max((p.sink for p in a_shape), default=0),
         window=max((p.window for p in a_shape), default=0),
         columns=max((_growth(p) * p.columns for p in vertical_slash), default=0),
@@ -335,6 +369,8 @@ def _arrays(layers: tuple[tuple[Pattern, ...], ...]) -> PatternArrays:
         spread=any(p.probes == "spread" for p in vertical_slash),
         adaptive=any(p.coverage is not None for p in vertical_slash),
         threshold=any(p.threshold is not None for p in vertical_slash),
+        every=max(strides, default=0),
+        floor=max((p.slashes for p in per_tile), default=0),
         covers=min(map(_covers, patterns)),
     )
     leaves = (jnp.asarray(leaf) for leaf in (kind, first, second, tiles, spread, coverage, threshold))

@@ -41,8 +41,9 @@ def test_ours_there_and_back(tmp_path):
         AShape(4, 64),
         VerticalSlash(8, tiles=3, probes="spread", coverage=0.9, threshold=0.01),
         BlockSparse(7),
+        VerticalSlash(8, 9, probes=16, threshold=0.01),
     )
-    table = ((0.5, 1, 0, 0.25),) * 2
+    table = ((0.5, 1, 0, 0.25, 0.5),) * 2
     for figures in ({}, {"scores": table}, {"scores": table, "densities": table, "recalls": table}):
         patterns = HeadPatterns((layer, layer), **figures)
         save_patterns(patterns, tmp_path / "p.json", about={"model": "x", "tokens": 3})

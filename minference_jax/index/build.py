@@ -10,18 +10,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from minference_jax.index.block_sparse import block_sparse_index
+from minference_jax.index.per_tile import per_tile_index
 from minference_jax.index.vertical_slash import vertical_slash_index
 from minference_jax.patterns import (
     A_SHAPE,
     BLOCK_SPARSE,
     DENSE,
+    PER_TILE,
     VERTICAL_SLASH,
     Pattern,
     PatternArrays,
     PlanBuilder,
     head_arrays,
 )
-from pallas_kernels.plan import KEY_TILE, SparsePlan, kv_limit, num_key_tiles
+from pallas_kernels.plan import KEY_TILE, SparsePlan, kv_limit, num_key_tiles, num_query_tiles
 
 
 def make_plan(
@@ -69,12 +71,17 @@ def _built(builder: PlanBuilder, q: Array, k: Array, limit: Array, q_offset: Arr
 def _plan(q: Array, k: Array, heads: PatternArrays, limit: Array, q_offset: Array, scale: float) -> SparsePlan:
     b, _, n, _ = q.shape
     s, limits = k.shape[1], heads.limits
-    columns, bands = [], []  # (heads that take it, positions, count), each broadcastable to [b, n, width]
+    columns, bands, blocks = [], [], []  # (heads that take it, positions, count), each broadcastable to [b, n, width]
     if VERTICAL_SLASH in limits.kinds:
         found = vertical_slash_index(q, k, heads, lengths=limit, q_offset=q_offset, scale=scale)
         chosen = heads.kind == VERTICAL_SLASH
         columns.append((chosen, found.columns, found.column_count))
         bands.append((chosen, found.bands, found.band_count))
+    if PER_TILE in limits.kinds:
+        per_tile = per_tile_index(q, k, heads, lengths=limit, q_offset=q_offset, scale=scale)
+        chosen = heads.kind == PER_TILE
+        columns.append((chosen, per_tile.columns, per_tile.column_count))
+        blocks.append((chosen[:, None], per_tile.blocks, per_tile.block_count))
     if A_SHAPE in limits.kinds or DENSE in limits.kinds:
         # Dense is a window over everything, so that it shares a launch with other heads.
         window = jnp.where(heads.kind == DENSE, s, heads.second)
@@ -86,14 +93,13 @@ def _plan(q: Array, k: Array, heads: PatternArrays, limit: Array, q_offset: Arra
         if min(s, limits.sink) > 0:
             sink = jnp.where(heads.kind == A_SHAPE, jnp.minimum(heads.first, s), 0)
             columns.append((heads.kind == A_SHAPE, _every(1, min(s, limits.sink)), sink))
-    plan_columns, column_count = _merge(columns, b, n)
-    plan_bands, band_count = _merge(bands, b, n)
-    blocks = block_count = None
     if BLOCK_SPARSE in limits.kinds:
-        blocks, found_count = block_sparse_index(q, k, heads.first, limits.blocks, lengths=limit, q_offset=q_offset)
-        block_count = jnp.where((heads.kind == BLOCK_SPARSE)[None, :, None], found_count, 0)
+        found = block_sparse_index(q, k, heads.first, limits.blocks, lengths=limit, q_offset=q_offset)
+        blocks.append(((heads.kind == BLOCK_SPARSE)[:, None], *found))
+    per_head, tiles = (b, n), (b, n, num_query_tiles(q.shape[1]))
+    parts = (*_merge(columns, per_head), *_merge(bands, per_head), *_merge(blocks, tiles))
     multiple = 1 if limits.lines else KEY_TILE  # only lines are covered by tiles that start anywhere
-    return SparsePlan(plan_columns, column_count, plan_bands, band_count, blocks, block_count, band_multiple=multiple)
+    return SparsePlan(*parts, band_multiple=multiple)
 
 
 def _every(step: int, count: int, start: int = 0) -> Int[Array, "1 1 w"]:
@@ -101,17 +107,17 @@ def _every(step: int, count: int, start: int = 0) -> Int[Array, "1 1 w"]:
 
 
 def _merge(
-    parts: list[tuple[Bool[Array, " n"], Array, Array]], b: int, n: int
-) -> tuple[Int[Array, "b n w"] | None, Int[Array, "b n"] | None]:
+    parts: list[tuple[Bool[Array, "*#lead"], Array, Array]], lead: tuple[int, ...]
+) -> tuple[Int[Array, "*lead w"] | None, Int[Array, "*lead"] | None]:
     """Each head's positions from the part that it takes, at one common width."""
     if not parts:
         return None, None
     width = max(positions.shape[-1] for _, positions, _ in parts)
-    merged, count = jnp.zeros((b, n, width), jnp.int32), jnp.zeros((b, n), jnp.int32)
+    merged, count = jnp.zeros((*lead, width), jnp.int32), jnp.zeros(lead, jnp.int32)
     for chosen, positions, found in parts:
-        positions = jnp.pad(positions, ((0, 0), (0, 0), (0, width - positions.shape[-1])))
-        merged = jnp.where(chosen[None, :, None], positions, merged)
-        count = jnp.where(chosen[None], found, count)
+        positions = jnp.pad(positions, [(0, 0)] * (positions.ndim - 1) + [(0, width - positions.shape[-1])])
+        merged = jnp.where(chosen[..., None], positions, merged)
+        count = jnp.where(chosen, found, count)
     return merged, count
 
 

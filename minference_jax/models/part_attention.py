@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from minference_jax.models.cache import KVCache
-from minference_jax.patterns import VERTICAL_SLASH, PatternArrays
+from minference_jax.patterns import PER_TILE, VERTICAL_SLASH, PatternArrays
 from pallas_kernels.sizes import QUERY_TILE
 
 EXTENTS = 4
@@ -87,7 +87,7 @@ def part_budgets(patterns: PatternArrays, seen: Int32[Array, " b"], lengths: Int
     Budgets get a batch axis, `[b, n]`; those of a sequence that ends with the part stay.
     """
     share = jnp.sqrt(seen.astype(jnp.float32) / jnp.maximum(lengths, 1).astype(jnp.float32))[:, None]
-    scaled = patterns.kind == VERTICAL_SLASH
+    scaled = (patterns.kind == VERTICAL_SLASH) | (patterns.kind == PER_TILE)
 
     def part(budget: Int32[Array, " n"]) -> Int32[Array, "b n"]:
         less = jnp.ceil(share * budget.astype(jnp.float32)).astype(jnp.int32)

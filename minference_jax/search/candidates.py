@@ -66,7 +66,8 @@ def check_candidates(candidates: Sequence[Pattern]) -> tuple[Pattern, ...]:
 
 
 def scaled(pattern: Pattern, factor: float, keys: int) -> Pattern:
-    """The pattern with all budgets multiplied by `factor`, within what a prompt of `keys` tokens can hold."""
+    """The pattern with all budgets multiplied by `factor`, within what a prompt of `keys` tokens can hold, and a
+    threshold divided by it."""
     most = {"tiles": num_key_tiles(keys), "blocks": num_key_tiles(keys)}
     least = {"window": 1, "blocks": 1}
     changed = {}
@@ -74,6 +75,8 @@ def scaled(pattern: Pattern, factor: float, keys: int) -> Pattern:
         value = getattr(pattern, name)
         if value is not None and not (name == "slashes" and getattr(pattern, "tiles", None) is not None):
             changed[name] = min(max(round(value * factor), least.get(name, 0)), most.get(name, keys))
+    if isinstance(pattern, VerticalSlash) and pattern.threshold is not None:
+        changed["threshold"] = min(pattern.threshold / factor, 0.9)
     return dataclasses.replace(pattern, **changed)
 
 

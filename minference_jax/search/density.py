@@ -68,7 +68,15 @@ def mean_density(layers: Sequence[QKV], patterns: HeadPatterns, lengths: Int[Arr
 def any_budget(arrays: PatternArrays, keys: int) -> PatternArrays:
     """The arrays with static widths that hold any budget for `keys` keys: one compiled program serves all factors."""
     limits, tiles = arrays.limits, num_key_tiles(keys)
-    most = {"sink": keys, "window": keys, "columns": keys, "slashes": keys, "tiles": tiles, "blocks": tiles}
+    most = {
+        "sink": keys,
+        "window": keys,
+        "columns": keys,
+        "slashes": keys,
+        "tiles": tiles,
+        "blocks": tiles,
+        "floor": keys,
+    }
     widths = {name: width if getattr(limits, name) else 0 for name, width in most.items()}
     return dataclasses.replace(arrays, limits=dataclasses.replace(limits, covers=0, **widths))
 

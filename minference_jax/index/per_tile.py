@@ -1,0 +1,238 @@
+"""The index of `VerticalSlash(probes=m)`: every m-th row is a probe, so that each query tile has its own estimate.
+
+Prompts of some thousand tokens can afford that, and gain three things. Key tiles are chosen for each query tile instead
+of bands for all of them. What a plan holds is known well enough to compare plans head by head. So no head needs to keep
+less than the original's rule would: whatever is worth a visit is taken (a mean attention weight of at least the
+threshold), and a head that would hold less than under the original's budget takes more, down to a threshold of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from minference_jax.index import probes, select
+from minference_jax.index.vertical_slash import MIN_SLASHES, TILE_SINK_COLUMNS, column_words, slash_lines
+from minference_jax.patterns import PatternArrays
+from pallas_kernels.plan import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
+from pallas_kernels.plan_builders import slashes_to_bands
+
+SPLITS = ((1.0, 1.0), (0.5, 1.35), (0.125, 1.45))
+"""Factors of columns and slashes that visit about as much on text, where the columns are a quarter of the prompt. A
+head keeps what the original's rule would at the best of these."""
+
+SPARED, SPARED_OF_ALL = 0.9, 0.0005
+"""A head may miss so much of what the original's rule would miss, less so much of all mass: its keys are chosen by the
+probes that they are judged by, so that they seem to hold more than they do."""
+
+OCTAVES, STEPS = 8.0, 7
+"""A head's own threshold lies within a factor of 2⁸ below the common one, and is found to a sixteenth of an octave."""
+
+
+class PerTileIndex(NamedTuple):
+    """Parts of a SparsePlan: ascending positions and key-tile numbers with counts; axes `[b, n]` first."""
+
+    columns: Int[Array, "b n s"]
+    column_count: Int[Array, "b n"]
+    blocks: Int[Array, "b n i kt"]
+    block_count: Int[Array, "b n i"]
+
+
+class Mass(NamedTuple):
+    """The estimate for some heads: attention weights summed over the rows of each query tile."""
+
+    before: Float[Array, "b k g i kt 64"]
+    """On the keys before the query tile, by key tile; zero on others."""
+
+    diagonal: Float[Array, "b k g"]
+    """On the query tiles' own keys, which are always visited."""
+
+    rows: Float[Array, "b 1 1 i"]
+    """Valid rows of each query tile."""
+
+    start: Int[Array, " i"]
+    """Position of the first row of each query tile."""
+
+    def past(self) -> Bool[Array, "i kt"]:
+        """Key tiles before each query tile."""
+        return KEY_TILE * jnp.arange(self.before.shape[-2], dtype=jnp.int32) < self.start[:, None]
+
+
+def per_tile_index(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    patterns: PatternArrays,
+    *,
+    lengths: Int[Array, " b"],
+    q_offset: Int[Array, ""],
+    scale: float,
+) -> PerTileIndex:
+    """Columns and blocks of every head, as if all heads were of this kind (`patterns`: budgets and thresholds).
+
+    **Arguments:** as `vertical_slash_index`. The widths of the result are those of all keys: there is no budget.
+
+    Cost: the scores of t / m rows with all keys, and some sixty reads of `[t / 128, s]` sums in float32 a head. Memory:
+    a few KV heads' at a time (`probes.SCORE_BYTES`); it grows with t · s.
+    """
+    b, t, n, _ = q.shape
+    s, kv_heads, tiles = k.shape[1], k.shape[2], num_query_tiles(t)
+    valid = jnp.clip(lengths - q_offset, 0, t)
+    rows, share = tile_rows(valid, tiles, patterns.limits.every)
+    everywhere = jnp.broadcast_to(rows.reshape(b, 1, -1), (b, n, rows.shape[1] * rows.shape[2]))
+    last = probes.probe_rows(valid, jnp.zeros((n,), bool))
+    per_head = {
+        "probes": probes.gather_probes(q, everywhere),
+        "last": probes.gather_probes(q, last),
+        "last_positions": jnp.where(last >= 0, last + q_offset, -1),
+    }
+    for name in ("first", "second", "threshold"):
+        per_head[name] = jnp.broadcast_to(getattr(patterns, name), (b, n))
+    per_head = {name: x.reshape(b, kv_heads, n // kv_heads, *x.shape[2:]) for name, x in per_head.items()}
+    per_sequence = {"rows": rows, "share": share, "valid": valid}
+
+    def some_heads(k: Array, per_head: dict[str, Array], sequence: dict[str, Array]) -> Any:
+        mass = _estimate(k, per_head["probes"], sequence, q_offset, scale)
+        visible = (q_offset + sequence["valid"])[:, None, None]
+        kept = _original(mass, k, per_head, visible, patterns.limits.floor, scale)
+        total = sequence["valid"][:, None, None].astype(jnp.float32)
+        missed = total - kept
+        allowed = jnp.maximum(SPARED * missed - SPARED_OF_ALL * total, missed / 2)
+        columns, blocks = _choose(mass, per_head["threshold"], total - allowed)
+        key = jnp.arange(columns.shape[-1], dtype=jnp.int32)
+        columns = (columns | (key < TILE_SINK_COLUMNS)) & (key < visible[..., None])
+        return select.pack(columns[..., :s]), select.pack(blocks)
+
+    group = n // kv_heads
+    size = group * s * (rows.shape[1] * rows.shape[2] * k.dtype.itemsize + 3 * tiles * 4)
+    found = probes.map_heads(some_heads, k, per_head, per_sequence, bytes_per_kv_head=size)
+    column_bits, block_bits = (x.reshape(b, n, *x.shape[3:]) for x in found)
+    columns, column_count = select.word_positions(column_bits, s, s)
+    blocks, block_count = select.word_positions(block_bits, num_key_tiles(s), 0)
+    return PerTileIndex(columns, column_count, blocks, block_count)
+
+
+def tile_rows(valid: Int[Array, " b"], tiles: int, every: int) -> tuple[Int[Array, "b i p"], Float[Array, "b i p"]]:
+    """The probe rows of each query tile and how many rows each stands for: 0 for one past the valid rows.
+
+    In the last tile of a sequence those that are valid share its rows, or if none is, its last row stands for all.
+    """
+    first = QUERY_TILE * jnp.arange(tiles, dtype=jnp.int32)[:, None]
+    rows = first + every * jnp.arange(QUERY_TILE // every, dtype=jnp.int32) + every // 2
+    valid = valid[:, None, None]
+    inside = jnp.clip(valid - first, 0, QUERY_TILE)  # [b, i, 1]
+    seen = (rows < valid) | ((rows == rows[:, :1]) & (inside > 0))
+    share = jnp.where(seen, inside, 0) / jnp.maximum(seen.sum(-1, keepdims=True), 1)
+    return jnp.clip(jnp.minimum(rows, valid - 1), 0), share.astype(jnp.float32)
+
+
+def _estimate(
+    k: Float[Array, "b s k h"],
+    rows: Float[Array, "b k g p h"],
+    sequence: dict[str, Array],
+    q_offset: Int[Array, ""],
+    scale: float,
+) -> Mass:
+    b, tiles, per_tile = sequence["share"].shape
+    scores, factor = probes.probe_scores(rows, k, scale)
+    positions = jnp.where(sequence["share"] > 0, sequence["rows"] + q_offset, -1).reshape(b, 1, 1, -1)
+    importance = jnp.broadcast_to(sequence["share"].reshape(b, 1, 1, -1), scores.shape[:-1])
+    weights = probes.lazy_weights(scores, factor, jnp.broadcast_to(positions, scores.shape[:-1]), importance).by_key()
+    held = weights.reshape(*scores.shape[:3], tiles, per_tile, -1).sum(-2)
+    start = q_offset + QUERY_TILE * jnp.arange(tiles, dtype=jnp.int32)
+    before = jnp.where(jnp.arange(held.shape[-1], dtype=jnp.int32) < start[:, None], held, 0)
+    inside = jnp.clip(sequence["valid"][:, None] - QUERY_TILE * jnp.arange(tiles, dtype=jnp.int32), 0, QUERY_TILE)
+    inside = inside.astype(jnp.float32)[:, None, None]
+    diagonal = inside.sum(-1) - before.sum((-1, -2))
+    before = jnp.pad(before, [(0, 0)] * 4 + [(0, -held.shape[-1] % KEY_TILE)])
+    return Mass(before.reshape(*before.shape[:-1], -1, KEY_TILE), diagonal, inside, start)
+
+
+def _original(
+    mass: Mass, k: Array, heads: dict[str, Array], visible: Int[Array, "b 1 1"], slashes: int, scale: float
+) -> Float[Array, "b k g"]:
+    """The most that the original's rule holds at one of the `SPLITS` of each head's budget."""
+    s, shape = k.shape[1], heads["first"].shape
+    scores, factor = probes.probe_scores(heads["last"], k, scale)
+    weights = probes.lazy_weights(scores, factor, heads["last_positions"])
+    by_key, by_distance = weights.by_key().sum(-2), weights.by_distance(0).sum(-2)
+    before = mass.before.reshape(*mass.before.shape[:4], -1)[..., :s]
+    back = mass.start[:, None] - jnp.arange(s, dtype=jnp.int32)  # the distance of a key before the query tile
+    width = min(s, max(MIN_SLASHES, *(round(of_slashes * slashes) for _, of_slashes in SPLITS)))
+
+    def keeps(split: Float[Array, 2]) -> Float[Array, "b k g"]:
+        columns, lines = (
+            jnp.round(split[i] * heads[name].astype(jnp.float32)).astype(jnp.int32)
+            for i, name in enumerate(("first", "second"))
+        )
+        flags = select.unpack(column_words(by_key, columns, visible), s)
+        lines, count = select.word_positions(slash_lines(by_distance, lines, visible), width, s)
+        lines, count = lines.reshape(shape[0], -1, width), count.reshape(shape[0], -1)
+        near = _covered(*slashes_to_bands(lines, count, max_distance=s - 1), s).reshape(*shape, 1, s + 1)
+        index = jnp.broadcast_to(jnp.clip(back, 0).reshape(1, -1), (*shape, 1, back.size))
+        banded = jnp.take_along_axis(near, index, axis=-1, mode="clip").reshape(*shape, *back.shape)
+        return jnp.sum(jnp.where(banded | flags[..., None, :], before, 0), axis=(-1, -2))
+
+    return jax.lax.map(keeps, jnp.asarray(SPLITS, jnp.float32)).max(0) + mass.diagonal
+
+
+def _covered(bands: Int[Array, "b n R"], count: Int[Array, "b n"], s: int) -> Bool[Array, "b n s+1"]:
+    """Whether the key at each distance 0 … s before a query tile lies in a band: [r − 63, r] for one at r."""
+    at = jnp.where(jnp.arange(bands.shape[-1]) < count[..., None], bands, s + 2 * KEY_TILE)
+    ends = jax.vmap(jax.vmap(lambda at: jnp.zeros((s + 2 * KEY_TILE,), jnp.int32).at[at].set(1, mode="drop")))(at)
+    sums = jnp.cumsum(jnp.pad(ends, ((0, 0), (0, 0), (1, 0))), axis=-1)  # sums[x]: bands at less than x
+    return sums[..., KEY_TILE : KEY_TILE + s + 1] > sums[..., : s + 1]
+
+
+def _choose(
+    mass: Mass, threshold: Float[Array, "b k g"], least: Float[Array, "b k g"]
+) -> tuple[Bool[Array, "b k g x"], Bool[Array, "b k g i kt"]]:
+    """Columns and blocks at the threshold, or at the largest of 2⁻ˣ of it that holds `least`."""
+
+    def halve(step: Int[Array, ""], ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        octaves = jnp.where(step == 0, 0, (low + high) / 2)  # where the common threshold does, nothing else is tried
+        enough = held(mass, *worth_a_visit(mass, threshold * jnp.exp2(-octaves))) >= least
+        return jnp.where(enough, low, octaves), jnp.where(enough, octaves, high)
+
+    none = jnp.zeros(least.shape, jnp.float32)
+    _, octaves = jax.lax.fori_loop(0, STEPS + 1, halve, (none, jnp.full_like(none, OCTAVES)))
+    return worth_a_visit(mass, threshold * jnp.exp2(-octaves))
+
+
+def worth_a_visit(
+    mass: Mass, threshold: Float[Array, "b k g"]
+) -> tuple[Bool[Array, "b k g x"], Bool[Array, "b k g i kt"]]:
+    """The columns and blocks whose keys have at least this mean weight, where no other part visits them.
+
+    Each of the two depends on the other: columns without blocks first, then twice blocks without the keys that are
+    columns, and columns without the rows whose blocks hold them.
+    """
+    past = mass.past()
+    level = threshold[..., None]
+
+    def columns_beside(blocks: Bool[Array, "b k g i kt"]) -> Bool[Array, "b k g kt 64"]:
+        open_tiles = past & ~blocks
+        cells = jnp.sum(jnp.where(open_tiles, mass.rows[..., None], 0), axis=-2)  # [b, k, g, kt]
+        found = jnp.sum(jnp.where(open_tiles[..., None], mass.before, 0), axis=-3)
+        return (found >= (level * cells)[..., None]) & (cells > 0)[..., None]
+
+    def blocks_beside(columns: Bool[Array, "b k g kt 64"]) -> Bool[Array, "b k g i kt"]:
+        rest = jnp.sum(jnp.where(columns[..., None, :, :], 0, mass.before), axis=-1)
+        keys = jnp.maximum(KEY_TILE - columns.sum(-1, dtype=jnp.int32), 1).astype(jnp.float32)
+        cells = keys[..., None, :] * mass.rows[..., None]
+        return past & (rest >= level[..., None] * cells) & (mass.rows > 0)[..., None]
+
+    blocks = jnp.zeros(mass.before.shape[:-1], bool)
+    for _ in range(2):
+        blocks = blocks_beside(columns_beside(blocks))
+    columns = columns_beside(blocks)
+    return columns.reshape(*columns.shape[:-2], -1), blocks
+
+
+def held(mass: Mass, columns: Bool[Array, "b k g x"], blocks: Bool[Array, "b k g i kt"]) -> Float[Array, "b k g"]:
+    """Mass on the visited keys."""
+    columns = columns.reshape(*columns.shape[:-1], 1, -1, KEY_TILE)
+    return mass.diagonal + jnp.sum(jnp.where(blocks[..., None] | columns, mass.before, 0), axis=(-1, -2, -3))

@@ -1,0 +1,117 @@
+"""The index with a probe every few rows: what is worth a visit, what no head goes below, that padding is nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minference_jax.index import per_tile
+from minference_jax.index.build import make_plan
+from minference_jax.index.recall import recall
+from minference_jax.patterns import BlockSparse, HeadPatterns, VerticalSlash
+
+PLAN = jax.jit(make_plan, static_argnames=("pattern",))
+RULE = VerticalSlash(columns=60, slashes=60, probes=8, threshold=0.004)
+
+
+def heads(rng, b, t, s, n=4, kv=2, h=16):
+    q = jnp.asarray(2 * rng.standard_normal((b, t, n, h)), jnp.float32)
+    return q, jnp.asarray(rng.standard_normal((b, s, kv, h)), jnp.float32)
+
+
+def listed(part, count, *at):
+    return np.asarray(part[at])[: int(count[at])]
+
+
+def same_plan(one, other, row, other_row):
+    for name, count in (("columns", "column_count"), ("blocks", "block_count")):
+        a, b = getattr(one, count)[row], getattr(other, count)[other_row]
+        for at in np.ndindex(b.shape):
+            assert int(a[at]) == int(b[at])
+            np.testing.assert_array_equal(
+                listed(getattr(one, name)[row], a, *at), listed(getattr(other, name)[other_row], b, *at)
+            )
+
+
+def test_what_is_worth_a_visit_by_hand():
+    """Five query tiles; one column in all rows, one block of one query tile, and the rest below the threshold."""
+    before = np.zeros((1, 1, 1, 5, 10, 64), np.float32)
+    for i in range(5):
+        before[..., i, : 2 * i, :] = 128 * 0.001
+    before[..., 1:, 0, 7] = 128 * 0.2
+    before[..., 4, 1, :32] = 128 * 0.02
+    rows, start = jnp.full((1, 1, 1, 5), 128.0), 128 * jnp.arange(5, dtype=jnp.int32)
+    mass = per_tile.Mass(jnp.asarray(before), jnp.full((1, 1, 1), 9.0), rows, start)
+    columns, blocks = per_tile.worth_a_visit(mass, jnp.full((1, 1, 1), 0.009))
+    np.testing.assert_array_equal(np.flatnonzero(columns), [7])
+    np.testing.assert_array_equal(np.argwhere(blocks[0, 0, 0]), [[4, 1]])
+    expected = 9 + 128 * (0.2 * 4 + 0.02 * 32 + 0.001 * 32)
+    np.testing.assert_allclose(per_tile.held(mass, columns, blocks), expected, rtol=1e-6)
+
+
+def test_no_head_keeps_less_than_the_original(rng):
+    """With every row a probe the estimate is exact. A threshold that nothing reaches leaves the floor alone."""
+    t, s = 200, 456  # the last rows: a chunk
+    q, k = heads(rng, 2, t, s)
+    lengths, offset = jnp.asarray([s, s - 77], jnp.int32), s - t
+    ours = PLAN(q, k, VerticalSlash(60, 60, probes=1, threshold=0.1), lengths=lengths, q_offset=offset)
+    kept = recall(q, k, ours, lengths=lengths, q_offset=offset)
+    for of_columns, of_slashes in per_tile.SPLITS:
+        split = VerticalSlash(round(60 * of_columns), round(60 * of_slashes))
+        theirs = PLAN(q, k, split, lengths=lengths, q_offset=offset)
+        assert (kept > recall(q, k, theirs, lengths=lengths, q_offset=offset)).all()
+    lower = PLAN(q, k, VerticalSlash(60, 60, probes=1, threshold=1e-3), lengths=lengths, q_offset=offset)
+    assert (recall(q, k, lower, lengths=lengths, q_offset=offset) >= kept).all()
+    assert (
+        lower.density(t, s, lengths=lengths, q_offset=offset) > ours.density(t, s, lengths=lengths, q_offset=offset)
+    ).all()
+
+
+def test_padded_batch_equals_each_sequence_alone_and_vmap(rng):
+    lengths = np.array([448, 190, 64, 1], np.int32)
+    q, k = heads(rng, 4, 448, 448)
+    together = PLAN(q, k, RULE, lengths=jnp.asarray(lengths))
+    one = jax.vmap(lambda q, k, length: make_plan(q[None], k[None], RULE, lengths=length[None]))
+    mapped = jax.tree.map(lambda x: x[:, 0], one(q, k, jnp.asarray(lengths)))
+    jax.tree.map(np.testing.assert_array_equal, together, mapped)
+    alone = PLAN(q[1:2, :190], k[1:2, :190], RULE)
+    same_plan(together, alone, 1, 0)
+
+
+def test_shard_map_and_heads_a_few_at_a_time(rng, monkeypatch):
+    q, k = heads(rng, 1, 256, 256)
+    whole = make_plan(q, k, RULE)
+    mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec, out = jax.sharding.PartitionSpec(None, None, "heads"), jax.sharding.PartitionSpec(None, "heads")
+    sharded = jax.shard_map(
+        lambda q, k: make_plan(q, k, RULE), mesh=mesh, in_specs=(spec, spec), out_specs=out, check_vma=False
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole, jax.jit(sharded)(q, k))
+    monkeypatch.setattr(per_tile.probes, "SCORE_BYTES", 2 * 32 * 256 * 4)
+    jax.clear_caches()  # the limit is read while tracing
+    jax.tree.map(np.testing.assert_array_equal, whole, make_plan(q, k, RULE))
+
+
+def test_beside_another_kind(rng):
+    """Each head takes its own parts, as it would alone."""
+    q, k = heads(rng, 1, 300, 300, n=2, kv=2)
+    kinds = (RULE, BlockSparse(3))
+    mixed = make_plan(q, k, kinds)
+    for i, kind in enumerate(kinds):
+        alone = make_plan(q[:, :, i : i + 1], k[:, :, i : i + 1], kind)
+        np.testing.assert_array_equal(mixed.to_mask(300, 300)[:, i], alone.to_mask(300, 300)[:, 0])
+
+
+def test_probe_rows_of_the_last_tile():
+    rows, share = per_tile.tile_rows(jnp.asarray([256, 129, 100], jnp.int32), 2, 32)
+    np.testing.assert_array_equal(rows[0], [[16, 48, 80, 112], [144, 176, 208, 240]])
+    np.testing.assert_allclose(share[0], 32.0)
+    assert int(rows[1, 1, 0]) == 128  # the only row of its tile
+    np.testing.assert_allclose(share[1, 1], [1, 0, 0, 0])
+    np.testing.assert_allclose(share[2], [[100 / 3] * 3 + [0], [0] * 4], rtol=1e-6)
+
+
+def test_strides_must_agree():
+    other = VerticalSlash(60, 60, probes=16, threshold=0.004)
+    with pytest.raises(ValueError, match="agree"):
+        HeadPatterns(((RULE, other),)).arrays()
