@@ -37,7 +37,7 @@ def counted(monkeypatch, module, name):
 
 def test_rows_are_those_of_each_layer(model, tokens, monkeypatch):
     traced = counted(monkeypatch, recall_module, "visited_keys")
-    patterns = {"ours": near_a_quarter(520), "lines": VerticalSlash(16, 101)}
+    patterns = {"ours": VerticalSlash(26, tiles=1, probes="spread", threshold=1e-3), "lines": VerticalSlash(16, 101)}
     rows = measure(model, tokens, patterns)
     assert len(traced) == len(patterns)  # not once more for each of the three layers
     assert [row.name for row in rows] == list(patterns)
@@ -63,6 +63,12 @@ def test_threshold_reaches_the_density_with_one_program(model, tokens, monkeypat
     found = as_dense(sample, pattern, 0.6)
     assert len(traced) == 1
     assert abs(mean_density(sample, found) - 0.6) < 0.003
+
+
+def test_our_rule_is_in_proportion():
+    assert near_a_quarter(4096) == VerticalSlash(1024, 111, probes=8, threshold=0.7 / 4096)
+    assert near_a_quarter(65536).columns == 3200
+    assert near_a_quarter(65536).probes == "spread"
 
 
 def test_comparison_counts_the_heads_that_lose():

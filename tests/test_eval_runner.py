@@ -188,7 +188,7 @@ def test_plan_density_is_that_of_the_plan(rng, length):
         np.testing.assert_allclose(made, counted, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"dense"}))
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"dense", "minference-per-tile"}))
 def test_methods_keep_to_the_density(rng, model, name):
     length, density = 2048, 0.4
     q, k = (jnp.asarray(rng.standard_normal((1, length, n, 8)), "float32") for n in (2, 1))
@@ -215,7 +215,8 @@ def test_budgets_grow_with_length_and_density():
 def test_measured_budgets_keep_their_proportions_and_the_density(model):
     patterns = HeadPatterns(((AShape(64, 640), VerticalSlash(400, tiles=6)) * 2,) * model.config.num_layers)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 700)
-    for name, given in (("searched", patterns), ("minference", METHODS["minference"])):
+    named = [(name, METHODS[name]) for name in ("minference", "minference-per-tile")]
+    for name, given in (("searched", patterns), *named):
         found = Method.measured(name, given, tokens).choose(model, 1024, 0.5)  # of a prompt that repeats the tokens
         assert isinstance(found, HeadPatterns)
         layers = list(capture_qkv(model, jnp.asarray([[*tokens, *tokens[:324]]])))

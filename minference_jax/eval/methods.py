@@ -116,6 +116,15 @@ def vertical_slash_for(length: int, density: float, *, columns: int | None = Non
     return VerticalSlash(columns=least, tiles=tiles, probes="spread")
 
 
+def per_tile_for(length: int, density: float) -> VerticalSlash:
+    """For short prompts: all keys worth a visit, by a probe in every row of up to 1,024 tokens, in every second of up
+    to 2,048, and so on up to every eighth. On text the threshold visits about the density."""
+    every = 1
+    while every < 8 and every * 1024 < length:
+        every *= 2
+    return VerticalSlash(columns=0, slashes=0, probes=every, threshold=min(0.16 / (density * length), 0.5))
+
+
 def _window(length: int, density: float, sink: int, question: int = 0, random: int = 0) -> int:
     """The window, in whole tiles, that a density leaves beside sinks, question rows and random tiles."""
 
@@ -184,6 +193,7 @@ def static_from(tokens: Sequence[int]) -> Chooser:
 METHODS: dict[str, Chooser] = {
     "dense": lambda model, length, density: None,
     "minference": lambda model, length, density: vertical_slash_for(length, density),
+    "minference-per-tile": lambda model, length, density: per_tile_for(length, density),
     "a-shape": _a_shape,
     "vertical-only": _vertical_only,
     "slash-only": lambda model, length, density: vertical_slash_for(length, density, columns=4),
@@ -196,5 +206,5 @@ METHODS: dict[str, Chooser] = {
 }
 """Methods by name. `static` needs a prompt, see `static_from`."""
 
-ESTIMATED = ("minference", "vertical-only", "slash-only", "block-sparse")
+ESTIMATED = ("minference", "minference-per-tile", "vertical-only", "slash-only", "block-sparse")
 """Those of `METHODS` whose budgets only estimate what they visit: `Method.measured` brings them to the density."""
