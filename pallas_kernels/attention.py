@@ -114,6 +114,7 @@ def full_plan(b: int, n: int, kv_len: int) -> SparsePlan:
         bands=jnp.broadcast_to(bands, (b, n, bands.size)),
         band_count=jnp.full((b, n), bands.size, jnp.int32),
         band_multiple=KEY_TILE,
+        clean=True,
     )
 
 

@@ -6,9 +6,6 @@ The band at distance r shows, to the query tile that starts at q0, the keys [q0 
 
 from __future__ import annotations
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, UInt32
@@ -17,6 +14,9 @@ from pallas_kernels.sizes import KEY_TILE, num_key_tiles
 
 SHORT = 1_024
 """Lists up to this width are searched by comparing all pairs: more operations, but a single fused kernel on a GPU."""
+
+FEW = 1 << 23
+"""So many pairs of an entry and a limit are compared at once."""
 
 NO_BAND = jnp.iinfo(jnp.int32).max
 """Fills the end of a list of bands: sorts after every distance."""
@@ -43,9 +43,19 @@ def kept_bands(
 
 
 def listed_bands(
-    bands: Int[Array, "z R"], count: Int[Array, " z"], block_count: Int[Array, "z i"] | None, *, multiple: int
+    bands: Int[Array, "z R"],
+    count: Int[Array, " z"],
+    block_count: Int[Array, "z i"] | None,
+    *,
+    multiple: int,
+    clean: bool,
 ) -> Int[Array, "z R"]:
-    """The distances that count, ascending without gaps; the rest of each list holds `NO_BAND`."""
+    """The distances that count, ascending without gaps; the rest of each list holds `NO_BAND`.
+
+    **Arguments:** as `kept_bands`, and `clean`: the plan's promise that all of them count.
+    """
+    if clean:
+        return jnp.where(jnp.arange(bands.shape[-1], dtype=jnp.int32) < count[:, None], bands, NO_BAND)
     keep = kept_bands(bands, count, block_count, multiple=multiple)
     order = running_count(keep)
     nth = jnp.broadcast_to(jnp.arange(1, bands.shape[-1] + 1, dtype=jnp.int32), bands.shape)
@@ -55,23 +65,14 @@ def listed_bands(
 
 def band_bitmap(bands: Int[Array, "z R"], size: int) -> UInt32[Array, "z w"]:
     """The distances that `listed_bands` cover, a bit each: bit d % 32 of word d // 32, for distances below `size`."""
-    tiles = num_key_tiles(size)
-    # Bands are at least 64 apart, so each 64 distances hold at most one. 1 + its place there, or 0.
-    if bands.shape[-1] * tiles <= SHORT**2 // 2:  # all pairs, in a kernel less
-        place = jnp.arange(tiles + 1, dtype=jnp.int32)
-        here = bands[:, None, :] // KEY_TILE == place[:, None]
-        inside = jnp.where(here, 1 + bands[:, None, :] % KEY_TILE, 0).max(-1, initial=0)
-    else:
-        # Integers and a maximum: an atomic on int32 needs no compare-and-swap loop.
-        head = jnp.arange(bands.shape[0], dtype=jnp.int32)[:, None]
-        inside = jnp.zeros((bands.shape[0], tiles + 1), jnp.int32)
-        inside = inside.at[head, bands // KEY_TILE].max(1 + bands % KEY_TILE, mode="drop")
-    # A band covers the 64 distances up to its own: of these 64 those up to the band in them, and, if the next 64 hold
-    # a band, those past its place.
-    here, after = inside[:, :-1, None], inside[:, 1:, None]
-    offset = jnp.arange(0, KEY_TILE, 32, dtype=jnp.int32)
-    words = _low_bits(here - offset) | jnp.where(after > 0, ~_low_bits(after - offset), jnp.uint32(0))
-    return words.reshape(bands.shape[0], -1)
+    first = 32 * jnp.arange(2 * num_key_tiles(size), dtype=jnp.int32)  # the distance of each word's lowest bit
+    # Bands are 64 wide and at least 64 apart: only the first two that end at or past a word can reach into it.
+    place = entries_before(bands, jnp.broadcast_to(first, (bands.shape[0], first.size)))
+    words = jnp.uint32(0)
+    for nth in (place, place + 1):
+        past = jnp.minimum(at_place(bands, nth) - first, 4 * KEY_TILE)  # distances past the first, within the band
+        words |= _low_bits(past + 1) & ~_low_bits(past + 1 - KEY_TILE)
+    return words
 
 
 def _low_bits(count: Int[Array, "*z"]) -> UInt32[Array, "*z"]:
@@ -90,9 +91,29 @@ def covered(bitmap: UInt32[Array, "z w"], distance: Int[Array, "z *lead m"]) -> 
 
 
 def entries_before(ascending: Int[Array, "z w"], limits: Int[Array, "z m"]) -> Int[Array, "z m"]:
-    """How many entries of each ascending list are less than each limit."""
-    method = "compare_all" if ascending.shape[-1] <= SHORT else "scan_unrolled"
-    return jax.vmap(partial(jnp.searchsorted, method=method))(ascending, limits).astype(jnp.int32)
+    """How many entries of each ascending list are less than each limit.
+
+    Compares all pairs where they are few, else first whole rows of the list and then the entries of one row: a GPU
+    kernel each, where every step of a binary search would be one.
+    """
+    width = ascending.shape[-1]
+    if limits.size * width <= FEW:
+        return (ascending[:, None, :] < limits[..., None]).sum(-1, dtype=jnp.int32)
+    size = 1 << (width.bit_length() // 2)
+    rows = jnp.pad(ascending, ((0, 0), (0, -width % size)), constant_values=NO_BAND)
+    rows = rows.reshape(rows.shape[0], -1, size)
+    whole = (rows[:, None, :, -1] < limits[..., None]).sum(-1, dtype=jnp.int32)
+    whole = jnp.minimum(whole, rows.shape[1] - 1)
+    head = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
+    rest = rows.at[head, whole].get(mode="promise_in_bounds") < limits[..., None]
+    return size * whole + rest.sum(-1, dtype=jnp.int32)
+
+
+def at_place(lists: Int[Array, "z w"], place: Int[Array, "z m"]) -> Int[Array, "z m"]:
+    """lists[z, place] of each list, `NO_BAND` past its end."""
+    head = jnp.arange(lists.shape[0], dtype=jnp.int32)[:, None]
+    inside = jnp.clip(place, 0, lists.shape[-1] - 1)
+    return jnp.where(place < lists.shape[-1], lists.at[head, inside].get(mode="promise_in_bounds"), NO_BAND)
 
 
 def running_max(values: Int[Array, "*z w"]) -> Int[Array, "*z w"]:

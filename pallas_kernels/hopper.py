@@ -126,7 +126,8 @@ def hopper_attention(
     reason = unsupported_reason(q, k, v, plan, platform_check=False)
     if reason is not None:
         raise ValueError(f"the Hopper kernel can't serve this call: {reason}")
-    config = config or KernelConfig()
+    # Without bands neighbouring query tiles share no keys: nothing to keep them together for.
+    config = config or (KernelConfig(chain=1) if plan.bands is None else KernelConfig())
     if not config.fits(q.shape[-1]):
         raise ValueError(
             f"{config} needs {config.shared_memory_bytes(q.shape[-1])} bytes of shared memory at head_dim "

@@ -30,8 +30,8 @@ from pallas_kernels.hopper_launch import (
     views,
 )
 from pallas_kernels.hopper_product import start_product
-from pallas_kernels.hopper_registers import SUM_COLUMNS, exp2, folded
-from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
+from pallas_kernels.hopper_registers import SUM_COLUMNS, exp2, folded, raised, rescaled
+from pallas_kernels.sizes import QUERY_TILE
 
 
 def compute(
@@ -48,7 +48,8 @@ def compute(
     v_full,
     k_free,
     v_free,
-    turn,
+    bias_smem,
+    bias_full,
     lse_smem=None,
 ):
     """A compute warpgroup: online softmax of its 64 rows over the steps of every query tile."""
@@ -58,16 +59,7 @@ def compute(
     layout = plgpu.Layout.WGMMA
     shape = (ROWS, STEP_KEYS)
 
-    take_turns = launch.config.turns
     polynomials = launch.config.polynomials(launch.head_dim)
-
-    def wait_turn():
-        if take_turns:
-            plgpu.barrier_wait(turn.at[warpgroup])
-
-    def pass_turn():
-        if take_turns:
-            plgpu.barrier_arrive(turn.at[1 - warpgroup])
 
     def rows_to(values, shape):
         return lax.broadcast_in_dim(values, shape, [0])
@@ -103,12 +95,10 @@ def compute(
     def zeros():
         return plgpu.layout_cast(jnp.zeros((ROWS, launch.head_dim), jnp.float32), layout)
 
-    def softmax(s, m, total):
-        """Probabilities of one step, the factor for what came before it, and the new running maximum and sums."""
-        m_new = jnp.maximum(m, s.max(axis=1) * log2_scale)
-        factor = jnp.exp2(m - m_new)
-        p = exp2(s * log2_scale - rows_to(m_new, shape), polynomials, emulate=launch.emulate)
-        return p, factor, m_new, total * rows_to(factor, total.shape) + folded(p, emulate=launch.emulate)
+    def softmax(s, m):
+        """Probabilities of one step relative to the maxima m, and their sums."""
+        p = exp2(s * log2_scale - rows_to(m, shape), polynomials, emulate=launch.emulate)
+        return p, m, folded(p, emulate=launch.emulate)
 
     def no_total():
         return plgpu.layout_cast(jnp.zeros((ROWS, SUM_COLUMNS), jnp.float32), layout)
@@ -126,7 +116,6 @@ def compute(
         acc, p16, slot_before = before or (None, None, None)
         if before:
             plgpu.barrier_wait(v_full.at[slot_before])
-        wait_turn()
 
         def finish_scores(s, bias):
             plgpu.barrier_arrive(k_free.at[slot])
@@ -144,7 +133,6 @@ def compute(
             s = emulated_scores(queries, slot)
             if before:
                 acc = emulated_values(acc, p16, slot_before)
-            pass_turn()
             plgpu.commit_smem()
             after = finish_scores(s, bias_of())
             wait_next_keys()
@@ -153,7 +141,6 @@ def compute(
             def products(s_ref):
                 start_scores(s_ref, queries, slot)
                 weighted = weigh(acc, p16, slot_before) if before else None
-                pass_turn()
                 bias = bias_of()
                 s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1 if before else 0)
                 after = lax.optimization_barrier(finish_scores(s, bias))
@@ -174,9 +161,7 @@ def compute(
         """Softmax under the causal mask. Each row sees its own key, so the maximum is finite from here on."""
         row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + warpgroup * ROWS
         s = jnp.where(row >= plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout), s, -jnp.inf)
-        m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), layout.reduce(1))
-        p, _, m, total = softmax(s, m, no_total())
-        return p, m, total
+        return softmax(s, s.max(axis=1) * log2_scale)
 
     def query_tile(index, carry):
         """All steps of a query tile but its first, then its last values beside the first scores of the next tile.
@@ -188,7 +173,6 @@ def compute(
         z, tile = item_of(launch, jnp.maximum(index, 0))
         steps, next_steps = steps_of(index), steps_of(index + 1)
         no_bias = jnp.where(steps > 0, refs.work[z, tile, tables.STEPS_NO_BIAS], 0)
-        whole = refs.work[z, tile, tables.TILES]
         rows_valid = refs.work[z, tile, tables.ROWS_VALID]
         buffer = lax.rem(jnp.maximum(index, 0), jnp.int32(2))
         queries = queries_of(jnp.maximum(index, 0))
@@ -197,10 +181,11 @@ def compute(
             return lax.rem(step0 + step, jnp.int32(stages))
 
         def bias_of(step):
-            place = 2 * step - 2 - whole  # of the step's first half among the columns; negative for whole tiles
-            start = pl.multiple_of((place + 2) * KEY_TILE, KEY_TILE)
-            row = (z if refs.bias.shape[0] > 1 else 0, tile if refs.bias.shape[1] > 1 else 0)
-            return plgpu.load(refs.bias.at[(*row, pl.ds(start, STEP_KEYS))], layout=layout.reduce(0), optimized=False)
+            slot = slot_of(step)
+            plgpu.barrier_wait(bias_full.at[slot])
+            bias = plgpu.load(bias_smem.at[slot], layout=layout.reduce(0), optimized=False)
+            plgpu.commit_smem()  # before the next copy into it, which follows the keys' being free
+            return bias
 
         def release_queries(when):
             """The previous query tile's output has left its buffer, which the memory warpgroup may fill again."""
@@ -217,9 +202,9 @@ def compute(
                 def finish(s, bias):
                     if bias is not None:
                         s = s + lax.broadcast_in_dim(bias.astype(jnp.float32), shape, [1])
-                    return softmax(s, m, total)
+                    return softmax(s, raised(m, s, log2_scale, emulate=launch.emulate))
 
-                acc, p, factor, m, total = multiply(
+                acc, p, m_new, added = multiply(
                     queries,
                     slot_of(step),
                     (acc, p16, slot_of(step - 1)),
@@ -228,7 +213,8 @@ def compute(
                     first=lambda: release_queries(step == 1),
                     bias_of=(lambda: bias_of(step)) if biased else lambda: None,
                 )
-                return acc * rows_to(factor, acc.shape), m, total, p.astype(launch.dtype)
+                acc, total = rescaled(acc, total, m, m_new, emulate=launch.emulate)
+                return acc, m_new, total + added, p.astype(launch.dtype)
 
             return body
 
@@ -247,14 +233,11 @@ def compute(
         def last_step():
             slot = slot_of(steps - 1)
             plgpu.barrier_wait(v_full.at[slot])
-            wait_turn()
             if launch.emulate:
                 product = emulated_values(acc, p16, slot)
-                pass_turn()
                 plgpu.commit_smem()
             else:
                 product = weigh(acc, p16, slot)
-                pass_turn()
                 plgpu.wgmma_wait(0)
                 product = lax.optimization_barrier(product)
             plgpu.barrier_arrive(v_free.at[slot])
@@ -301,15 +284,7 @@ def compute(
         row = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout.reduce(1))
         return row, no_total(), plgpu.layout_cast(jnp.zeros(shape, launch.dtype), layout)
 
-    @pl.when(warpgroup == 1)
-    def _():
-        pass_turn()
-
     lax.fori_loop(jnp.int32(-1), share, query_tile, (jnp.int32(0), *nothing()))
-
-    @pl.when(warpgroup == 0)
-    def _():
-        wait_turn()
 
     @pl.when(share > 0)
     def _():

@@ -40,7 +40,6 @@ class KernelConfig:
       last thread blocks get shorter ones, so that all multiprocessors end at nearly the same time.
     - `lanes`: thread blocks that take turns over neighbouring query tiles; None means one per multiprocessor.
     - `compute_registers`, `memory_registers`: registers per thread of the two kinds of warpgroup.
-    - `turns`: whether the compute warpgroups start their matrix products strictly in turn.
     - `polynomial_tiles`: how many of 16 exponentials are computed as polynomials; None decides by head_dim.
 
     Raises ValueError for values that no kernel can be built from.
@@ -51,7 +50,6 @@ class KernelConfig:
     lanes: int | None = None
     compute_registers: int = 232
     memory_registers: int = 40
-    turns: bool = False
     polynomial_tiles: int | None = None
 
     def __post_init__(self) -> None:
@@ -74,11 +72,12 @@ class KernelConfig:
             )
 
     def shared_memory_bytes(self, head_dim: int) -> int:
-        """Bytes of shared memory for 16-bit inputs: two Q buffers, the K and V stages, the LSE row and barriers."""
+        """Bytes of shared memory for 16-bit inputs: two Q buffers; K, V and bias stages; the LSE row and barriers."""
         queries = 2 * QUERY_TILE * head_dim * 2
         keys = 2 * self.stages * STEP_KEYS * head_dim * 2
-        barriers = 8 * (4 * self.stages + 5)
-        return queries + keys + 4 * QUERY_TILE + barriers + 2_048  # 2 KiB: alignment of the swizzled buffers
+        barriers = 8 * (5 * self.stages + 4)
+        bias = 2 * self.stages * STEP_KEYS
+        return queries + keys + bias + 4 * QUERY_TILE + barriers + 2_048  # 2 KiB: alignment of the swizzled buffers
 
     def fits(self, head_dim: int) -> bool:
         """Whether a multiprocessor has the shared memory for this configuration."""

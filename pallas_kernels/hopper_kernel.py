@@ -35,7 +35,13 @@ def kernel_body(launch: Launch, refs: Refs, scratch: dict[str, Any]) -> None:
     @pl.when(warpgroup == _MEMORY)
     def _():
         plgpu.set_max_registers(launch.config.memory_registers, action="decrease")
-        load(launch, refs, **scratch)
+
+        # One warp: the other three would only repeat its instructions.
+        @plgpu.warp_map
+        def _(warp):
+            @pl.when(warp == 0)
+            def _():
+                load(launch, refs, **scratch)
 
     @pl.when(warpgroup < _MEMORY)
     def _():

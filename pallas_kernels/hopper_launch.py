@@ -106,7 +106,8 @@ def scratch_types(launch: Launch, with_lse: bool) -> dict[str, Any]:
         "v_full": plgpu.Barrier(num_arrivals=2 * parts, num_barriers=stages),
         "k_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
-        "turn": plgpu.Barrier(num_arrivals=1, num_barriers=COMPUTE_WARPGROUPS),
+        "bias_smem": plgpu.SMEM((stages, STEP_KEYS), jnp.bfloat16),
+        "bias_full": plgpu.Barrier(num_arrivals=1, num_barriers=stages),
     }
     if with_lse:
         types["lse_smem"] = plgpu.SMEM((COMPUTE_WARPGROUPS, ROWS), jnp.float32)

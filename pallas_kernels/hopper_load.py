@@ -1,4 +1,4 @@
-"""The memory warpgroup: walks the lists of a plan and issues every TMA load."""
+"""The one warp that loads: walks the lists of a plan and issues every TMA load."""
 
 from __future__ import annotations
 
@@ -12,12 +12,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper_tables as tables
-from pallas_kernels.hopper_config import COMPUTE_WARPGROUPS, ROWS
+from pallas_kernels.hopper_config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS
 from pallas_kernels.hopper_launch import Launch, Refs, item_of, share_of, split_head, views
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
 
 
-def load(launch: Launch, refs: Refs, *, q_smem, k_smem, v_smem, q_full, q_free, k_full, v_full, k_free, v_free, **_):
+def load(
+    launch: Launch,
+    refs: Refs,
+    *,
+    q_smem,
+    k_smem,
+    v_smem,
+    bias_smem,
+    q_full,
+    q_free,
+    k_full,
+    v_full,
+    bias_full,
+    k_free,
+    v_free,
+    **_,
+):
     """Loads the queries of each of this thread block's tiles, then keys and values step by step."""
     stages = launch.config.stages
     k_smem, v_smem = views(k_smem, launch)[0], views(v_smem, launch)[0]
@@ -65,37 +81,29 @@ def load(launch: Launch, refs: Refs, *, q_smem, k_smem, v_smem, q_full, q_free, 
             plgpu.copy_gmem_to_smem(refs.q.at[batch, rows, head], target, q_full.at[buffer])
 
         def whole_tile(source, smem, full, start):
-            rows = pl.ds(pl.multiple_of(start, KEY_TILE) if launch.aligned else start, KEY_TILE)
+            # The product proves to the compiler what `aligned` promises.
+            rows = pl.ds(lax.div(start, jnp.int32(KEY_TILE)) * KEY_TILE if launch.aligned else start, KEY_TILE)
             copy_rows(lambda columns: source.at[batch, rows, kv_head, columns], smem, full)
 
-        def next_tile(place, pointer):
-            """First key of the tile at `place` in the bands and then the blocks, and the next pointer into the blocks.
+        def whole_tile_at(place):
+            """First key of the tile at `place` in the bands and then the blocks.
 
             A band that begins before key 0 is read from key 0 on; the bias hides the keys past its end.
             """
             distance = refs.bands[z, jnp.minimum(place, refs.bands.shape[1] - 1)]
             band = jnp.maximum(diagonal - distance, 0)
             if refs.blocks is None:
-                return band, pointer
-            last = refs.blocks.shape[2] - 1
+                return band
+            block = jnp.clip(place - bands, 0, refs.blocks.shape[2] - 1)
+            in_blocks = (place >= bands) & (place < whole)
+            return lax.cond(in_blocks, lambda: refs.blocks[z, tile, block] * KEY_TILE, lambda: band)
 
-            def from_blocks():
-                def skipped(p):
-                    return (p < last) & (refs.blocks[z, tile, p] < 0)
-
-                found = lax.while_loop(skipped, lambda p: p + 1, jnp.minimum(pointer, last))
-                return refs.blocks[z, tile, found] * KEY_TILE, found + 1
-
-            return lax.cond((place >= bands) & (place < whole), from_blocks, lambda: (band, pointer))
-
-        def pair(step, pointer):
-            first, pointer = next_tile(2 * step - 2, pointer)
-            second, pointer = next_tile(2 * step - 1, pointer)
-            return first, second, pointer
+        def pair(step):
+            return whole_tile_at(2 * step - 2), whole_tile_at(2 * step - 1)
 
         def whole_step(step, carry):
-            first, second, pointer = carry
-            ahead = pair(step + 1, pointer)  # read the list one step ahead of its use
+            first, second = carry
+            ahead = pair(step + 1)  # read the list one step ahead of its use
             total = step0 + step
 
             def copy(source, _, smem, full):
@@ -106,7 +114,7 @@ def load(launch: Launch, refs: Refs, *, q_smem, k_smem, v_smem, q_full, q_free, 
             return ahead
 
         def bias_step(step, carry):
-            first, second, _ = carry
+            first, second = carry
             total = step0 + step
             place = 2 * step - 2 - whole  # of the first half among the columns; -2 and -1 are the last whole tiles
 
@@ -127,13 +135,18 @@ def load(launch: Launch, refs: Refs, *, q_smem, k_smem, v_smem, q_full, q_free, 
                         rows = pl.ds((place + index) * KEY_TILE, KEY_TILE)
                         copy_rows(lambda columns: gathered.at[z, rows, columns], into, full)
 
-            fill(lax.rem(total, jnp.int32(stages)), total, copy)
+            slot = lax.rem(total, jnp.int32(stages))
+            fill(slot, total, copy)
+            # The keys' buffer was free, so the bias beside it has been read too.
+            row = (z if refs.bias.shape[0] > 1 else 0, tile if refs.bias.shape[1] > 1 else 0)
+            part = pl.ds((place + 2) * KEY_TILE, STEP_KEYS)
+            plgpu.copy_gmem_to_smem(refs.bias.at[(*row, part)], bias_smem.at[slot], bias_full.at[slot])
             return carry
 
         @pl.when(steps > 0)
         def _():
             # The diagonal is the pair of tiles "first" and "second" of step 0.
-            carry = whole_step(jnp.int32(0), (diagonal, diagonal + KEY_TILE, jnp.int32(0)))
+            carry = whole_step(jnp.int32(0), (diagonal, diagonal + KEY_TILE))
             carry = lax.fori_loop(jnp.int32(1), no_bias, whole_step, carry)
             lax.fori_loop(no_bias, steps, bias_step, carry)
 

@@ -6,15 +6,24 @@ long as the matrix products; a polynomial of degree 3 is as exact as 16-bit prob
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, nvvm, scf, vector
 from jaxtyping import Array, Float
 
 SUM_COLUMNS = 8
 """Columns of a running sum: the fewest that need no exchange between threads."""
+
+LARGEST_GROWTH = 8.0
+"""The running maximum of a row follows its scores only when they exceed it by more, in powers of two. Until then
+probabilities reach 256, which 16-bit floats and float32 sums hold as exactly, and nothing has to be rescaled."""
 
 _TILE = SUM_COLUMNS
 _SMALLEST = -126.0  # 2**-126 is the smallest normal number; everything below it counts as that
@@ -50,6 +59,54 @@ def exp2(x: Float[Array, "m s"], polynomial_tiles: int, *, emulate: bool) -> Flo
     return mixed(x)  # pyright: ignore[reportCallIssue]
 
 
+def raised(maximum: Float[Array, " m"], s: Float[Array, "m w"], scale: float, *, emulate: bool) -> Float[Array, " m"]:
+    """The running maxima, raised to those of s · scale in the warps where a row exceeds its own by `LARGEST_GROWTH`."""
+    if emulate:
+        largest = s.max(axis=1) * scale
+        return jnp.where(largest > maximum + LARGEST_GROWTH, largest, maximum)
+    layout = plgpu.Layout.WGMMA
+    rows = layout.reduce(1)
+    result = plgpu.ShapeDtypeStruct(maximum.shape, jnp.float32, layout=rows)
+
+    @plgpu.inline_mgpu(arg_types=(rows, layout), return_type=result)
+    def raise_maximum(_, maximum, s):
+        largest = _halved(s, lambda a, b: a.max(b)) * scale
+        growth = largest - maximum.broadcast_in_dim(largest.shape, (0,), largest.layout)
+        (raised,) = _in_warps_where(
+            _any_above(growth, LARGEST_GROWTH), [maximum], lambda m: [m.max(largest.reduce("max", 1))]
+        )
+        return raised
+
+    return raise_maximum(maximum, s)  # pyright: ignore[reportCallIssue]
+
+
+def rescaled(
+    acc: Float[Array, "m h"],
+    total: Float[Array, "m SUM_COLUMNS"],
+    before: Float[Array, " m"],
+    after: Float[Array, " m"],
+    *,
+    emulate: bool,
+) -> tuple[Float[Array, "m h"], Float[Array, "m SUM_COLUMNS"]]:
+    """Sums relative to the maxima `before`, made relative to `after`. Warps where none was raised do nothing."""
+    if emulate:
+        factor = jnp.exp2(before - after)[:, None]
+        return acc * factor, total * factor
+    layout = plgpu.Layout.WGMMA
+    rows = layout.reduce(1)
+    results = tuple(plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout) for x in (acc, total))
+
+    @plgpu.inline_mgpu(arg_types=(layout, layout, rows, rows), return_type=results)
+    def rescale(_, acc, total, before, after):
+        def scale(*sums):
+            factor = (before - after).exp2(approx=True)
+            return [x * factor.broadcast_in_dim(x.shape, (0,), x.layout) for x in sums]
+
+        return tuple(_in_warps_where(_any_above(after - before, 0.0), [acc, total], scale))
+
+    return rescale(acc, total, before, after)  # pyright: ignore[reportCallIssue]
+
+
 def folded(p: Float[Array, "m s"], *, emulate: bool) -> Float[Array, "m SUM_COLUMNS"]:
     """Sums over every eighth column: additions within each thread. The exchange between threads is left for later."""
     if emulate:
@@ -59,12 +116,55 @@ def folded(p: Float[Array, "m s"], *, emulate: bool) -> Float[Array, "m SUM_COLU
 
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout))
     def fold(_, p):
-        parts = [p[:, i : i + _TILE] for i in range(0, p.shape[1], _TILE)]
-        while len(parts) > 1:
-            parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        return parts[0]
+        return _halved(p, lambda a, b: a + b)
 
     return fold(p)  # pyright: ignore[reportCallIssue]
+
+
+def _halved(x: mgpu.FragmentedArray, combine: Callable[[Any, Any], Any]) -> mgpu.FragmentedArray:
+    """Tiles of `_TILE` columns combined pairwise until one is left."""
+    parts = [x[:, i : i + _TILE] for i in range(0, x.shape[1], _TILE)]
+    while len(parts) > 1:
+        parts = [combine(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def _any_above(x: mgpu.FragmentedArray, limit: float) -> ir.Value:
+    """Whether an element that one of the warp's threads holds is greater than `limit`: one answer for each warp.
+
+    NaN is not greater than anything, and hides no other element.
+    """
+    elements = []
+    for register in x.registers.flat:
+        if isinstance(register.type, ir.VectorType):
+            places = range(ir.VectorType(register.type).shape[0])
+            at = [ir.DenseI64ArrayAttr.get([i]) for i in places]
+            elements += [vector.extract(register, dynamic_position=[], static_position=i) for i in at]
+        else:
+            elements.append(register)
+    largest = functools.reduce(arith.maxnumf, elements)
+    above = arith.cmpf(arith.CmpFPredicate.OGT, largest, arith.constant(ir.F32Type.get(), limit))
+    return nvvm.vote_sync(arith.constant(ir.IntegerType.get_signless(32), -1), above, "any")
+
+
+def _in_warps_where(
+    predicate: ir.Value,
+    arrays: list[mgpu.FragmentedArray],
+    function: Callable[..., list[mgpu.FragmentedArray]],
+) -> list[mgpu.FragmentedArray]:
+    """function(*arrays), of the same shapes and layouts, in warps where the predicate holds; else the arrays."""
+    flat = [register for x in arrays for register in x.registers.flat]
+    branch = scf.IfOp(predicate, [register.type for register in flat], has_else=True)
+    with ir.InsertionPoint(branch.then_block):
+        scf.yield_([register for x in function(*arrays) for register in x.registers.flat])
+    with ir.InsertionPoint(branch.else_block):  # pyright: ignore[reportCallIssue, reportArgumentType]
+        scf.yield_(flat)
+    results = iter(branch.results)
+    made = []
+    for x in arrays:
+        registers, kind = x.tree_flatten()
+        made.append(x.tree_unflatten(kind, [next(results) for _ in registers]))
+    return made
 
 
 def _polynomial_registers(x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:

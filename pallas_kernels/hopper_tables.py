@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Bool, Float, Int
 
-from pallas_kernels.bands import NO_BAND, band_bitmap, covered, entries_before, listed_bands, running_max
+from pallas_kernels.bands import NO_BAND, at_place, band_bitmap, covered, entries_before, listed_bands, running_max
 from pallas_kernels.plan import SparsePlan, kv_limit
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_query_tiles
 
@@ -38,8 +38,8 @@ class KernelTables:
     """The plan as the kernel reads it; `z` = b·n, heads of all sequences, `i` query tiles.
 
     - `work`: int32 `[z, i, 8]`, the counts of each query tile (fields above).
-    - `bands`: int32 `[z, R]`, distances in keys, ascending, without gaps or repeats (R = 1 without bands).
-    - `blocks`: int32 `[z, i, M]`, key tiles; -1 where the kernel skips (repeats, tiles of a band, out of range). None
+    - `bands`: int32 `[z, R]`, distances in keys, ascending, no gaps or repeats, then `NO_BAND` (R = 1 without bands).
+    - `blocks`: int32 `[z, i, M]`, key tiles, without gaps, repeats and tiles of a band up to the count in `work`. None
       without blocks.
     - `keys`, `values`: `[z, C, h]`, the keys and values of the columns, gathered. None without columns.
     - `bias`: bf16 `[z, i, 128 + C' + 64]` with C' = C rounded up to 64: 128 entries for the last two whole tiles, where
@@ -75,14 +75,14 @@ def prepare(
     rows = jnp.repeat(rows, n, axis=0, total_repeat_length=b * n)  # [z, i]
 
     bands, band_tiles, cut = _bands(plan, b * n, first)
-    blocks, block_tiles, ascending = _blocks(plan, b * n, first, bands, s)
+    blocks, block_tiles = _blocks(plan, b * n, first, bands, s)
     whole = band_tiles + block_tiles
     if plan.columns is None or plan.columns.shape[-1] == 0:
         keys = values = None
         column_tiles = jnp.zeros_like(whole)
         bias = jnp.full((1, 1, KEY_TILE) if bands is None else (*whole.shape, KEY_TILE), -jnp.inf, jnp.bfloat16)
     else:
-        keys, values, column_tiles, bias = _columns(plan, k, v, first, bands, ascending)
+        keys, values, column_tiles, bias = _columns(plan, k, v, first, bands, blocks, block_tiles)
     last = jnp.arange(2 * KEY_TILE, dtype=jnp.int32) < 2 * KEY_TILE - cut[..., None]  # of a cut tile, the keys it holds
     last = jnp.where(last[: bias.shape[0], : bias.shape[1]], 0, -jnp.inf).astype(jnp.bfloat16)
     bias = jnp.concatenate([last, bias, jnp.full((*bias.shape[:2], KEY_TILE), -jnp.inf, jnp.bfloat16)], -1)
@@ -99,8 +99,8 @@ def prepare(
         jnp.zeros_like(whole),
         jnp.zeros_like(whole),
     ]
-    listed = jnp.zeros((b * n, 1), jnp.int32) if bands is None else jnp.where(bands == NO_BAND, 0, bands)
-    return KernelTables(jnp.stack(work, -1), listed, blocks, keys, values, bias)
+    bands = jnp.zeros((b * n, 1), jnp.int32) if bands is None else bands
+    return KernelTables(jnp.stack(work, -1), bands, blocks, keys, values, bias)
 
 
 def _bands(
@@ -116,30 +116,33 @@ def _bands(
         return None, none, none
     count, blocks = plan.band_count.reshape(z), plan.block_count
     blocks = None if blocks is None else blocks.reshape(z, -1)
-    bands = listed_bands(plan.bands.reshape(z, -1), count, blocks, multiple=plan.band_multiple)
+    bands = listed_bands(plan.bands.reshape(z, -1), count, blocks, multiple=plan.band_multiple, clean=plan.clean)
     counts = entries_before(bands, jnp.broadcast_to(first + KEY_TILE, (z, first.size)))
-    reaching = bands[:, None, :] < first[:, None] + KEY_TILE
-    cut = jnp.where(reaching, bands[:, None, :] - first[:, None], 0).max(-1, initial=0)
+    cut = jnp.where(counts > 0, jnp.maximum(at_place(bands, counts - 1) - first, 0), 0)
     return bands, counts, cut
 
 
 def _blocks(
     plan: SparsePlan, z: int, first: Int[Array, " i"], bands: Int[Array, "z R"] | None, kv_len: int
-) -> tuple[Int[Array, "z i M"] | None, Int[Array, "z i"], Int[Array, "z i M"] | None]:
-    """Block lists with -1 for what the kernel skips, their counts, and the lists with gaps filled (ascending)."""
+) -> tuple[Int[Array, "z i M"] | None, Int[Array, "z i"]]:
+    """Block lists, ascending and without gaps up to the counts, and the counts."""
     if plan.blocks is None or plan.block_count is None or plan.blocks.shape[-1] == 0:
-        return None, jnp.zeros((z, first.size), jnp.int32), None
+        return None, jnp.zeros((z, first.size), jnp.int32)
     diagonal = first[:, None] // KEY_TILE
     blocks = plan.blocks.reshape(z, first.size, -1)
     listed = jnp.arange(blocks.shape[-1], dtype=jnp.int32) < plan.block_count.reshape(z, first.size, 1)
+    if plan.clean:
+        # Only those after the diagonal do not count, and they come last.
+        rows = jnp.where(listed, blocks, NO_BAND).reshape(z * first.size, -1)
+        limits = jnp.broadcast_to(diagonal, (z, first.size, 1)).reshape(-1, 1)
+        return blocks, entries_before(rows, limits).reshape(z, -1)
     blocks = jnp.where(listed & (blocks < diagonal), jnp.maximum(blocks, -1), -1)
-    ascending = lax.cummax(blocks, axis=2)
-    earlier = jnp.pad(ascending[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=-1)
+    earlier = jnp.pad(lax.cummax(blocks, axis=2)[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=-1)
     keep = blocks > earlier
     if bands is not None:
         # In a head with blocks every band is a multiple of the tile: it covers a block whole or not at all.
         keep &= ~covered(band_bitmap(bands, kv_len + QUERY_TILE), (diagonal - blocks) * KEY_TILE)
-    return jnp.where(keep, blocks, -1), keep.sum(-1, dtype=jnp.int32), ascending
+    return jnp.sort(jnp.where(keep, blocks, NO_BAND), axis=-1), keep.sum(-1, dtype=jnp.int32)
 
 
 def _columns(
@@ -149,6 +152,7 @@ def _columns(
     first: Int[Array, " i"],
     bands: Int[Array, "z R"] | None,
     blocks: Int[Array, "z i M"] | None,
+    block_tiles: Int[Array, "z i"],
 ) -> tuple[Float[Array, "z C h"], Float[Array, "z C h"], Int[Array, "z i"], BFloat16[Array, "z i W"]]:
     """Gathered keys and values, key tiles of columns that each query tile reads, and the bias of every column."""
     assert plan.columns is not None and plan.column_count is not None
@@ -160,25 +164,26 @@ def _columns(
         width = columns.shape[1]
     listed = jnp.arange(width, dtype=jnp.int32) < plan.column_count.reshape(b * n, 1)
     columns = jnp.where(listed & (columns < s), jnp.maximum(columns, -1), -1)
-    ascending = running_max(columns)
-    keep = columns > jnp.pad(ascending[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    keep, ascending = columns >= 0, jnp.where(listed, columns, s)
+    if not plan.clean:
+        ascending = running_max(columns)
+        keep = columns > jnp.pad(ascending[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
 
     end = jnp.broadcast_to(first, (b * n, first.size))
     if bands is not None:
         # Columns inside the unbroken window of bands before the diagonal are the last ones, and seen anyway.
-        place = jnp.arange(bands.shape[1], dtype=jnp.int32)
-        window = jnp.where(bands == KEY_TILE * (place + 1), bands.shape[1], place).min(1)
-        end = end - KEY_TILE * window[:, None]
+        window = bands == KEY_TILE * jnp.arange(1, bands.shape[1] + 1, dtype=jnp.int32)
+        end = end - KEY_TILE * window.sum(-1, keepdims=True, dtype=jnp.int32)
     column_tiles = (entries_before(ascending, end) + KEY_TILE - 1) // KEY_TILE
 
     visible = keep[:, None, :] & (columns[:, None, :] < first[:, None])
     if bands is not None:
         visible &= ~covered(band_bitmap(bands, s + QUERY_TILE), first[:, None] - columns[:, None, :])
-    if blocks is not None and plan.block_count is not None:
-        mixed = jnp.any((plan.block_count.reshape(b * n, -1).max(-1) > 0) & (plan.column_count.reshape(-1) > 0))
+    if blocks is not None:
+        mixed = jnp.any((block_tiles.max(-1) > 0) & (plan.column_count.reshape(-1) > 0))
         # A lookup for every (query tile, column), too dear to make for heads that have only one of the two.
         tile = columns // KEY_TILE
-        visible = lax.cond(mixed, lambda: visible & ~_in_blocks(blocks, tile), lambda: visible)
+        visible = lax.cond(mixed, lambda: visible & ~_in_blocks(blocks, block_tiles, tile), lambda: visible)
     bias = jnp.where(visible, 0, -jnp.inf).astype(jnp.bfloat16)
     bias = jnp.pad(bias, ((0, 0), (0, 0), (0, -width % KEY_TILE)), constant_values=-jnp.inf)
 
@@ -189,11 +194,9 @@ def _columns(
     return keys, values, column_tiles, bias
 
 
-def _in_blocks(blocks: Int[Array, "z i M"], tile: Int[Array, "z C"]) -> Bool[Array, "z i C"]:
-    """Whether the key tile of each column is in the (ascending, gap-filled) block list of each query tile."""
-
-    def row(listed: Int[Array, " M"], wanted: Int[Array, " C"]) -> Bool[Array, " C"]:
-        at = jnp.searchsorted(listed, wanted, method="scan_unrolled")
-        return listed[jnp.minimum(at, listed.shape[0] - 1)] == wanted
-
-    return jax.vmap(jax.vmap(row, in_axes=(0, None)))(blocks, tile)
+def _in_blocks(blocks: Int[Array, "z i M"], count: Int[Array, "z i"], tile: Int[Array, "z C"]) -> Bool[Array, "z i C"]:
+    """Whether the key tile of each column is in the block list of each query tile."""
+    lists = jnp.where(jnp.arange(blocks.shape[-1], dtype=jnp.int32) < count[..., None], blocks, NO_BAND)
+    lists = lists.reshape(-1, blocks.shape[-1])
+    wanted = jnp.broadcast_to(tile[:, None], (*count.shape, tile.shape[-1])).reshape(lists.shape[0], -1)
+    return (at_place(lists, entries_before(lists, wanted)) == wanted).reshape(*count.shape, -1)

@@ -22,7 +22,7 @@ _PARTS = {"columns": "column_count", "bands": "band_count", "blocks": "block_cou
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["columns", "column_count", "bands", "band_count", "blocks", "block_count"],
-    meta_fields=["band_multiple"],
+    meta_fields=["band_multiple", "clean"],
 )
 @dataclasses.dataclass(frozen=True)
 class SparsePlan:
@@ -48,6 +48,10 @@ class SparsePlan:
     - `blocks`: int32 `[b, n, i, M]`, ascending key-tile numbers (key position // 64) of each query tile;
       `block_count`: int32 `[b, n, i]`.
 
+    - `clean` (static): a promise that below the counts the lists are in order, that nothing in them is to be ignored
+      but what lies past the last key or after the diagonal, and that no block of a head lies in one of its bands. A
+      kernel takes such lists as they are; a broken promise makes wrong results. The builders and the index keep it.
+
     Entries at or past the count are ignored, whatever they hold. So are entries out of range (negative, past the
     last key, after the diagonal), repeats, and bands that break their rule: less than 64 after a listed one before
     them (which they would overlap), no multiple of `band_multiple`, or none of 64 in a head that has blocks.
@@ -63,6 +67,7 @@ class SparsePlan:
     blocks: Int[Array, "b n i M"] | None = None
     block_count: Int[Array, "b n i"] | None = None
     band_multiple: int = 1
+    clean: bool = False
 
     def validate(self, batch: int, heads: int, q_len: int) -> None:
         """Raises ValueError, naming the part and both shapes, unless the plan fits `[batch, q_len, heads]` queries."""

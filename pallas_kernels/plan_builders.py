@@ -49,7 +49,7 @@ def a_shape_plan(b: int, n: int, *, sink: int, window: int) -> SparsePlan:
             return None, None
         return jnp.broadcast_to(values, (b, n, values.size)), jnp.full((b, n), values.size, jnp.int32)
 
-    return SparsePlan(*part(columns), *part(bands), band_multiple=KEY_TILE)
+    return SparsePlan(*part(columns), *part(bands), band_multiple=KEY_TILE, clean=True)
 
 
 def slashes_to_bands(
@@ -125,7 +125,7 @@ def vertical_slash_plan(
     """
     columns, count = _ascending(columns, column_count, kv_len, "columns")
     bands, band_count = slashes_to_bands(slashes, slash_count, max_distance=kv_len - 1)
-    return SparsePlan(columns, count, bands, band_count)
+    return SparsePlan(columns, count, bands, band_count, clean=True)
 
 
 def block_sparse_plan(blocks: Int[Array, "b n i M"]) -> SparsePlan:
@@ -137,15 +137,18 @@ def block_sparse_plan(blocks: Int[Array, "b n i M"]) -> SparsePlan:
     Source: MInference (arXiv 2407.02490) §3.2, Algorithm 3; the official `block_sparse_attention` uses 64-query rows.
     """
     blocks, count = _ascending(blocks, None, _PAST_THE_END, "blocks")
-    return SparsePlan(blocks=blocks, block_count=count)
+    return SparsePlan(blocks=blocks, block_count=count, clean=True)
 
 
 def _ascending(values: Array, count: Array | None, end: int, name: str) -> tuple[Array, Array]:
-    """Valid entries (0 <= entry < end, before the count) sorted to the front, and their number."""
+    """Valid entries (0 <= entry < end, before the count), each once, sorted to the front, and their number."""
     if values.dtype != jnp.int32 or values.ndim != (4 if name == "blocks" else 3):
         wanted = "[b, n, i, M]" if name == "blocks" else "[b, n, C]"
         raise ValueError(f"{name} must be int32 {wanted}, got {values.dtype} {values.shape}")
     valid = (values >= 0) & (values < end)
     if count is not None:
         valid = valid & (jnp.arange(values.shape[-1]) < count[..., None])
-    return jnp.sort(jnp.where(valid, values, _PAST_THE_END), axis=-1), valid.sum(-1, dtype=jnp.int32)
+    values = jnp.sort(jnp.where(valid, values, _PAST_THE_END), axis=-1)
+    repeat = values == jnp.pad(values[..., :-1], [(0, 0)] * (values.ndim - 1) + [(1, 0)], constant_values=-1)
+    values = jnp.sort(jnp.where(repeat, _PAST_THE_END, values), axis=-1)
+    return values, (values < _PAST_THE_END).sum(-1, dtype=jnp.int32)

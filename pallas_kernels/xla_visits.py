@@ -125,9 +125,8 @@ def prepared(plan: SparsePlan | None) -> SparsePlan | None:
     if plan.bands is not None and plan.band_count is not None:
         shape, width = plan.bands.shape, plan.bands.shape[-1]
         blocks = None if plan.block_count is None else plan.block_count.reshape(-1, plan.block_count.shape[-1])
-        bands = listed_bands(
-            plan.bands.reshape(-1, width), plan.band_count.reshape(-1), blocks, multiple=plan.band_multiple
-        )
+        rules = {"multiple": plan.band_multiple, "clean": plan.clean}
+        bands = listed_bands(plan.bands.reshape(-1, width), plan.band_count.reshape(-1), blocks, **rules)
         count = (bands != NO_BAND).sum(-1, dtype=jnp.int32)
         # Half the integers: differences of a distance and a position must not overflow.
         bands = jnp.where(bands == NO_BAND, NO_BAND // 2, bands)

@@ -27,6 +27,7 @@ def main(case: dict) -> None:
     plan = random_plan(rng, b, n, t, s, **case["widths"])
     options = {"lengths": None if case["lengths"] is None else jnp.asarray(case["lengths"], jnp.int32)}
     options["q_offset"] = jnp.int32(case["q_offset"])
+    options["scale"] = case.get("scale")
     out, lse = hopper_attention(
         q,
         keys,

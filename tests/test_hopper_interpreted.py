@@ -14,13 +14,13 @@ CASES = {
     "every-part-two-sequences-offset-D64": {
         "b": 2, "t": 140, "s": 300, "n": 2, "k": 1, "h": 64, "dtype": "bfloat16",
         "lengths": [260, 100], "q_offset": 128, "widths": {"columns": 40, "bands": 3, "blocks": 3},
-        "config": {"lanes": 2, "chain": 2, "turns": True},
+        "config": {"lanes": 2, "chain": 2},
     },
-    # One thread block for all query tiles, those of no step and of one step among them: what runs ahead must not wait
-    # for what comes behind it.
+    # Running maxima grow. One thread block for all query tiles, those of no step and of one step among them: what runs
+    # ahead must not wait for what comes behind it.
     "one-chain-T261-D96-fp16": {
         "b": 2, "t": 261, "s": 261, "n": 1, "k": 1, "h": 96, "dtype": "float16",
-        "lengths": [261, 130], "q_offset": 0, "widths": {"columns": 70, "bands": 2, "blocks": 1},
+        "lengths": [261, 130], "q_offset": 0, "scale": 1.0, "widths": {"columns": 70, "bands": 2, "blocks": 1},
         "config": {"lanes": 1, "chain": None, "polynomial_tiles": 4},
     },
 }  # fmt: skip

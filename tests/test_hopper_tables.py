@@ -6,7 +6,7 @@ import pytest
 from helpers import random_qkv
 from plans import int32, random_plan
 
-from pallas_kernels import SparsePlan, hopper_tables
+from pallas_kernels import SparsePlan, hopper_tables, plan_builders
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE
 
 
@@ -21,7 +21,7 @@ def visits(tables: hopper_tables.KernelTables, plan: SparsePlan, z: int, i: int,
     q0 = q_offset + i * QUERY_TILE
     assert diagonal == q0
     count[:, q0 : q0 + QUERY_TILE] += np.tri(QUERY_TILE, dtype=int)[:, : count.shape[1] - q0]
-    listed = [] if tables.blocks is None else [KEY_TILE * x for x in np.asarray(tables.blocks)[z, i] if x >= 0]
+    listed = [] if tables.blocks is None else [KEY_TILE * x for x in np.asarray(tables.blocks)[z, i, : whole - bands]]
     starts = [max(q0 - int(x), 0) for x in np.asarray(tables.bands)[z, :bands]] + listed
     assert len(starts) == whole
     assert no_bias in (1 + whole // 2, whole // 2) and no_bias > 0
@@ -56,6 +56,25 @@ def test_every_key_of_the_plan_is_visited_once(rng, parts, t, s, q_offset, lengt
     names = {"columns": "column_count", "bands": "band_count", "blocks": "block_count"}
     kept = {a: getattr(full, a) for part, c in names.items() if parts == "all" or part in parts for a in (part, c)}
     plan = SparsePlan(**kept)
+    check_visits(rng, plan, b, n, t, s, q_offset, lengths)
+
+
+@pytest.mark.parametrize("t, s, q_offset, lengths", [(300, 300, 0, None), (260, 900, 512, [900, 600])])
+def test_lists_that_builders_made_are_taken_as_they_are(rng, t, s, q_offset, lengths):
+    b, n = 2, 2
+    columns = int32(rng.integers(-3, s + 9, (b, n, 50)))
+    lines = int32(rng.integers(-3, s + 9, (b, n, 9)))
+    blocks = int32(rng.integers(-1, s // KEY_TILE + 2, (b, n, -(-t // QUERY_TILE), 7)))
+    for plan in (
+        plan_builders.vertical_slash_plan(columns, lines, kv_len=s),
+        plan_builders.block_sparse_plan(blocks),
+        plan_builders.a_shape_plan(b, n, sink=s + 5, window=200),
+    ):
+        assert plan.clean
+        check_visits(rng, plan, b, n, t, s, q_offset, lengths)
+
+
+def check_visits(rng, plan, b, n, t, s, q_offset, lengths):
     limits = None if lengths is None else int32(lengths)
     q, k, v = random_qkv(rng, b, t, s, n, 1, 8)
     tables = hopper_tables.prepare(plan, q, k, v, lengths=limits, q_offset=jnp.int32(q_offset))

@@ -79,7 +79,7 @@ class Antidiagonal(PlanBuilder):
 
         found = jax.lax.map(one_tile, jnp.arange(count, dtype=jnp.int32))
         blocks, block_count = (jnp.moveaxis(x, 0, 3).reshape(b, n, count, *x.shape[4:]) for x in found)
-        return SparsePlan(blocks=blocks, block_count=block_count)
+        return SparsePlan(blocks=blocks, block_count=block_count, clean=True)
 
 
 def fewest_tiles(

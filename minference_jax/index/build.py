@@ -99,7 +99,7 @@ def _plan(q: Array, k: Array, heads: PatternArrays, limit: Array, q_offset: Arra
     per_head, tiles = (b, n), (b, n, num_query_tiles(q.shape[1]))
     parts = (*_merge(columns, per_head), *_merge(bands, per_head), *_merge(blocks, tiles))
     multiple = 1 if limits.lines else KEY_TILE  # only lines are covered by tiles that start anywhere
-    return SparsePlan(*parts, band_multiple=multiple)
+    return SparsePlan(*parts, band_multiple=multiple, clean=True)
 
 
 def _every(step: int, count: int, start: int = 0) -> Int[Array, "1 1 w"]:

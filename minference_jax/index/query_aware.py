@@ -74,6 +74,7 @@ class QueryAware(PlanBuilder):
             jnp.where(aware, 0, found.band_count),
             blocks,
             jnp.where(aware[..., None], block_count, 0),
+            clean=True,
         )
 
     def aware(
