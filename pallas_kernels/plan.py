@@ -94,6 +94,7 @@ class SparsePlan:
                 return part.shape[:2]
         return None
 
+    @partial(jax.jit, static_argnames=("q_len", "kv_len"))
     def to_mask(
         self,
         q_len: int,
@@ -127,6 +128,7 @@ class SparsePlan:
         limit = kv_limit(lengths, b, kv_len)[:, None, None, None]
         return mask & causal & (keys < limit) & (rows[:, None] < limit)
 
+    @partial(jax.jit, static_argnames=("q_len", "kv_len"))
     def density(
         self,
         q_len: int,

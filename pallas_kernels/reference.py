@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -9,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.plan import SparsePlan
 
 
+@partial(jax.jit, static_argnames="scale")
 def reference_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],

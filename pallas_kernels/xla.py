@@ -51,7 +51,7 @@ def xla_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     limit = kv_limit(lengths, q.shape[0], k.shape[1])
-    return _attention(q, k, v, plan, limit, jnp.asarray(q_offset, jnp.int32), scale)
+    return _compiled_attention(q, k, v, plan, limit, jnp.asarray(q_offset, jnp.int32), scale)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -71,6 +71,8 @@ def _attention_bwd(scale, saved, cotangents):
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+# One program even where the caller is not compiled: op by op it would be hundreds of small ones.
+_compiled_attention = jax.jit(_attention, static_argnums=6)
 
 
 @dataclasses.dataclass(frozen=True)
