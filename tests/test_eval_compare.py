@@ -52,7 +52,7 @@ def test_replies_are_scored_up_to_their_end():
     assert "passkey, 100 tokens" in text and "50.0" in text and "100.0" in text
 
 
-def test_a_task_on_real_weights_scores_as_pytorch_does(capsys):
+def test_a_task_on_real_weights_scores_as_pytorch_does(capsys, optimized):
     options = ["--model", str(smollm2_directory()), "--torch-python", str(torch_python()), "--json"]
     assert main(["compare", "--task", "needle-magic-raw", "--length", "200", "--samples", "2", *options]) == 0
     found = json.loads(capsys.readouterr().out)

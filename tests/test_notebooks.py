@@ -31,10 +31,14 @@ def test_the_notebook_is_its_source_without_outputs(path):
 
 @pytest.fixture(scope="module")
 def runs():
-    """All notebooks' code as scripts, two at a time, since compiling takes one core each: path → finished process."""
+    """All notebooks' code as scripts, as users run them, two at a time: path → finished process."""
 
     def run(path: Path) -> subprocess.CompletedProcess:
-        environment = os.environ | SMALL | {"MINFERENCE_CACHE": str(smollm2_directory().parent)}
+        environment = (
+            os.environ
+            | SMALL
+            | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "MINFERENCE_CACHE": str(smollm2_directory().parent)}
+        )
         command = [sys.executable, "-W", "ignore", str(path)]
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
 

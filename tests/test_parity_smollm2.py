@@ -9,7 +9,7 @@ from minference_jax.compare import run_compare
 from minference_jax.data import load_text
 
 
-def test_float32_logits_argmax_and_greedy_tokens_are_those_of_pytorch(capsys):
+def test_float32_logits_argmax_and_greedy_tokens_are_those_of_pytorch(capsys, optimized):
     model, python = smollm2_directory(), torch_python()
     # One thread for PyTorch: two are slower wherever something else needs a core, for they wait for each other.
     code = run_compare(model, load_text(), tokens=2048, as_json=True, torch_python=python, threads=1)
