@@ -1,5 +1,7 @@
 """The index with a probe every few rows: what is worth a visit, what no head goes below, that padding is nothing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from minference_jax.index import per_tile
 from minference_jax.index.build import make_plan
 from minference_jax.index.recall import recall
-from minference_jax.patterns import BlockSparse, HeadPatterns, VerticalSlash
+from minference_jax.patterns import BlockSparse, HeadPatterns, VerticalSlash, head_arrays
 
 PLAN = jax.jit(make_plan, static_argnames=("pattern",))
 RULE = VerticalSlash(columns=60, slashes=60, probes=8, threshold=0.004)
@@ -53,18 +55,15 @@ def test_no_head_keeps_less_than_the_original(rng):
     """With every row a probe the estimate is exact. A threshold that nothing reaches leaves the floor alone."""
     t, s = 200, 456  # the last rows: a chunk
     q, k = heads(rng, 2, t, s)
-    lengths, offset = jnp.asarray([s, s - 77], jnp.int32), s - t
-    ours = PLAN(q, k, VerticalSlash(60, 60, probes=1, threshold=0.1), lengths=lengths, q_offset=offset)
-    kept = recall(q, k, ours, lengths=lengths, q_offset=offset)
-    for of_columns, of_slashes in per_tile.SPLITS:
-        split = VerticalSlash(round(60 * of_columns), round(60 * of_slashes))
-        theirs = PLAN(q, k, split, lengths=lengths, q_offset=offset)
-        assert (kept > recall(q, k, theirs, lengths=lengths, q_offset=offset)).all()
-    lower = PLAN(q, k, VerticalSlash(60, 60, probes=1, threshold=1e-3), lengths=lengths, q_offset=offset)
-    assert (recall(q, k, lower, lengths=lengths, q_offset=offset) >= kept).all()
-    assert (
-        lower.density(t, s, lengths=lengths, q_offset=offset) > ours.density(t, s, lengths=lengths, q_offset=offset)
-    ).all()
+    where = {"lengths": jnp.asarray([s, s - 77], jnp.int32), "q_offset": s - t}
+    rule = head_arrays(VerticalSlash(60, 60, probes=1, threshold=0.1), 4)
+    plan = jax.jit(lambda threshold: make_plan(q, k, dataclasses.replace(rule, threshold=threshold), **where))
+    floor, more = (plan(jnp.full((4,), threshold, jnp.float32)) for threshold in (0.1, 2e-4))
+    kept = recall(q, k, floor, **where)
+    theirs = make_plan(q, k, VerticalSlash(60, 60), **where)
+    assert (kept > recall(q, k, theirs, **where)).all()
+    assert (recall(q, k, more, **where) >= kept).all()
+    assert (more.column_count > floor.column_count).all()
 
 
 def test_padded_batch_equals_each_sequence_alone_and_vmap(rng):
@@ -78,28 +77,27 @@ def test_padded_batch_equals_each_sequence_alone_and_vmap(rng):
     same_plan(together, alone, 1, 0)
 
 
-def test_shard_map_and_heads_a_few_at_a_time(rng, monkeypatch):
+def test_shard_map_over_heads(rng):
     q, k = heads(rng, 1, 256, 256)
-    whole = make_plan(q, k, RULE)
     mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
     spec, out = jax.sharding.PartitionSpec(None, None, "heads"), jax.sharding.PartitionSpec(None, "heads")
     sharded = jax.shard_map(
         lambda q, k: make_plan(q, k, RULE), mesh=mesh, in_specs=(spec, spec), out_specs=out, check_vma=False
     )
-    jax.tree.map(np.testing.assert_array_equal, whole, jax.jit(sharded)(q, k))
-    monkeypatch.setattr(per_tile.probes, "SCORE_BYTES", 2 * 32 * 256 * 4)
-    jax.clear_caches()  # the limit is read while tracing
-    jax.tree.map(np.testing.assert_array_equal, whole, make_plan(q, k, RULE))
+    jax.tree.map(np.testing.assert_array_equal, PLAN(q, k, RULE), jax.jit(sharded)(q, k))
 
 
 def test_beside_another_kind(rng):
-    """Each head takes its own parts, as it would alone."""
-    q, k = heads(rng, 1, 300, 300, n=2, kv=2)
-    kinds = (RULE, BlockSparse(3))
-    mixed = make_plan(q, k, kinds)
-    for i, kind in enumerate(kinds):
-        alone = make_plan(q[:, :, i : i + 1], k[:, :, i : i + 1], kind)
-        np.testing.assert_array_equal(mixed.to_mask(300, 300)[:, i], alone.to_mask(300, 300)[:, 0])
+    """Each head takes its own parts, as it would where all heads are of its kind."""
+    q, k = heads(rng, 1, 256, 256)
+    mixed = PLAN(q, k, (RULE, RULE, BlockSparse(3), BlockSparse(3)))
+    all_ours, all_theirs = PLAN(q, k, RULE), PLAN(q, k, BlockSparse(3))
+    np.testing.assert_array_equal(mixed.column_count, [[*all_ours.column_count[0, :2], 0, 0]])
+    for head, alone in ((0, all_ours), (1, all_ours), (2, all_theirs), (3, all_theirs)):
+        for i in range(2):
+            np.testing.assert_array_equal(
+                listed(mixed.blocks, mixed.block_count, 0, head, i), listed(alone.blocks, alone.block_count, 0, head, i)
+            )
 
 
 def test_probe_rows_of_the_last_tile():
