@@ -42,8 +42,8 @@ class KVCache:
 
     Three bits are few for keys, whose errors the softmax raises to a power. But queries of a head point much the same
     way, so most of what rounding does to a score is its error along that one direction, and two bytes a key mend it.
-    (SmolLM2, 8,192 tokens of text, mean over ten layers: attention's output is .044 off without, .025 with it, .020
-    with keys in int8. Keys rounded without their mean, which costs nothing: .046.)
+    (SmolLM2, a text of 8,192 tokens, last rows, mean over ten layers: attention's output is .044 off without, .025 with
+    it, .020 with keys in int8. Rounding keys without their mean gains nothing: .055 becomes .057 over all layers.)
     """
 
     k: Float[Array, "layers b s k h"]
