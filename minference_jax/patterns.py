@@ -81,7 +81,7 @@ class VerticalSlash:
 
     The defaults are the original's rule and its most frequent budget. What keeps most of the softmax mass on real text
     at a quarter of the cells of an N-token prompt: up to some thousand tokens `VerticalSlash(columns=N // 4,
-    slashes=N**0.8 / 7, probes=8, threshold=0.7 / N)`; for long prompts, where the estimate must be cheap,
+    slashes=round(N**0.8 / 7), probes=8, threshold=0.7 / N)`; for long prompts, where the estimate must be cheap,
     `VerticalSlash(columns=N // 20, tiles=N // 1024, probes="spread", threshold=0.5 / N)`: see
     `minference_jax.bench.recall`.
 

@@ -14,7 +14,7 @@ runs to a steady state, so only figures of one run compare.
 | 5. softmax beside the value product; columns inside the window left out | 25.4 rested, 28.1 steady | 241 steady |
 | 6. bands at any distance: 12 % fewer keys for the same index; fewer kernels prepare the plan | **25.1** | **215** |
 | 7. query tiles overlap; values in one wgmma; no turns (below) | 26.0 steady | 217 steady |
-| 8. maxima that follow lazily; one loading warp; bias copied ahead (below) | **24.3** steady | not measured |
+| 8. maxima that follow lazily; one loading warp; bias copied ahead (below) | **24.3** steady | **205** steady |
 
 Version 7 begins each query tile beside the last step of the one before, multiplies by the values in one wgmma although
 they arrive in parts, adds up the softmax's sums within threads until the tile ends, deals shorter chains to the last

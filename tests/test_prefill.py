@@ -54,10 +54,12 @@ def _compile_cache(directory):
     for name, value in options.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_the_command_takes_pattern_files_prints_json_and_draws(tmp_path, capsys):
