@@ -88,9 +88,8 @@ def per_tile_index(
         "last": probes.gather_probes(q, last),
         "last_positions": jnp.where(last >= 0, last + q_offset, -1),
     }
-    for name in ("first", "second", "threshold"):
-        per_head[name] = jnp.broadcast_to(getattr(patterns, name), (b, n))
-    per_head = {name: x.reshape(b, kv_heads, n // kv_heads, *x.shape[2:]) for name, x in per_head.items()}
+    budgets = {name: getattr(patterns, name) for name in ("first", "second", "threshold")}
+    per_head = probes.by_kv_head(per_head | budgets, b, n, kv_heads)
     per_sequence = {"rows": rows, "share": share, "valid": valid}
 
     def some_heads(k: Array, per_head: dict[str, Array], sequence: dict[str, Array]) -> Any:

@@ -158,6 +158,12 @@ def seen_tiles(
     return (distance <= 0) | banded
 
 
+def by_kv_head(per_head: dict[str, Array], b: int, n: int, kv_heads: int) -> dict[str, Array]:
+    """Arrays `[b, n, …]`, or `[n]` for every sequence alike, as `[b, k, g, …]`: the query heads of each KV head."""
+    full = {name: x if x.ndim > 1 else jnp.broadcast_to(x, (b, n)) for name, x in per_head.items()}
+    return {name: x.reshape(b, kv_heads, n // kv_heads, *x.shape[2:]) for name, x in full.items()}
+
+
 def map_heads(
     function: Callable[..., Any],
     k: Float[Array, "b s k h"],

@@ -74,9 +74,9 @@ def vertical_slash_index(
         "positions": jnp.where(rows >= 0, rows + q_offset, -1),
         "importance": probes.probe_importance(rows, patterns.spread),
     }
-    for name in ("first", "second", "tiles", "spread", "coverage", "threshold"):
-        per_head[name] = jnp.broadcast_to(getattr(patterns, name), (b, n))
-    per_head = {name: x.reshape(b, kv_heads, n // kv_heads, *x.shape[2:]) for name, x in per_head.items()}
+    names = ("first", "second", "tiles", "spread", "coverage", "threshold")
+    budgets = {name: getattr(patterns, name) for name in names}
+    per_head = probes.by_kv_head(per_head | budgets, b, n, kv_heads)
 
     def some_heads(k: Array, per_head: dict[str, Array], valid: Array) -> Any:
         scores, factor = probes.probe_scores(per_head["probes"], k, scale)
