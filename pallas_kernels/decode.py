@@ -39,8 +39,6 @@ def decode_attention(
     *,
     k_scale: Float[Array, "layers b s k"] | None = None,
     v_scale: Float[Array, "layers b s k"] | None = None,
-    k_axis: Float[Array, "layers b k h"] | None = None,
-    k_along: Float[Array, "layers b s k"] | None = None,
     scale: float | None = None,
     implementation: DecodeImplementation | None = None,
     interpret: bool = False,
@@ -50,8 +48,7 @@ def decode_attention(
     **Arguments:**
 
     - `q`: `[b, n, h]`; `k`, `v`: `[layers, b, s, k, h]` in q's dtype, or in a narrower one (float8_e4m3fn, int8) with
-      `k_scale`, `v_scale` `[layers, b, s, k]`: the factor of each row. With `k_axis` (float32) and `k_along`, a key is
-      k · k_scale + k_along · k_axis: a score is corrected by one product, and the corrected key never made.
+      `k_scale`, `v_scale` `[layers, b, s, k]`: the factor of each row.
     - `layer`: int32 scalar, may be traced. `lengths`: int32 `[b]`, clamped to [0, s]; a sequence without keys gives
       zeros. Rows past a length may hold any finite numbers.
     - `scale` (static): by default 1/sqrt(h). `implementation` (static): "triton" (an NVIDIA GPU; 16-bit q, h a power
@@ -66,11 +63,6 @@ def decode_attention(
         raise ValueError(f"decode_attention: q {q.shape} does not fit k {k.shape} and v {v.shape}")
     if (k_scale is None) != (v_scale is None) or (k_scale is not None and k_scale.shape != k.shape[:-1]):
         raise ValueError(f"decode_attention: k_scale and v_scale must both have shape {k.shape[:-1]}, or be None")
-    shapes = (k.shape[:2] + k.shape[3:], k.shape[:-1])
-    if (k_axis is None) != (k_along is None) or (
-        k_axis is not None and k_along is not None and (k_scale is None or (k_axis.shape, k_along.shape) != shapes)
-    ):
-        raise ValueError(f"decode_attention: k_axis and k_along must have shapes {shapes}, and scales, or be None")
     if k.dtype != v.dtype or (k_scale is None and k.dtype != q.dtype):
         raise ValueError(f"decode_attention: k is {k.dtype} and v {v.dtype}; without scales both have q's {q.dtype}")
     if lengths.shape != q.shape[:1]:
@@ -83,7 +75,7 @@ def decode_attention(
     reason = unsupported_reason(q, k)
     if implementation == "triton" and reason is not None:
         raise ValueError(f'implementation="triton" cannot serve this call: {reason}')
-    arguments = (q, k, v, k_scale, v_scale, k_axis, k_along, layer, lengths)
+    arguments = (q, k, v, k_scale, v_scale, layer, lengths)
     kernel = partial(_split_attention, scale=factor, interpret=interpret)
     plain = partial(_plain_attention, scale=factor)
     if implementation == "triton":
@@ -117,16 +109,12 @@ def _tile(k: Array) -> int:
     return 128 if k.dtype.itemsize == 1 else 64
 
 
-def _plain_attention(q, k, v, k_scale, v_scale, k_axis, k_along, layer, lengths, *, scale: float) -> Array:
+def _plain_attention(q, k, v, k_scale, v_scale, layer, lengths, *, scale: float) -> Array:
     b, n, h = q.shape
     k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
     if k_scale is not None:
         k_scale, v_scale = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k_scale, v_scale))
-        mend = ()
-        if k_axis is not None:
-            axis, along = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k_axis, k_along))
-            mend = (along, axis[:, None])
-        k, v = dequantize(k, k_scale, q.dtype, *mend), dequantize(v, v_scale, q.dtype)
+        k, v = (dequantize(x, s, q.dtype) for x, s in ((k, k_scale), (v, v_scale)))
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     q = q.reshape(b, k.shape[2], n // k.shape[2], h)
     scores = jnp.einsum("bkgh,bskh->bkgs", q, k, precision=precision, preferred_element_type=jnp.float32) * scale
@@ -139,42 +127,18 @@ def _plain_attention(q, k, v, k_scale, v_scale, k_axis, k_along, layer, lengths,
     return out.reshape(b, n, h).astype(q.dtype)
 
 
-def dequantize(
-    x: Array,
-    scale: Float[Array, "*rows"],
-    dtype: Any,
-    along: Float[Array, "*rows"] | None = None,
-    axis: Float[Array, "*#rows h"] | None = None,
-) -> Float[Array, "*rows h"]:
-    """x times the factor of each row, in `dtype`; with `along` and `axis` also so much of the axis."""
-    x = x.astype(jnp.float32) * scale[..., None].astype(jnp.float32)
-    if along is not None and axis is not None:
-        x = x + along[..., None].astype(jnp.float32) * axis
-    return x.astype(dtype)
+def dequantize(x: Array, scale: Float[Array, "*rows"], dtype: Any) -> Float[Array, "*rows h"]:
+    """x times the factor of each row, in `dtype`."""
+    return (x.astype(jnp.float32) * scale[..., None].astype(jnp.float32)).astype(dtype)
 
 
 def _split_attention(
-    q,
-    k,
-    v,
-    k_scale,
-    v_scale,
-    k_axis,
-    k_along,
-    layer,
-    lengths,
-    *,
-    scale: float,
-    interpret: bool,
-    warps: int = 4,
-    stages: int = 3,
+    q, k, v, k_scale, v_scale, layer, lengths, *, scale: float, interpret: bool, warps: int = 4, stages: int = 3
 ) -> Array:
     b, n, h = q.shape
     s, kv_heads = k.shape[2:4]
-    axis = None if k_axis is None else jax.lax.dynamic_index_in_dim(k_axis, layer, keepdims=False)
     if _wraps(k.dtype, k.size):  # so the layer is copied out: three bytes moved for one, on caches of 2 to 4 GiB only
         k, v, k_scale, v_scale = (jax.lax.dynamic_index_in_dim(x, layer) for x in (k, v, k_scale, v_scale))
-        k_along = None if k_along is None else jax.lax.dynamic_index_in_dim(k_along, layer)
         layer = jnp.int32(0)
     group = n // kv_heads
     rows = max(MIN_ROWS, pl.next_power_of_2(group))
@@ -182,9 +146,6 @@ def _split_attention(
     q = jnp.pad(q.reshape(b, kv_heads, group, h), ((0, 0), (0, 0), (0, rows - group), (0, 0)))
     factor = jnp.full((b, kv_heads, rows), scale, jnp.float32)
     scales = [] if k_scale is None else [k_scale, v_scale]
-    if axis is not None:
-        slope = jnp.sum(q.astype(jnp.float32) * axis[:, :, None], axis=-1) * jnp.float32(scale)
-        scales += [k_along, slope]
     if scales:
         # GPUs turn e4m3 into float16 in one instruction, into bfloat16 in many. Queries are brought into its range.
         size = jnp.max(jnp.abs(q.astype(jnp.float32)), axis=-1)
@@ -218,7 +179,6 @@ def _kernel(layer_ref, lengths_ref, q_ref, factor_ref, k_ref, v_ref, *refs, tile
     tiles = pl.cdiv(length, tile)
     share = pl.cdiv(tiles, pl.num_programs(1))
     q, factor = q_ref[batch, head], factor_ref[batch, head][:, None]
-    slope = scale_refs[3][batch, head][:, None] if len(scale_refs) == 4 else None
     lowest = jnp.finfo(jnp.float32).min
 
     def step(index, state):
@@ -232,8 +192,6 @@ def _kernel(layer_ref, lengths_ref, q_ref, factor_ref, k_ref, v_ref, *refs, tile
         scores = plgpu.dot(q, keys.T) * factor
         if quantized:
             scores *= scale_refs[0][layer, batch, pl.ds(first, tile), head].astype(jnp.float32)[None]
-            if slope is not None:
-                scores += scale_refs[2][layer, batch, pl.ds(first, tile), head].astype(jnp.float32)[None] * slope
         scores = jnp.where(seen, scores, lowest)
         higher = jnp.maximum(top, scores.max(axis=1))
         weights = jnp.where(seen, jnp.exp(scores - higher[:, None]), 0)

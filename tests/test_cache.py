@@ -1,6 +1,5 @@
 """The KV cache: decoding token by token, and prefill in parts, give what one pass over everything gives."""
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from helpers import relative_error
 from numpy_llama import numpy_llama, random_params
 
 from minference_jax.models import LlamaConfig, forward, part_attention
-from minference_jax.models.cache import KVCache, cache_dtype, main_axis, quantize_rows
+from minference_jax.models.cache import KVCache, cache_dtype, quantize_rows
 from minference_jax.models.llama import Llama
 from minference_jax.models.part_attention import part_budgets, prefix_extents
 from minference_jax.patterns import AShape, VerticalSlash, head_arrays
@@ -97,35 +96,6 @@ def test_a_quantized_cache_rounds_rows_and_decodes_as_the_plain_one(model, dtype
     np.testing.assert_array_equal(cache.lengths, [141, 141])
     chunked, _ = model.prefill(tokens, None, model.init_cache(2, 160, dtype), chunk=128)
     assert relative_error(chunked, logits) < 2 * error
-
-
-def test_keys_in_fp8_keep_what_queries_ask_for(model, rng):
-    # Queries that point the same way but for a tenth: rounding errors along it are stored, so scores hardly have any.
-    direction = rng.standard_normal((1, 1, 2, 1, 8)).astype(np.float32)
-    q = jnp.asarray(direction + 0.1 * rng.standard_normal((1, 128, 2, 2, 8)), jnp.float32).reshape(1, 128, 4, 8)
-    k = jnp.asarray(rng.standard_normal((1, 128, 2, 8)), jnp.float32)
-    lengths, score = jnp.asarray([128]), lambda k: jnp.einsum("btkgh,bskh->bkgts", q.reshape(1, 128, 2, 2, 8), k)
-    write = jax.jit(lambda cache, start, k: cache.write(jnp.int32(1), start, k, k, q, lengths))
-    cache = write(model.init_cache(1, 256, "fp8"), jnp.int32(0), k)
-    np.testing.assert_allclose(jnp.linalg.norm(cache.k_axis[1], axis=-1), 1, atol=1e-5)
-    plain = dataclasses.replace(cache, k_along=jnp.zeros_like(cache.k_along))
-    errors = [relative_error(score(c.read(1, jnp.float32, 128)[0]), score(k)) for c in (cache, plain)]
-    assert errors[0] < 0.005 and errors[1] > 0.015
-    # What follows keeps the axis, so that earlier keys stay what they were.
-    later = write(cache, jnp.int32(128), 2 * k)
-    np.testing.assert_array_equal(later.k_axis, cache.k_axis)
-    np.testing.assert_array_equal(later.read(1, jnp.float32, 128)[0], cache.read(1, jnp.float32, 128)[0])
-    one = later.append(jnp.int32(1), jnp.asarray([130]), k[:, 5], k[:, 5])
-    np.testing.assert_allclose(one.read(1, jnp.float32)[0][:, 130], cache.read(1, jnp.float32)[0][:, 5], atol=1e-6)
-
-
-def test_the_axis_is_the_first_eigenvector_of_the_last_valid_queries(rng):
-    q = rng.standard_normal((2, 200, 4, 8)).astype(np.float32)
-    got = main_axis(jnp.asarray(q), jnp.asarray([150, 0]), 2)
-    rows = q[0, 86:150, 2:].reshape(-1, 8)
-    first = np.linalg.eigh(rows.T @ rows)[1][:, -1]
-    assert abs(float(got[0, 1] @ first)) > 0.999
-    np.testing.assert_array_equal(got[1], np.zeros((2, 8)))
 
 
 def test_a_row_of_zeros_and_an_outlier_survive_quantization():

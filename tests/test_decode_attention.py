@@ -28,17 +28,12 @@ def test_both_implementations_read_any_cache(rng, implementation, dtype):
     scales = None, None
     if dtype != "bfloat16":
         scales = tuple(jnp.asarray(rng.uniform(0.5, 2, (layers, b, s, k)) / size, jnp.bfloat16) for _ in range(2))
-    mend = {}
-    if dtype == "float8_e4m3fn":
-        mend["k_axis"] = jnp.asarray(rng.standard_normal((layers, b, k, h)), jnp.float32)
-        mend["k_along"] = jnp.asarray(rng.standard_normal((layers, b, s, k)), jnp.bfloat16)
     # A full cache (its last tile overlaps the one before), one that ends inside a tile, and an empty one.
     lengths = np.array([300, 130, 0])
     got = decode_attention(
         *(q, keys, values, 1, jnp.asarray(lengths)),
         k_scale=scales[0],
         v_scale=scales[1],
-        **mend,
         implementation=implementation,
         interpret=True,
     )
@@ -47,10 +42,6 @@ def test_both_implementations_read_any_cache(rng, implementation, dtype):
         full = [
             x * np.asarray(s[1].astype(jnp.float32), np.float64)[..., None] for x, s in zip(full, scales, strict=True)
         ]
-    if mend:
-        full[0] += (
-            np.asarray(mend["k_along"][1].astype(jnp.float32))[..., None] * np.asarray(mend["k_axis"])[1][:, None]
-        )
     for row, length in enumerate(lengths):
         for head in range(k * group):
             query = np.asarray(q[row, head].astype(jnp.float32), np.float64)
@@ -93,9 +84,6 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="k is bfloat16"):
         narrow = cache.astype(jnp.bfloat16)
         decode_attention(q, narrow, narrow, 0, jnp.asarray([1]))
-    scale = jnp.zeros(cache.shape[:-1])
-    with pytest.raises(ValueError, match="k_axis and k_along"):
-        decode_attention(q, cache, cache, 0, jnp.asarray([1]), k_scale=scale, v_scale=scale, k_along=scale)
     with pytest.raises(ValueError, match="k_scale"):
         decode_attention(q, cache, cache, 0, jnp.asarray([1]), k_scale=jnp.zeros((1, 1, 256, 2)))
     with pytest.raises(ValueError, match="q is float32"):

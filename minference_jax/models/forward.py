@@ -106,7 +106,7 @@ def prefill(
         index, layer, layer_patterns = inputs
         q, k, v = layer_qkv(config, layer, x, frequencies, q_offset, chunk)
         if cache is not None:
-            cache = cache.write(index, q_offset, k, v, q, lengths)
+            cache = cache.write(index, q_offset, k, v)
         if start is None or cache is None:
             out, info = served(q, k, v, layer_patterns, lengths=seen, q_offset=0)
         else:

@@ -4,8 +4,7 @@ With a bytes a number, r rows in one call (a whole prompt, or a part), s keys th
 and k KV heads of h, MLP width f:
 
 - weights: every parameter; with FP8 projections those in one byte, and four for each output channel's scale.
-- cache: 2 · layers · b · s · k · (h · bytes + 2 if quantized), and 4 · b · s for the tokens; in FP8 also
-  layers · b · k · (2 · s + 4 · h) for what mends the keys.
+- cache: 2 · layers · b · s · k · (h · bytes + 2 if quantized), and 4 · b · s for the tokens.
 - activations: the larger of what attention and what the MLP of a layer take, and a copy of one layer's weights.
   Attention: residual stream, queries, its output, and keys and values, b · (r·(d + 2·n·h) + 2·s·k·h) · a; probe
   scores, at most 512 MiB; 2 bytes for each column and query tile of every head. MLP: residual stream, attention's
@@ -110,9 +109,7 @@ def _weights(shapes: dict[str, tuple[int, ...]], size: int, fp8_projections: boo
 def _cache(config: LlamaConfig, batch: int, tokens: int, cache: str, dtype: str) -> int:
     stored = cache_dtype(cache, dtype)
     row = config.head_dim * stored.itemsize + (2 if stored.name in QUANTIZED else 0)
-    heads = config.num_layers * batch * config.num_kv_heads
-    mend = heads * (2 * tokens + 4 * config.head_dim) if stored == jnp.float8_e4m3fn else 0
-    return 2 * heads * tokens * row + mend + 4 * batch * (tokens + 1)
+    return 2 * config.num_layers * batch * tokens * config.num_kv_heads * row + 4 * batch * (tokens + 1)
 
 
 def _activations(config: LlamaConfig, batch: int, rows: int, keys: int, size: int, fp8_projections: bool) -> int:
