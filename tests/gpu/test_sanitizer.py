@@ -1,0 +1,44 @@
+"""The Hopper kernel under compute-sanitizer: no access out of bounds (memcheck), no race (racecheck)."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+if jax.default_backend() != "gpu" or str(jax.devices()[0].compute_capability) != "9.0":
+    pytest.skip("the Hopper kernel needs a GPU of compute capability 9.0", allow_module_level=True)
+
+SANITIZER = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"]))
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize(
+    ("tool", "clean"), [("memcheck", "ERROR SUMMARY: 0 errors"), ("racecheck", "0 hazards displayed")]
+)
+def test_sanitizer_finds_nothing(tool, clean):
+    settings = {
+        "XLA_FLAGS": "--xla_gpu_enable_command_buffer=",  # kernels launched one by one, which the filter can name
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # most of the memory belongs to the process of these tests
+    }
+    command = [
+        str(SANITIZER),
+        f"--tool={tool}",
+        # XLA starts ptxas as a child: compute-sanitizer 2025.3 crashes when it follows it.
+        "--target-processes=application-only",
+        "--kernel-name=kernel_substring=sparse_attention",
+        sys.executable,
+        "-m",
+        "tests.gpu.sanitized",
+    ]
+    ran = subprocess.run(
+        command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert "ran to its end" in ran.stdout, ran.stdout + ran.stderr
+    assert clean in ran.stdout, ran.stdout
