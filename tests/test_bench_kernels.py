@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minference_jax.bench import kernels, shapes
+from minference_jax.bench import kernels, shapes, timing
 from minference_jax.bench.cases import Case
 from minference_jax.cli import main
 
@@ -41,6 +41,13 @@ def test_rows_that_are_checked_are_those_of_the_plan():
     mask = np.asarray(plan.to_mask(400, 400))
     for head, row in shapes.sample_rows(400, 2, count=8):
         np.testing.assert_array_equal(shapes.visible_keys(plan, 0, head, row, 400), mask[0, head, row])
+
+
+def test_functions_are_timed_in_turns():
+    calls = []
+    times = timing.in_turns_ms([lambda name=name: calls.append(name) for name in "ab"], turns=2, seconds=0)
+    assert "".join(calls) == "aabb" + "abab"  # a warm-up and a first call each, then the turns
+    assert len(times) == 2 and min(times) > 0
 
 
 def test_a_wrong_output_gets_no_figure(monkeypatch):

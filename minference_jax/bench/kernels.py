@@ -1,7 +1,8 @@
 """Times the sparse kernels against dense attention, and refuses a figure for an output that is wrong.
 
-TF/s counts 4 · head_dim operations for each visible (query, key) cell, for the sparse kernels those of the plan. A GPU
-at its power limit slows down as it warms up: compare figures of one run only.
+TF/s counts 4 · head_dim operations for each visible (query, key) cell, for the sparse kernels those of the plan. Sparse
+and dense attention take turns of the same length (`bench.timing`), so that both meet the GPU at the same clock rates;
+GPUs and sessions differ all the same: compare figures of one run only.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from minference_jax.bench import official
 from minference_jax.bench import peers as others
 from minference_jax.bench.cases import BUDGETS, Case
 from minference_jax.bench.shapes import exact_row, sample_rows
+from minference_jax.bench.timing import in_turns_ms, median_ms
 from minference_jax.index.build import make_plan
 from pallas_kernels import SparsePlan, hopper_tables, sparse_attention
 from pallas_kernels.dispatch import choose_implementation
@@ -103,24 +105,26 @@ def bench_kernels(
     dense_limit: int = 1 << 19,
     repeats: int = 5,
 ) -> Iterator[Row]:
-    """Times every combination, one row at a time.
+    """Times every combination; all rows of one layout and length together.
 
     **Arguments:** `cases`: patterns with budgets. `peers`: also time other implementations. `dense_limit`: beyond this
-    length cuDNN is not timed (it takes 18 s at 1M tokens).
+    length cuDNN is not timed (it takes 18 s at 1M tokens). `repeats`: turns of attention and cuDNN, single calls of the
+    rest; medians are shown.
 
     **Raises:** RuntimeError when sampled rows differ from an exact computation by more than `LARGEST_ERROR`.
     """
     for layout in layouts:
         for length in lengths:
             arrays = _arrays(layout, length)
-            cells = layout.batch * layout.heads * length * (length + 1) / 2
-            dense = float("nan")
-            if length <= dense_limit and jax.default_backend() == "gpu":
-                dense = others.cudnn_dense(arrays, repeats)
+            checked = [_checked(case, layout, length, arrays) for case in cases]
+            runs = [c.attend for c in checked]
+            with_dense = length <= dense_limit and jax.default_backend() == "gpu"
+            times = in_turns_ms([*runs, others.cudnn_dense(arrays)] if with_dense else runs, repeats)
+            dense = times.pop() if with_dense else float("nan")
             extra = _time_peers(arrays, repeats) if peers else {}
-            for case in cases:
-                sparse = _time_sparse_peers(case, layout, length, repeats) if peers else {}
-                yield _row(case, layout, length, arrays, cells, dense, extra | sparse, repeats)
+            for one, attend_ms in zip(checked, times, strict=True):
+                sparse = _time_sparse_peers(one.case, layout, length, repeats) if peers else {}
+                yield _row(one, layout, arrays, attend_ms, dense, extra | sparse, repeats)
 
 
 def _arrays(layout: Layout, length: int) -> others.Arrays:
@@ -153,38 +157,50 @@ def _attempt(measure: Callable[[], float]) -> float | str:
         return f"{type(error).__name__}: {str(error)[:80]}"
 
 
-def _row(case, layout, length, arrays, cells, dense, extra, repeats) -> Row:
+class _Checked(NamedTuple):
+    """A case whose output was found to be right."""
+
+    case: Case
+    plan: SparsePlan
+    attend: Callable[[], Float[Array, "b t n h"]]
+    error: float
+
+
+def _checked(case: Case, layout: Layout, length: int, arrays: others.Arrays) -> _Checked:
     plan = case.plan(layout.batch, layout.heads, length)
-    q, k, v = arrays
-    choice = choose_implementation(q, k, v, plan)
     # The arrays are arguments, never closed over: constants of this size would be copied into the program.
     attend = jax.jit(lambda q, k, v, plan: sparse_attention(q, k, v, plan))
-    out = attend(*arrays, plan)
-    error = largest_error(out, arrays, plan)
-    del out
+    error = largest_error(attend(*arrays, plan), arrays, plan)
     if not error <= LARGEST_ERROR:
         raise RuntimeError(f"{case} at {length} tokens is wrong: relative error {error:.1e} of sampled rows")
+    return _Checked(case, plan, lambda: attend(*arrays, plan), error)
+
+
+def _row(checked: _Checked, layout, arrays, attend_ms, dense_ms, peers, repeats) -> Row:
+    case, plan, _, error = checked
+    q, k, v = arrays
+    choice = choose_implementation(q, k, v, plan)
     estimate = jax.jit(lambda q, k: make_plan(q, k, case.estimator()))
     tables = jax.jit(lambda q, k, v, p: hopper_tables.prepare(p, q, k, v, lengths=None, q_offset=jnp.int32(0)))
-    whole = others.median_ms(lambda: attend(*arrays, plan), repeats)
-    planned = others.median_ms(lambda: tables(*arrays, plan), repeats) if choice.name == "hopper" else float("nan")
+    planned = median_ms(lambda: tables(*arrays, plan), repeats) if choice.name == "hopper" else float("nan")
+    length = q.shape[1]
     density = float(jnp.mean(plan.density(length, length)))
-    operations = 4 * layout.head_dim * cells
+    operations = 4 * layout.head_dim * layout.batch * layout.heads * length * (length + 1) / 2
     return Row(
         pattern=str(case),
         layout=str(layout),
         length=length,
         density=density,
-        estimate_ms=others.median_ms(lambda: estimate(q, k), repeats),
+        estimate_ms=median_ms(lambda: estimate(q, k), repeats),
         plan_ms=planned,
-        attend_ms=whole,
-        tflops=operations * density / whole / 1e9,
-        dense_ms=dense,
-        dense_tflops=operations / dense / 1e9,
-        ratio=dense / whole,
+        attend_ms=attend_ms,
+        tflops=operations * density / attend_ms / 1e9,
+        dense_ms=dense_ms,
+        dense_tflops=operations / dense_ms / 1e9,
+        ratio=dense_ms / attend_ms,
         error=error,
         implementation=choice.name,
-        peers=extra,
+        peers=peers,
     )
 
 

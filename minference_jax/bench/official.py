@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from minference_jax.bench.cases import Case
-from minference_jax.bench.peers import median_ms
 from minference_jax.bench.shapes import vertical_slash_bench_index
+from minference_jax.bench.timing import median_ms
 
 
 def one_launch(case: Case, shape: tuple[int, int, int, int], repeats: int = 5) -> float:

@@ -98,7 +98,7 @@ def kernels(
         list[str] | None, typer.Option(help="Query heads/KV heads/head_dim; may be repeated. Default: 32/8/128.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs, of which the median is shown.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns or runs, of which the median is shown.")] = 5,
     dense_limit: Annotated[str, typer.Option(help="Beyond this length dense attention is not timed.")] = "512K",
     peers: Annotated[
         bool, typer.Option("--peers", help="Also JAX's own flash attention, PyTorch's, and minference's if installed.")
@@ -108,8 +108,9 @@ def kernels(
 ) -> None:
     """Time the attention kernels on random inputs against dense attention.
 
-    A figure is shown only for an output whose sampled rows agree with an exact computation. A GPU at its power limit
-    slows down as it warms up: compare the figures of one run.
+    A figure is shown only for an output whose sampled rows agree with an exact computation. Sparse and dense attention
+    take turns of a quarter of a second, as a GPU at its power limit slows down within that time; compare the figures of
+    one run.
     """
     from minference_jax.bench import kernels as bench
 
