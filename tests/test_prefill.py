@@ -74,6 +74,10 @@ def test_the_command_takes_pattern_files_prints_json_and_draws(tmp_path, capsys)
     assert [(row["tokens"], row["method"]) for row in found["rows"]] == [(128, "dense"), (128, "minference")]
     assert found["rows"][0]["tokens_per_second"] == pytest.approx(128 / found["rows"][0]["seconds"])
     assert image.read_bytes()[:4] == b"\x89PNG"
+    rows, again = tmp_path / "rows.json", tmp_path / "again.png"
+    rows.write_text(json.dumps(found))
+    assert main(["bench", "prefill", "--rows", str(rows), "--plot", str(again)]) == 0
+    assert "minference" in capsys.readouterr().out and again.read_bytes() == image.read_bytes()
     assert main(["bench", "prefill", "--random-weights", str(config), "--lengths", "8Q"]) == 2
     assert "8Q" in capsys.readouterr().err
 
@@ -83,10 +87,10 @@ def test_rows_before_an_error_are_printed(tmp_path, capsys, monkeypatch):
     config.write_text(json.dumps(TINY.to_hf()))
     timed = prefill._time
 
-    def time(network, name, pattern, tokens, *rest):
-        if tokens > 128:
+    def time(case, *rest, **options):
+        if case.tokens > 128:
             raise OutOfDeviceMemoryError("out of device memory")
-        return timed(network, name, pattern, tokens, *rest)
+        return timed(case, *rest, **options)
 
     monkeypatch.setattr(prefill, "_time", time)
     arguments = [

@@ -13,6 +13,7 @@ import math
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -70,6 +71,22 @@ class Row:
     cached: bool = False
 
 
+class Case(NamedTuple):
+    """What a row is of: `network` has the method's pattern and projections. `estimated`: too long to be run."""
+
+    method: str
+    pattern: Pattern | HeadPatterns | None
+    network: Llama
+    tokens: int
+    estimated: bool
+
+    @property
+    def prompt(self) -> Any:
+        """Random token ids `[1, tokens]`, the same for every method."""
+        vocabulary = self.network.config.vocab_size
+        return jax.random.randint(jax.random.key(self.tokens), (1, self.tokens), 0, vocabulary, jnp.int32)
+
+
 class Compiled(NamedTuple):
     """A program, the seconds that it took to make, and whether it came from the compile cache."""
 
@@ -103,33 +120,31 @@ def bench_prefill(
       of a program beside others.
     """
     say = say or (lambda line: None)
-    networks: dict[str, Llama] = {}
+    narrow = model
     if any(fp8 for _, fp8 in methods.values()):
         say("quantizing the projections")
-    narrow = model.with_fp8_projections() if any(fp8 for _, fp8 in methods.values()) else model
-    for name, (pattern, fp8) in methods.items():
-        networks[name] = (narrow if fp8 else model).with_patterns(pattern)
-
-    def is_estimated(name: str, tokens: int) -> bool:
-        return methods[name][0] is None and tokens > dense_limit
-
-    ahead: dict[tuple[str, int], Compiled] = {}
+        narrow = model.with_fp8_projections()
+    networks = {name: (narrow if fp8 else model).with_patterns(p) for name, (p, fp8) in methods.items()}
+    cases = [
+        Case(name, pattern, networks[name], tokens, estimated=pattern is None and tokens > dense_limit)
+        for tokens in lengths
+        for name, (pattern, _) in methods.items()
+    ]
+    programs: Iterator[Compiled | None] = (None if case.estimated else _compile(case) for case in cases)
     if jobs > 1:
         say(f"compiling, {jobs} programs at a time")
-        cases = [(name, tokens) for tokens in lengths for name in methods if not is_estimated(name, tokens)]
         with ThreadPoolExecutor(jobs) as pool:
-            made = pool.map(lambda case: _compile(networks[case[0]], case[1]), cases)
-            ahead = dict(zip(cases, made, strict=True))
-    for tokens in lengths:
-        dense_seconds = float("nan")
-        for name, (pattern, fp8) in methods.items():
-            say(f"{tokens:,} tokens, {name}")
-            estimated, compiled = is_estimated(name, tokens), ahead.pop((name, tokens), None)
-            with advise(model.config, tokens=tokens, dtype=model.dtype.name, cache=None, fp8_projections=fp8):
-                row = _time(networks[name], name, pattern, tokens, repeats, estimated, pieces or estimated, compiled)
-            if name == "dense":
-                dense_seconds = row.seconds
-            yield dataclasses.replace(row, speedup=dense_seconds / row.seconds)
+            ahead = deque(pool.map(lambda case: None if case.estimated else _compile(case), cases))
+        programs = (ahead.popleft() for _ in cases)  # so that each is let go once it has run
+    dense_seconds: dict[int, float] = {}
+    for case in cases:
+        say(f"{case.tokens:,} tokens, {case.method}")
+        fp8 = case.network.fp8_projections
+        with advise(model.config, tokens=case.tokens, dtype=model.dtype.name, cache=None, fp8_projections=fp8):
+            row = _time(case, next(programs), repeats, pieces=pieces or case.estimated)
+        if case.method == "dense":
+            dense_seconds[case.tokens] = row.seconds
+        yield dataclasses.replace(row, speedup=dense_seconds.get(case.tokens, math.nan) / row.seconds)
 
 
 def arguments(model: Llama, tokens: Any) -> tuple:
@@ -165,14 +180,10 @@ def median_seconds(run: Callable[[], Any], repeats: int, *, long: float = 3.0) -
     return statistics.median(times[1:] or times)
 
 
-def _prompt(network: Llama, tokens: int) -> Any:
-    return jax.random.randint(jax.random.key(tokens), (1, tokens), 0, network.config.vocab_size, jnp.int32)
-
-
-def _compile(network: Llama, tokens: int) -> Compiled:
-    prompt = _prompt(network, tokens)
+def _compile(case: Case) -> Compiled:
+    prompt = case.prompt
     with compile_cache_hits() as hits:
-        program, seconds = compile_prefill(network, prompt)
+        program, seconds = compile_prefill(case.network, prompt)
     return Compiled(program, seconds, bool(hits))
 
 
@@ -192,58 +203,48 @@ def compile_cache_hits() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_listener(listen)
 
 
-def _time(
-    network: Llama,
-    method: str,
-    pattern: Pattern | HeadPatterns | None,
-    tokens: int,
-    repeats: int,
-    estimated: bool,
-    with_pieces: bool,
-    compiled: Compiled | None,
-) -> Row:
-    """A row whose speed-up is still unknown."""
-    prompt = _prompt(network, tokens)
-    memory, seconds = float("nan"), float("nan")
-    if not estimated:
-        compiled = compiled or _compile(network, tokens)
-        memory = program_bytes(compiled.program) / 2**30
+def _time(case: Case, compiled: Compiled | None, repeats: int, *, pieces: bool) -> Row:
+    """A row whose speed-up is still unknown; of an estimated one nothing is compiled."""
+    prompt, memory, seconds = case.prompt, math.nan, math.nan
+    compile_seconds, cached = math.nan, False
+    if compiled is not None:
+        compile_seconds, cached = compiled.seconds, compiled.cached
         program = compiled.program
-        seconds = median_seconds(lambda: program(*arguments(network, prompt)), repeats)
-        compiled = compiled._replace(program=None)
-        del program
-    pieces = Pieces(float("nan"), float("nan"), float("nan"), 1.0 if pattern is None else float("nan"))
-    if with_pieces:
-        first = pattern.layer(0) if isinstance(pattern, HeadPatterns) else pattern
-        pieces = time_pieces(network, prompt, first, lambda run: median_seconds(run, repeats))
-    if estimated:
-        seconds = pieces.attention + pieces.indexing + pieces.projections
+        memory = program_bytes(program) / 2**30
+        seconds = median_seconds(lambda: program(*arguments(case.network, prompt)), repeats)
+        del program, compiled
+    found = Pieces(math.nan, math.nan, math.nan, 1.0 if case.pattern is None else math.nan)
+    if pieces:
+        first = case.pattern.layer(0) if isinstance(case.pattern, HeadPatterns) else case.pattern
+        found = time_pieces(case.network, prompt, first, lambda run: median_seconds(run, repeats))
+    if case.estimated:
+        seconds = found.attention + found.indexing + found.projections
     device = jax.devices()[0].memory_stats() or {}
     return Row(
-        tokens=tokens,
-        method=method,
+        tokens=case.tokens,
+        method=case.method,
         seconds=seconds,
-        tokens_per_second=tokens / seconds,
-        speedup=float("nan"),
-        attention=pieces.attention,
-        index=pieces.indexing,
-        projections=pieces.projections,
-        density=pieces.density,
+        tokens_per_second=case.tokens / seconds,
+        speedup=math.nan,
+        attention=found.attention,
+        index=found.indexing,
+        projections=found.projections,
+        density=found.density,
         memory_gib=memory,
-        device_peak_gib=device.get("peak_bytes_in_use", float("nan")) / 2**30,
-        compile_seconds=compiled.seconds if compiled else float("nan"),
-        estimated=estimated,
-        cached=compiled.cached if compiled else False,
+        device_peak_gib=device.get("peak_bytes_in_use", math.nan) / 2**30,
+        compile_seconds=compile_seconds,
+        estimated=case.estimated,
+        cached=cached,
     )
 
 
-def table(rows: Sequence[Row]) -> Any:
-    """A rich table of the rows."""
+def table(rows: Sequence[Row], facts: Mapping[str, Any] | None = None) -> Any:
+    """A rich table of the rows; `facts`: where they were measured, by default here."""
     from rich import box
     from rich.table import Table
 
-    facts = "  ".join(f"{name}={value}" for name, value in environment().items())
-    result = Table(box=box.SIMPLE_HEAD, title=facts, title_justify="left")
+    title = "  ".join(f"{name}={value}" for name, value in (environment() if facts is None else facts).items())
+    result = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     headings = ("tokens", "method", "seconds", "tokens/s", "speed-up", "attention", "index", "projections")
     for heading in (*headings, "density", "GiB", "compile, s"):
         result.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
@@ -267,6 +268,14 @@ def table(rows: Sequence[Row]) -> Any:
 def to_json(rows: Sequence[Row], **facts: Any) -> dict[str, Any]:
     """The environment, `facts` and all rows."""
     return {"environment": environment(), **facts, "rows": [dataclasses.asdict(r) for r in rows]}
+
+
+def from_json(found: Mapping[str, Any]) -> list[Row]:
+    """The rows of what `to_json` gave. JSON has no NaN: what was not measured is null there."""
+    rows: list[dict[str, Any]] = [
+        {name: math.nan if value is None else value for name, value in row.items()} for row in found["rows"]
+    ]
+    return [Row(**row) for row in rows]
 
 
 def plot(rows: Sequence[Row], path: Any, title: str = "") -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from json import loads
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,6 +33,10 @@ def prefill(
     ] = "128K",
     pieces: Annotated[bool, typer.Option(help="Also time attention, index and projections by themselves.")] = True,
     jobs: Annotated[int, typer.Option(min=1, help="Compile so many programs at a time, all before the first run.")] = 1,
+    rows_of: Annotated[
+        Path | None,
+        typer.Option("--rows", exists=True, dir_okay=False, help="Measure nothing: show what --json printed before."),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Write latency and speed-up as an image (needs matplotlib).")
     ] = None,
@@ -42,10 +47,19 @@ def prefill(
     Compiled programs are kept (see JAX_COMPILATION_CACHE_DIR in the README): the compile column says which ones came
     from there, and what tracing and loading them took.
     """
-    if (model is None) == (not random_weights):
-        raise usage_error("give a model, or --random-weights")
+    if [model is not None, bool(random_weights), rows_of is not None].count(True) != 1:
+        raise usage_error("give a model, --random-weights or --rows")
     from minference_jax.bench import prefill as bench
 
+    if rows_of is not None:
+        before = loads(rows_of.read_text())
+        if json:
+            print_json(before)
+        else:
+            _show(bench.table(bench.from_json(before), before["environment"]))
+        if plot is not None:
+            bench.plot(bench.from_json(before), plot, title=before.get("model", ""))
+        return
     chosen = _methods(methods)
     sizes = [parse_length(text) for text in lengths.split(",")]
     network = _network(model, random_weights, dtype)
@@ -74,9 +88,7 @@ def prefill(
             if json:
                 print_json(bench.to_json(rows, model=name, dtype=network.dtype.name))
             else:
-                console = stdout()
-                console.width = max(console.width, 120)
-                console.print(bench.table(rows))
+                _show(bench.table(rows))
     if plot is not None:
         bench.plot(rows, plot, title=name)
 
@@ -144,6 +156,12 @@ def parse_length(text: str) -> int:
     if not number.isdecimal() or int(number) == 0:
         raise usage_error(f"{text!r} is no length; write 8192, 8K or 1M")
     return int(number) * factor
+
+
+def _show(table: Any) -> None:
+    console = stdout()
+    console.width = max(console.width, 120)
+    console.print(table)
 
 
 def _methods(names: str) -> dict:
