@@ -256,11 +256,11 @@ def table(rows: Sequence[Row], facts: Mapping[str, Any] | None = None) -> Any:
             r.method,
             f"{'~' if r.estimated else ''}{r.seconds:.3g}",
             f"{r.tokens_per_second:,.0f}",
-            f"{r.speedup:.2f}",
+            "" if math.isnan(r.speedup) else f"{r.speedup:.2f}",
             *shares,
             "" if math.isnan(r.density) else f"{r.density:.3f}",
-            f"{r.memory_gib:.1f}",
-            f"{r.compile_seconds:.1f}{' (cache)' if r.cached else ''}",
+            "" if math.isnan(r.memory_gib) else f"{r.memory_gib:.1f}",
+            "" if math.isnan(r.compile_seconds) else f"{r.compile_seconds:.1f}{' (cache)' if r.cached else ''}",
         )
     return result
 
@@ -288,7 +288,7 @@ def plot(rows: Sequence[Row], path: Any, title: str = "") -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     latency, speedup = figure.subplots(1, 2)
     for method in dict.fromkeys(r.method for r in rows):
-        mine = [r for r in rows if r.method == method]
+        mine = sorted((r for r in rows if r.method == method), key=lambda r: r.tokens)
         lengths = [r.tokens for r in mine]
         (line,) = latency.plot(lengths, [r.seconds for r in mine], marker="o", label=method)
         guessed = [r for r in mine if r.estimated]
