@@ -17,6 +17,7 @@ from minference_jax import (
     recall,
     sparse_attention,
 )
+from minference_jax.index import recall as index_recall
 from minference_jax.index.recall import estimated_recall
 
 MIX = (Dense(), AShape(4, 70), VerticalSlash(10, tiles=1), BlockSparse(3))
@@ -102,7 +103,9 @@ def test_mistakes_are_named(rng):
         make_plan(q, k, Dense(), lengths=jnp.zeros((2,), jnp.int32))
 
 
-def test_estimated_recall_is_exact_where_every_row_is_a_probe(rng):
+@pytest.mark.parametrize("at_once", [1, 2 * 320 * 64, 1 << 23])
+def test_estimated_recall_is_exact_where_every_row_is_a_probe(rng, monkeypatch, at_once):
+    monkeypatch.setattr(index_recall, "CELLS", at_once)
     q, k, _ = random_qkv(rng, 2, 64, 320, 4, 2, 16)
     where = {"lengths": jnp.asarray([320, 290], jnp.int32), "q_offset": jnp.int32(256)}
     plan = make_plan(q, k, MIX, **where)

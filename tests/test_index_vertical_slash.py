@@ -140,13 +140,14 @@ def test_padded_batch_equals_each_sequence_alone_and_vmap(rng, pattern):
                 )
 
 
-def test_heads_can_be_taken_a_few_at_a_time(rng, monkeypatch):
+@pytest.mark.parametrize("heads_that_fit", [2, 8], ids=["two heads", "two sequences"])
+def test_heads_and_sequences_can_be_taken_a_few_at_a_time(rng, monkeypatch, heads_that_fit):
     """The loop that bounds memory changes nothing."""
-    q = jnp.asarray(rng.standard_normal((2, 256, 4, 16)), jnp.float32)
-    k = jnp.asarray(rng.standard_normal((2, 256, 4, 16)), jnp.float32)
+    q = jnp.asarray(rng.standard_normal((4, 256, 4, 16)), jnp.float32)
+    k = jnp.asarray(rng.standard_normal((4, 256, 4, 16)), jnp.float32)
     pattern = VerticalSlash(columns=20, tiles=2)
     whole = make_plan(q, k, pattern)
-    monkeypatch.setattr(vertical_slash.probes, "SCORE_BYTES", 2 * 64 * 256 * 4)
+    monkeypatch.setattr(vertical_slash.probes, "SCORE_BYTES", heads_that_fit * 64 * 256 * 4)
     jax.clear_caches()  # the limit is read while tracing
     jax.tree.map(np.testing.assert_array_equal, whole, make_plan(q, k, pattern))
 

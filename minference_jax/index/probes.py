@@ -172,7 +172,8 @@ def map_heads(
     *,
     bytes_per_kv_head: int,
 ) -> Any:
-    """`function(k, per_head, per_sequence)` over so many KV heads at once that its scores stay within SCORE_BYTES.
+    """`function(k, per_head, per_sequence)` over so many sequences and KV heads at once that its scores stay within
+    SCORE_BYTES: several sequences where all heads of one fit, else some heads of one.
 
     Leaves of `per_head` start with axes `[b, k]`, those of `per_sequence` with `[b]`; so do the slices that
     `function` gets, and its results must start with `[b, k]`.
@@ -181,13 +182,14 @@ def map_heads(
     if b * kv_heads * bytes_per_kv_head <= SCORE_BYTES:
         return function(k, per_head, per_sequence)
     fitting = max(1, SCORE_BYTES // bytes_per_kv_head)
-    at_once = max(d for d in range(1, kv_heads + 1) if kv_heads % d == 0 and d <= fitting)
+    at_once = _largest_divisor(kv_heads, fitting)
+    rows = _largest_divisor(b, max(1, fitting // kv_heads))
 
     def one(index: Int[Array, ""]) -> Any:
-        row, head = index // (kv_heads // at_once), index % (kv_heads // at_once) * at_once
+        row, head = index // (kv_heads // at_once) * rows, index % (kv_heads // at_once) * at_once
 
         def take(x: Array, axis: int, size: int) -> Array:
-            x = jax.lax.dynamic_slice_in_dim(x, row, 1, axis=0)
+            x = jax.lax.dynamic_slice_in_dim(x, row, rows, axis=0)
             return x if axis == 0 else jax.lax.dynamic_slice_in_dim(x, head, size, axis=axis)
 
         return function(
@@ -196,5 +198,9 @@ def map_heads(
             jax.tree.map(lambda x: take(x, 0, 1), per_sequence),
         )
 
-    out = jax.lax.map(one, jnp.arange(b * (kv_heads // at_once), dtype=jnp.int32))
+    out = jax.lax.map(one, jnp.arange(b // rows * (kv_heads // at_once), dtype=jnp.int32))
     return jax.tree.map(lambda x: x.reshape(b, kv_heads, *x.shape[3:]), out)
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return max(d for d in range(1, number + 1) if number % d == 0 and d <= most)

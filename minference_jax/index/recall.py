@@ -12,6 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 from minference_jax.index import probes
 from pallas_kernels.plan import QUERY_TILE, SparsePlan, kv_limit, num_query_tiles, visited_keys
 
+CELLS = 1 << 23
+"""How many (probe, key) pairs `estimated_recall` looks up in a plan at once, at some bytes each: few and large steps
+where prompts are short."""
+
 
 @partial(jax.jit, static_argnames="scale")
 def recall(
@@ -99,9 +103,11 @@ def estimated_recall(
         def seen_by(sequence: tuple[SparsePlan, Array]) -> Bool[Array, "p n s"]:
             own = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), sequence[0])
             shape = (1, heads[0] * heads[1])
-            return jax.lax.map(lambda i: visited_keys(own, i, s, q_offset, shape)[0], sequence[1])
+            at_once = min(probes.PROBES, max(1, CELLS // (shape[1] * s)))
+            return jax.lax.map(lambda i: visited_keys(own, i, s, q_offset, shape)[0], sequence[1], batch_size=at_once)
 
-        seen = jax.lax.map(seen_by, (per_head["plan"], query_tiles)).swapaxes(1, 2)
+        at_once = min(query_tiles.shape[0], max(1, CELLS // (heads[0] * heads[1] * s * probes.PROBES)))
+        seen = jax.lax.map(seen_by, (per_head["plan"], query_tiles), batch_size=at_once).swapaxes(1, 2)
         inside = seen.reshape(scores.shape) | per_head["columns"][..., None, :]
         held = jnp.sum(jnp.where(inside, weights, 0), axis=(-1, -2))
         count = jnp.sum(per_head["positions"] >= 0, axis=-1).astype(jnp.float32)
