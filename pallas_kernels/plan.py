@@ -50,7 +50,8 @@ class SparsePlan:
 
     - `clean` (static): a promise that below the counts the lists are in order, that nothing in them is to be ignored
       but what lies past the last key or after the diagonal, and that no block of a head lies in one of its bands. A
-      kernel takes such lists as they are; a broken promise makes wrong results. The builders and the index keep it.
+      kernel takes such lists as they are; a broken promise makes wrong results. The builders and the index keep it;
+      `plan_check.lists_are_clean` says whether a plan does.
 
     Entries at or past the count are ignored, whatever they hold. So are entries out of range (negative, past the
     last key, after the diagonal), repeats, and bands that break their rule: less than 64 after a listed one before

@@ -19,6 +19,7 @@ from minference_jax import (
 )
 from minference_jax.index import recall as index_recall
 from minference_jax.index.recall import estimated_recall
+from pallas_kernels.plan_check import lists_are_clean
 
 MIX = (Dense(), AShape(4, 70), VerticalSlash(10, tiles=1), BlockSparse(3))
 
@@ -28,6 +29,7 @@ def test_every_kind_in_one_launch(rng):
     q, k, v = random_qkv(rng, 2, 300, 300, 4, 4, 16)
     lengths = jnp.asarray([300, 170], jnp.int32)
     plan = make_plan(q, k, MIX, lengths=lengths)
+    assert plan.clean and lists_are_clean(plan).all()
     mask = plan.to_mask(300, 300, lengths=lengths)
     for head, pattern in enumerate(MIX):
         one = slice(head, head + 1)

@@ -7,6 +7,7 @@ import pytest
 from helpers import random_qkv
 
 from minference_jax.index import Antidiagonal, QueryAware, make_plan
+from pallas_kernels.plan_check import lists_are_clean
 
 BUILDERS = [Antidiagonal(blocks=4, coverage=0.7), QueryAware(blocks=4, columns=20, tiles=2, divergence=0.25)]
 
@@ -22,6 +23,7 @@ def test_padded_batch_equals_each_sequence_alone_and_vmap(rng, pattern):
     q, k = inputs(rng, 3)
     lengths = jnp.asarray([448, 190, 64], jnp.int32)
     together = make_plan(q, k, pattern, lengths=lengths)
+    assert together.clean and lists_are_clean(together).all()
     one = jax.vmap(lambda q, k, length: make_plan(q[None], k[None], pattern, lengths=length[None]))
     mapped = jax.tree.map(lambda x: x[:, 0], one(q, k, lengths))
     np.testing.assert_array_equal(mapped.to_mask(448, 448), together.to_mask(448, 448))

@@ -11,6 +11,7 @@ from minference_jax.index import per_tile
 from minference_jax.index.build import make_plan
 from minference_jax.index.recall import recall
 from minference_jax.patterns import BlockSparse, HeadPatterns, VerticalSlash, head_arrays
+from pallas_kernels.plan_check import lists_are_clean
 
 PLAN = jax.jit(make_plan, static_argnames=("pattern",))
 RULE = VerticalSlash(columns=60, slashes=60, probes=8, threshold=0.004)
@@ -59,6 +60,7 @@ def test_no_head_keeps_less_than_the_original(rng):
     rule = head_arrays(VerticalSlash(60, 60, probes=1, threshold=0.1), 4)
     plan = jax.jit(lambda threshold: make_plan(q, k, dataclasses.replace(rule, threshold=threshold), **where))
     floor, more = (plan(jnp.full((4,), threshold, jnp.float32)) for threshold in (0.1, 2e-4))
+    assert more.clean and lists_are_clean(more, q_offset=s - t).all()
     kept = recall(q, k, floor, **where)
     theirs = make_plan(q, k, VerticalSlash(60, 60), **where)
     assert (kept > recall(q, k, theirs, **where)).all()

@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import KEY_TILE, QUERY_TILE, SparsePlan
 from pallas_kernels.plan_builders import a_shape_plan, block_sparse_plan, slashes_to_bands, vertical_slash_plan
+from pallas_kernels.plan_check import lists_are_clean
 from tests.plans import int32, random_plan
 
 
@@ -39,6 +40,34 @@ def one_head(**parts) -> SparsePlan:
             arrays[name] = int32(parts[name])[None, None]
             arrays[count] = jnp.full(arrays[name].shape[:-1], arrays[name].shape[-1], jnp.int32)
     return SparsePlan(**arrays)
+
+
+PROMISES = [  # columns, bands, blocks of query tiles 0 and 1, whether that is clean
+    ([0, 3, 999], [64, 192], [[], [0]], True),
+    ([5], [70, 134], [[], []], True),
+    ([3, 0], [], [[], []], False),
+    ([5, 5], [], [[], []], False),
+    ([-1, 5], [], [[], []], False),
+    ([], [64, 127], [[], []], False),
+    ([], [0, 64], [[], []], False),
+    ([], [], [[9], [0, 1, 99]], True),
+    ([], [], [[], [1, 0]], False),
+    ([], [64], [[], [0, 1]], False),  # block 1 of query tile 1 is the band
+    ([], [65], [[], [0]], False),  # in a head with blocks bands are whole tiles
+]
+
+
+def test_broken_promises_are_found():
+    def padded(lists, width):
+        return int32([[*entries, *[7] * (width - len(entries))] for entries in lists]), int32([len(x) for x in lists])
+
+    columns, bands, blocks, clean = zip(*PROMISES, strict=True)
+    parts = [*padded(columns, 3), *padded(bands, 2), *padded([row for rows in blocks for row in rows], 3)]
+    heads = len(PROMISES)
+    parts[4:] = parts[4].reshape(heads, 2, 3), parts[5].reshape(heads, 2)
+    plan = SparsePlan(*(x[None] for x in parts))
+    np.testing.assert_array_equal(lists_are_clean(plan)[0], clean)
+    assert lists_are_clean(SparsePlan()).all()
 
 
 def test_diagonal_is_always_visited():
