@@ -15,6 +15,7 @@ from minference_jax.eval.metrics import (
     first_number,
     rouge_l,
     share_of_numbers,
+    starts_with,
     token_f1,
     wilson,
 )
@@ -287,6 +288,8 @@ def test_longbench_is_read_and_scored(tmp_path, tokenizer):
 def test_metrics_on_hand_made_replies():
     assert all_found("It is 12 and thirty.", ("12", "THIRTY", "7")) == pytest.approx(2 / 3)
     assert any_found("it is thirty", ("7", "Thirty")) == 1
+    assert starts_with(" 12 Elm. And so", ("12 elm",)) == 1 and starts_with("so 12", ("12",)) == 0
+    assert starts_with("66666", ("666",)) == 0  # a longer number is another number
     assert first_number("about 41 or 42", ("42",)) == 0 and first_number("3.5", ("3.5",)) == 1
     assert first_number("it is 12", ("12.0",)) == first_number("3.50", ("3.5",)) == 1
     assert first_number("12", ("012",)) == first_number("1.5", ("one",)) == 0

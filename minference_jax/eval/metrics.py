@@ -21,8 +21,9 @@ def any_found(reply: str, answers: Sequence[str]) -> float:
 
 
 def starts_with(reply: str, answers: Sequence[str]) -> float:
-    """Whether the reply begins with one of the answers: for a reply whose beginning was given."""
-    return float(any(reply.strip().lower().startswith(answer.lower()) for answer in answers))
+    """Whether the reply begins with one of the answers, not as part of a longer word or number: for a reply whose
+    beginning was given (InfiniteBench too wants the number itself of pass keys and numbers)."""
+    return float(any(re.match(re.escape(answer) + r"(?!\w)", reply.strip(), re.IGNORECASE) for answer in answers))
 
 
 def first_number(reply: str, answers: Sequence[str]) -> float:
