@@ -243,7 +243,10 @@ def test_the_report_has_averages_tasks_and_plots(tmp_path):
     written = write_report(results_of_two_methods(), tmp_path, "Tiny <model>")
     text = (tmp_path / "report.md").read_text()
     assert "### 1,024 tokens" in text and "| method | density | niah (2 tasks) | ppl |" in text
-    assert "| window | 0.250 | 40.0 [21.9, 61.3] | 7.77 [" in text and "| dense | 1.000 | 100.0 [83.9, 100.0] |" in text
+    assert (
+        "| window | 0.250 | 40.0 [21.9, 61.3] at 0.250 | 7.77 [" in text
+        and "| dense | 1.000 | 100.0 [83.9, 100.0] |" in text
+    )
     assert "### needle-address-raw" in text
     part = [r for r in results_of_two_methods() if (r.method, r.task) != ("window", "needle-magic-raw")]
     assert "| window | 0.250 | — | 7.77 [" in markdown(part)  # no average over other tasks than dense attention's

@@ -11,7 +11,8 @@ from minference_jax.eval.tasks import GROUPS
 
 NOTE = (
     "Scores are percentages with Wilson's 95 % interval, perplexity has the interval that its windows' spread gives. "
-    "Density is the visited share of the causal query-key pairs, mean over layers, heads and prompts."
+    "Density is the visited share of the causal query-key pairs, mean over layers, heads and prompts; that of a "
+    "cell's own prompts follows its interval where it is not 1."
 )
 
 
@@ -123,7 +124,8 @@ def _text(cell: Cell | None) -> str:
     if cell is None:
         return "—"
     digits = 1 if cell.high > 50 or cell.low == 0 else 2
-    return f"{cell.value:.{digits}f} [{cell.low:.{digits}f}, {cell.high:.{digits}f}]"
+    density = "" if cell.density in (None, 1) else f" at {cell.density:.3f}"
+    return f"{cell.value:.{digits}f} [{cell.low:.{digits}f}, {cell.high:.{digits}f}]{density}"
 
 
 def _density(results: list[Result]) -> str:
