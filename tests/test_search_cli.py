@@ -45,6 +45,28 @@ def test_search_writes_patterns_and_verifies_them(folder, capsys):
     assert load_patterns(out) == patterns
 
 
+def test_samples_may_be_prompts_of_tasks(folder, capsys):
+    """A text cut at the wanted length, and a prompt of each task, which is shorter than that."""
+    texts = ("--text", folder / "a.txt", "--out", folder / "prompts.json")
+    status, found, _ = run(
+        capsys,
+        "search",
+        "--model",
+        folder / "model",
+        *texts,
+        *TOKENS,
+        *CANDIDATE,
+        "--tasks",
+        "passkey,number",
+        "--json",
+    )
+    assert status == 0
+    sizes = [sample["tokens"] for sample in json.loads(found)["search"]["samples"]]
+    assert sizes[0] == 256
+    assert len(sizes) == 3
+    assert all(128 < size < 256 for size in sizes[1:])
+
+
 def test_one_head_is_drawn(folder, capsys):
     (folder / "one.json").write_text(json.dumps([{str(j): ["stream_llm", 8, 64, 1] for j in range(3)}] * 2))
     arguments = ("inspect", folder / "model", "--patterns", folder / "one.json", "--plot", folder / "head.png")
@@ -77,6 +99,7 @@ def test_targets_as_words():
         (("--model", "model", "--text", "a.txt", "--out", "nowhere/p.json"), 1, "is no directory"),
         (("--model", "model", "--text", "a.txt", "--out", "p.json", "--tokens", "99999"), 1, "99,999 are wanted"),
         (("--model", "model", "--text", "none.txt", "--out", "p.json"), 1, "none.txt"),
+        (("--model", "model", "--text", "a.txt", "--out", "p.json", "--tokens", "256", "--tasks", "?"), 1, "no task"),
     ],
 )
 def test_mistakes_are_one_line(folder, capsys, monkeypatch, arguments, status, message):

@@ -13,6 +13,9 @@ import typer
 from minference_jax.cli.console import print_json, progress, read_text, stderr, stdout, usage_error
 from minference_jax.cli.pattern_option import parse_pattern, parse_uniform
 
+TASK_SEED = 1
+"""Of the prompts of `--tasks`; that of `eval` is 0 by default."""
+
 
 def search(
     texts: Annotated[list[str] | None, typer.Argument(help="More texts, after --text.", show_default=False)] = None,
@@ -20,7 +23,14 @@ def search(
     text: Annotated[list[str] | None, typer.Option(help="A text to search on; repeatable; - is stdin.")] = None,
     out: Annotated[Path | None, typer.Option(help="The pattern file to write.")] = None,
     tokens: Annotated[int, typer.Option(min=128, help="Of each sample.")] = 4096,
-    samples: Annotated[int, typer.Option(min=1, help="Of each text, one after the other.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="Of each text, one after the other; of each task.")] = 1,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Search on prompts of these tasks of `eval` too, with commas, hidden in the first text; drawn with"
+            " another seed than evaluations have by default."
+        ),
+    ] = "",
     target: Annotated[
         str,
         typer.Option(
@@ -71,8 +81,10 @@ def search(
     network, tokenizer = _load(model, dtype)
     if texts:
         assert out is not None
-        ids = [_cut(tokenizer, name, tokens, samples) for name in texts]
-        found["search"] = _search(network, [row for rows in ids for row in rows], out, settings, restart, model)
+        ids = [row for name in texts for row in _cut(tokenizer, name, tokens, samples)]
+        if tasks:
+            ids += _prompts(tokenizer, tasks, read_text(texts[0]), tokens, samples)
+        found["search"] = _search(network, ids, out, settings, restart, model)
         if not json:
             stdout().print(_summary(found["search"], out))
         patterns = str(out)
@@ -101,6 +113,14 @@ def _cut(tokenizer: Any, name: str, tokens: int, samples: int) -> list[list[int]
     return [ids[i * tokens : (i + 1) * tokens] for i in range(samples)]
 
 
+def _prompts(tokenizer: Any, tasks: str, text: str, tokens: int, samples: int) -> list[list[int]]:
+    """The first `samples` prompts of each task, of at most `tokens` tokens."""
+    from minference_jax.eval.tasks import make_tasks
+
+    chosen = make_tasks([name.strip() for name in tasks.split(",")], text=text)
+    return [list(task.sample(tokenizer, tokens, i, TASK_SEED).tokens) for task in chosen for i in range(samples)]
+
+
 def _search(network: Any, ids: list[list[int]], out: Path, settings: Any, restart: bool, model: Path) -> dict[str, Any]:
     import resource
 
@@ -122,8 +142,12 @@ def _search(network: Any, ids: list[list[int]], out: Path, settings: Any, restar
             stderr().print(f"layer {done} of {total}, {first[-1] - started:.0f} s{left}", soft_wrap=True)
 
         about = {"model": model.absolute().name, "command": _command()}
-        samples = jnp.asarray(ids, jnp.int32)
-        search_to_file(network, samples, out, settings=settings, about=about, restart=restart, progress=report)
+        lengths = [len(row) for row in ids]
+        rows = [row + [0] * (max(lengths) - len(row)) for row in ids]
+        samples, sizes = jnp.asarray(rows, jnp.int32), jnp.asarray(lengths, jnp.int32)
+        search_to_file(
+            network, samples, out, lengths=sizes, settings=settings, about=about, restart=restart, progress=report
+        )
     memory = jax.devices()[0].memory_stats() or {}
     peak = memory.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     figures = {"seconds": time.perf_counter() - started, "peak memory GiB": round(peak / 2**30, 2)}
