@@ -299,7 +299,16 @@ def plot(rows: Sequence[Row], path: Any, title: str = "") -> None:
     for axes, name in ((latency, "prefill, seconds"), (speedup, "speed-up over dense")):
         axes.set(xscale="log", yscale="log", xlabel="prompt, tokens", ylabel=name)
         axes.set_xscale("log", base=2)
+        marks = sorted({r.tokens for r in rows})
+        axes.set_xticks(marks, [_short(tokens) for tokens in marks])
         axes.grid(True, which="both", alpha=0.3)
     latency.legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
+
+
+def _short(tokens: int) -> str:
+    for size, unit in ((1 << 20, "M"), (1 << 10, "K")):
+        if tokens % size == 0:
+            return f"{tokens // size}{unit}"
+    return str(tokens)

@@ -160,7 +160,7 @@ def parse_length(text: str) -> int:
 
 def _show(table: Any) -> None:
     console = stdout()
-    console.width = max(console.width, 120)
+    console.width = max(console.width, 140)
     console.print(table)
 
 
