@@ -156,6 +156,7 @@ def test_measured_cost_is_a_line_in_the_density():
         ({"candidates": (Dense(),)}, TypeError, "no pattern with budgets"),
         ({"candidates": (VerticalSlash(coverage=0.9),)}, ValueError, "coverage"),
         ({"candidates": (VerticalSlash(tiles=4, threshold=0.1),)}, ValueError, "threshold"),
+        ({"candidates": [VerticalSlash(probes=m, threshold=0.1) for m in (1, 2)]}, ValueError, "agree on it"),
         ({"objective": "best"}, ValueError, "objective must be"),
         ({"budgets": "none"}, ValueError, "budgets must be"),
         ({"query_tiles": 0}, ValueError, "query_tiles"),
@@ -190,6 +191,18 @@ def test_search_meets_the_target_and_beats_every_uniform_candidate(model, sample
     assert np.mean(found["equal"].scores) <= best
     assert np.mean(found["per-head"].scores) < best
     assert model.with_patterns(found["per-head"])(samples).shape == (2, 520, 61)
+
+
+def test_search_scales_the_threshold_of_a_probe_every_few_rows(model, samples):
+    candidate = VerticalSlash(columns=0, slashes=0, probes=4, threshold=2e-5)
+    found = search_patterns(model, samples, target=0.6, candidates=[candidate])
+    thresholds = [pattern.threshold for layer in found for pattern in layer]
+    assert all(isinstance(p, VerticalSlash) and p.probes == 4 for layer in found for p in layer)
+    assert min(thresholds) < max(thresholds) and 0.5 < np.mean(found.densities) <= 0.6 + 1e-6
+    made = [found.arrays().layer(i) for i in range(3)]
+    layers = list(capture_qkv(model, samples))
+    density = [make_plan(q, k, heads).density(520, 520) for (q, k, _), heads in zip(layers, made, strict=True)]
+    np.testing.assert_allclose(np.mean(density), np.mean(found.densities), atol=1e-3)
 
 
 def test_worst_case_objective_scores_by_the_worst_sample(model, samples):

@@ -60,9 +60,18 @@ def check_candidates(candidates: Sequence[Pattern]) -> tuple[Pattern, ...]:
     for candidate in candidates:
         if isinstance(candidate, Dense) or type(candidate) not in _BUDGETS:
             raise TypeError(f"candidates: {candidate!r} is no pattern with budgets")
-        if isinstance(candidate, VerticalSlash) and (candidate.coverage, candidate.threshold) != (None, None):
+        if isinstance(candidate, VerticalSlash) and _adapts(candidate):
             raise ValueError(f"candidates: {candidate!r}: with a coverage or threshold the cost is not the budgets'")
+    strides = {c.probes for c in candidates if isinstance(c, VerticalSlash) and isinstance(c.probes, int)}
+    if len(strides) > 1:
+        raise ValueError(f"candidates with a probe every few rows must agree on it, got {sorted(strides)}")
     return candidates
+
+
+def _adapts(pattern: VerticalSlash) -> bool:
+    """Whether the prompt decides how much of the budgets a head takes. (Where a probe every few rows is taken, the
+    threshold is the budget, which is scaled.)"""
+    return not isinstance(pattern.probes, int) and (pattern.coverage is not None or pattern.threshold is not None)
 
 
 def scaled(pattern: Pattern, factor: float, keys: int) -> Pattern:
@@ -105,5 +114,7 @@ def arrays(patterns: Sequence[Pattern], keys: int) -> PatternArrays:
         blocks=tiles if isinstance(patterns[0], BlockSparse) else 0,
         lines=lines,
         spread=found.limits.spread,
+        every=found.limits.every,
+        floor=keys if found.limits.floor else 0,
     )
     return dataclasses.replace(found, limits=limits)

@@ -59,7 +59,9 @@ def search_patterns(
     - `target`: what a layer may cost. A density (visited / causal cells) in (0, 1); an `AShape`, for what that costs;
       a `Latency`, with `cost="measured"`; None for an A-shape of 1,024 sinks and a window of 4,096, in proportion for
       samples shorter than 32,768 tokens.
-    - `candidates`: patterns whose budgets have the proportions to try; their size does not matter.
+    - `candidates`: patterns whose budgets have the proportions to try; their size does not matter. Of a
+      `VerticalSlash` with a probe every few rows the threshold is what is searched: give it about the size of the
+      original's budgets, 2e-5.
     - `cost`: `"visited"` counts the keys that the kernel visits; `"measured"` times each candidate on this device, in
       the first layer. Timings vary, so a measured search is not reproducible to the byte.
     - `objective`: the error of a head is its mean over the samples, or the worst.
