@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import Literal, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels import hopper
+from pallas_kernels.assembler import ignores_setmaxnreg
 from pallas_kernels.plan import SparsePlan
 
 Implementation = Literal["hopper", "xla", "reference"]
@@ -39,7 +39,8 @@ def choose_implementation(
         reason = hopper.unsupported_reason(q, k, v, plan)
         if reason is not None:
             return Choice("xla", reason)
-        return Choice("hopper", f"a Hopper GPU is present{_assembler_note()}")
+        slower = "; up to a seventh slower than with jax 0.11: nvJitLink ignores setmaxnreg"
+        return Choice("hopper", "a Hopper GPU is present" + (slower if ignores_setmaxnreg() else ""))
     if implementation == "hopper":
         reason = hopper.unsupported_reason(q, k, v, plan, platform_check=False)
         if reason is not None:
@@ -47,25 +48,6 @@ def choose_implementation(
     elif implementation not in ("xla", "reference"):
         raise ValueError(f'implementation must be None, "hopper", "xla" or "reference", got {implementation!r}')
     return Choice(implementation, "asked for")
-
-
-def _assembler_note() -> str:
-    """What slows the kernel down in this installation, or nothing.
-
-    From jax 0.12 on kernels are assembled by nvJitLink where it is installed, and it ignores the request to move
-    registers from the warpgroup that loads to those that compute: compiled for an H100, they spill.
-    """
-    if jax.__version_info__ < (0, 12) or not _has_nvjitlink():
-        return ""
-    return "; slower than it could be: with jax 0.12 and nvidia-nvjitlink installed, setmaxnreg is ignored"
-
-
-def _has_nvjitlink() -> bool:
-    try:
-        importlib.metadata.distribution("nvidia-nvjitlink")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def choose_dense_implementation(

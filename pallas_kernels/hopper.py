@@ -54,16 +54,30 @@ What was left out to see what it costs, in version 7 (dense 233 ms; wrong result
 17.8 A-shape; the second copy for each row of 128 elements 24.5 ms. Queries held in registers instead of shared memory
 spill 330 bytes.
 
+From jax 0.12 on nvJitLink assembles the kernel and ignores `setmaxnreg`: 608 bytes are spilled and the products wait
+for each other (C7512). `hopper_serial` serves there, which spills nothing. Kernel time at 128K, a quarter of a second
+of each form in turn, once (dense 238.5 ms):
+
+| | vertical-slash | block-sparse | A-shape |
+|---|---|---|---|
+| version 8, jax 0.12.0 | 30.7 ms | 28.4 ms | |
+| `hopper_serial`, jax 0.12.0 | 25.3 ms | 24.8 ms | 20.3 ms |
+| version 8, jax 0.11.2 | 25.8 ms | 21.3 ms | 19.4 ms |
+
+Preparing a clean plan takes 110 us of the GPU for vertical-slash at 128K, 80 for A-shape and 13 for block-sparse; half
+of it writes the bias.
+
 Starting tiles anywhere takes a copy for each 128 bytes of a row, and cost version 6 2 to 3 % of the rate where every
 band is a multiple of the tile: such plans (`band_multiple`) keep whole-row copies. In a run of minutes version 5 took
 30.1 ms of kernel time and version 6 27.3. A mask for the band that key 0 cuts, computed in registers, cost a third more
 instructions in every column step; it is part of the bias instead.
 
-cuDNN's dense kernel took 235 ms rested and 252 steady in the runs of 2 and 5. No gain: `unsafe_no_auto_barriers`
-(-0.7 % to +1 %), 240 instead of 232 registers, three stages, hardware named barriers instead of mbarriers for the turns
-(+-1 %), chains of 2 or 8, one contiguous array per KV head (within the noise). Turns between the compute warpgroups
-were worth 7 % in versions 1 and 2, in version 3 2 % at 16K and nothing at 128K; version 7 was 2 % faster without, and
-version 8 has none.
+cuDNN's dense kernel took 235 ms rested and 252 steady in the runs of 2 and 5. No gain: `unsafe_no_auto_barriers` (-0.7
+% to +1 %), 240 instead of 232 registers, three stages, hardware named barriers instead of mbarriers for the turns (+-1
+%), chains of 2 or 8, one contiguous array per KV head (within the noise). Deciding version 8's vote by the bits of the
+scores, three to an instruction (7 to 9 % fewer instructions a step), was between 4 % slower and 2 % faster. Turns
+between the compute warpgroups were worth 7 % in versions 1 and 2, in version 3 2 % at 16K and nothing at 128K; version
+7 was 2 % faster without, and version 8 has none.
 """
 
 from __future__ import annotations
@@ -79,6 +93,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import hopper_tables
+from pallas_kernels.assembler import ignores_setmaxnreg
 from pallas_kernels.hopper_config import HEAD_DIMS, KernelConfig
 from pallas_kernels.hopper_kernel import kernel_body
 from pallas_kernels.hopper_launch import Launch, Refs, scratch_types
@@ -148,8 +163,9 @@ def hopper_attention(
     reason = unsupported_reason(q, k, v, plan, platform_check=False)
     if reason is not None:
         raise ValueError(f"the Hopper kernel can't serve this call: {reason}")
-    # Without bands neighbouring query tiles share no keys: nothing to keep them together for.
-    config = config or (KernelConfig(chain=1) if plan.bands is None else KernelConfig())
+    if config is None:
+        # Without bands neighbouring query tiles share no keys: nothing to keep them together for.
+        config = KernelConfig(chain=1 if plan.bands is None else 4, overlap=not ignores_setmaxnreg())
     if not config.fits(q.shape[-1]):
         raise ValueError(
             f"{config} needs {config.shared_memory_bytes(q.shape[-1])} bytes of shared memory at head_dim "

@@ -40,6 +40,8 @@ class KernelConfig:
       last thread blocks get shorter ones, so that all multiprocessors end at nearly the same time.
     - `lanes`: thread blocks that take turns over neighbouring query tiles; None means one per multiprocessor.
     - `compute_registers`, `memory_registers`: registers per thread of the two kinds of warpgroup.
+    - `overlap`: both products of a warpgroup at a time, which takes registers that the warpgroup that loads gives up;
+      False where the assembler does not let it.
     - `polynomial_tiles`: how many of 16 exponentials are computed as polynomials; None decides by head_dim.
 
     Raises ValueError for values that no kernel can be built from.
@@ -50,6 +52,7 @@ class KernelConfig:
     lanes: int | None = None
     compute_registers: int = 232
     memory_registers: int = 40
+    overlap: bool = True
     polynomial_tiles: int | None = None
 
     def __post_init__(self) -> None:

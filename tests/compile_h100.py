@@ -65,7 +65,9 @@ def main() -> int:
 
     failed = False
     for name in SHAPES:
-        run = subprocess.run([sys.executable, __file__, name], env=env, capture_output=True, text=True, check=False)
+        run = subprocess.run(
+            [sys.executable, __file__, name], env=env, capture_output=True, text=True, errors="replace", check=False
+        )
         log = run.stdout + run.stderr
         if run.returncode or not SPILL.search(log):
             print(f"{name}: did not compile, or ptxas reported nothing\n{log[-3000:]}")

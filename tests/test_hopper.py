@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import SparsePlan, dispatch
+from pallas_kernels import SparsePlan, assembler, dispatch
 from pallas_kernels.hopper import hopper_attention, unsupported_reason
 from pallas_kernels.hopper_config import SHARED_MEMORY_LIMIT, KernelConfig
 
@@ -129,14 +129,15 @@ def test_configurations_that_cannot_run_are_refused():
             KernelConfig(**bad)
 
 
-def test_a_slow_assembler_is_named(monkeypatch):
+@pytest.mark.parametrize("installed", [True, False], ids=["nvJitLink", "ptxas"])
+def test_an_assembler_that_moves_no_registers_is_named_and_not_asked_to(monkeypatch, installed):
     q, k, v, plan, *_ = avals(1, 128, 128, 1, 1, 64)
-    monkeypatch.setattr(dispatch.hopper, "unsupported_reason", lambda *_: None)
+    monkeypatch.setattr(dispatch.hopper, "unsupported_reason", lambda *_, **__: None)
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
-    for installed in (True, False):
-        monkeypatch.setattr(dispatch, "_has_nvjitlink", lambda found=installed: found)
-        choice = dispatch.choose_implementation(q, k, v, plan)
-        assert choice.name == "hopper" and ("setmaxnreg is ignored" in choice.reason) == installed
+    monkeypatch.setattr(assembler, "_has_nvjitlink", lambda: installed)
+    choice = dispatch.choose_implementation(q, k, v, plan)
+    assert choice.name == "hopper" and ("setmaxnreg" in choice.reason) == installed
+    assert ("setmaxnreg" in lowered(lambda *args: attend(*args), *SHAPES["diagonal-only-T1"])) != installed
 
 
 @pytest.mark.parametrize("work", [1, 131, 132, 133, 527, 528, 529, 5_000])

@@ -23,6 +23,11 @@ CASES = {
         "lengths": [261, 130], "q_offset": 0, "scale": 1.0, "widths": {"columns": 70, "bands": 2, "blocks": 1},
         "config": {"lanes": 1, "chain": None, "polynomial_tiles": 4},
     },
+    "no-overlap": {
+        "b": 1, "t": 130, "s": 260, "n": 1, "k": 1, "h": 64, "dtype": "bfloat16",
+        "lengths": [250], "q_offset": 128, "widths": {"columns": 70, "bands": 2, "blocks": 1},
+        "config": {"overlap": False, "lanes": 1},
+    },
 }  # fmt: skip
 
 
