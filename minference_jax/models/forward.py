@@ -63,15 +63,24 @@ def layer_qkv(
 
 
 def attend(
-    q: Array, k: Array, v: Array, patterns: Any, *, lengths: Array, q_offset: Any, implementation: str | None
+    q: Array,
+    k: Array,
+    v: Array,
+    patterns: Any,
+    *,
+    lengths: Array,
+    q_offset: Any,
+    implementation: str | None,
+    return_info: bool = False,
 ) -> tuple[Array, Any]:
-    """Attention of one layer's prefill and what is known about it: None when it is dense."""
+    """Attention of one layer's prefill and, with `return_info`, what is known about it: None when it is dense."""
     where = {"lengths": lengths, "q_offset": q_offset, "implementation": implementation}
     if patterns is None:
         return cast(Array, pallas_kernels.dense_attention(q, k, v, **where)), None
     from minference_jax.attention import sparse_attention  # a dense model needs no index
 
-    return sparse_attention(q, k, v, patterns, **where, return_info=True)
+    found = sparse_attention(q, k, v, patterns, **where, return_info=return_info)
+    return found if return_info else (found, None)
 
 
 def prefill(
@@ -99,7 +108,7 @@ def prefill(
     q_offset = jnp.int32(0) if start is None else start
     seen = jnp.minimum(lengths, q_offset + t)
     frequencies = inverse_frequencies(config, rope_lengths)
-    served = partial(attend, implementation=implementation)
+    served = partial(attend, implementation=implementation, return_info=keep == "info")
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, Any]:
         x, cache = carry
