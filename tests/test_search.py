@@ -160,6 +160,7 @@ def test_measured_cost_is_a_line_in_the_density():
         ({"objective": "best"}, ValueError, "objective must be"),
         ({"budgets": "none"}, ValueError, "budgets must be"),
         ({"query_tiles": 0}, ValueError, "query_tiles"),
+        ({"end_tiles": -1}, ValueError, "end_tiles"),
     ],
 )
 def test_settings_name_what_is_wrong(changes, error, message):
@@ -239,6 +240,25 @@ def test_a_short_sample_counts_as_much_as_a_long_one(model, samples):
     ]
     np.testing.assert_allclose(record.density[step], sum(visited) / both.cells.sum(), atol=2e-6)
     assert np.all(record.density[step] <= 0.6 + 1e-6)
+
+
+def test_the_ends_of_samples_are_scored_besides(model, samples):
+    """The error of the spread rows as without them; then, of each sample, that of its last query tile."""
+    lengths = jnp.asarray([520, 300])
+    layers = list(capture_qkv(model, samples, lengths))
+    records = []
+    for end_tiles in (0, 1):
+        meter = LayerMeter(Settings(target=0.6, candidates=SMALL[:1], end_tiles=end_tiles), lengths, 520)
+        records.append(meter.measure(layers[1], *meter.calibrate(layers[0])))
+    assert records[1].error.shape[1] == 4
+    np.testing.assert_array_equal(records[0].error, records[1].error[:, :2])
+    step = Settings().ladder.index(1.0)
+    heads = arrays([scaled(SMALL[0], float(f), 520) for f in records[1].factors[0]], 520)
+    for at, last in enumerate((4, 2)):
+        q, k, v = (x[at : at + 1] for x in layers[1])
+        masks = plan_masks(q, k, heads, lengths[at : at + 1], jnp.asarray([last]))
+        found = output_errors(q, k, v, masks.keys[None], jnp.asarray([last]), lengths[at : at + 1])
+        np.testing.assert_allclose(records[1].error[step, 2 + at], found.error[0, 0], atol=2e-6)
 
 
 def test_target_that_is_dense_is_refused(model, samples):

@@ -47,6 +47,9 @@ def search(
     objective: Annotated[str, typer.Option(help="Over several samples: mean or worst.")] = "mean",
     budgets: Annotated[str, typer.Option(help="per-head, or equal in all heads.")] = "per-head",
     query_tiles: Annotated[int, typer.Option(min=1, help="Tiles of 128 queries whose rows are scored.")] = 16,
+    end_tiles: Annotated[
+        int, typer.Option(min=0, help="As many at each sample's end are scored besides, and count as much.")
+    ] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
     restart: Annotated[bool, typer.Option(help="Forget what an interrupted search has kept.")] = False,
     patterns: Annotated[str, typer.Option(help="Verify these instead of searching: a file or a preset.")] = "",
@@ -74,7 +77,7 @@ def search(
     from minference_jax.search import CANDIDATES, PAPER, Settings
 
     chosen = tuple(map(parse_uniform, candidate)) if candidate else PAPER if paper else CANDIDATES
-    settings = Settings(_target(target), chosen, cost, objective, budgets, query_tiles)  # pyright: ignore[reportArgumentType]
+    settings = Settings(_target(target), chosen, cost, objective, budgets, query_tiles, end_tiles)  # pyright: ignore[reportArgumentType]
     if out is not None and not out.absolute().parent.is_dir():
         raise ValueError(f"{out.absolute().parent} is no directory")
     found: dict[str, Any] = {}

@@ -41,6 +41,7 @@ def search_patterns(
     objective: Literal["mean", "worst"] = "mean",
     budgets: Literal["per-head", "equal"] = "per-head",
     query_tiles: int = 16,
+    end_tiles: int = 0,
     state: str | Path | None = None,
     progress: Progress | None = None,
 ) -> HeadPatterns:
@@ -67,6 +68,8 @@ def search_patterns(
     - `objective`: the error of a head is its mean over the samples, or the worst.
     - `budgets`: `"per-head"` also measures every candidate at 1/4 to 3 times the budgets of equal cost, and spends
       the same total where it lowers the errors' sum most; `"equal"` keeps all heads at the target, as the original.
+    - `end_tiles`: if not 0, the rows of so many query tiles at each sample's end are scored besides, and their error
+      counts as much as that of the sample. For samples that end in a question.
     - `state`: a file that keeps what is measured, layer by layer. An interrupted search that is started again with
       it ends with the same result. It is left behind when the search is done.
     - `progress(done, total)`: called after each layer.
@@ -80,7 +83,7 @@ def search_patterns(
 
     Source: MInference (arXiv 2407.02490) §3.2, Algorithm 1 and Table 7. Budgets per head are ours.
     """
-    settings = Settings(target, tuple(candidates), cost, objective, budgets, query_tiles)
+    settings = Settings(target, tuple(candidates), cost, objective, budgets, query_tiles, end_tiles)
     search = Search(model, samples, lengths, settings)
     kept = SearchState(None if state is None else Path(state), search.identity())
     return search.run(kept, progress)
@@ -144,7 +147,7 @@ class Search:
                 for row, n in rows
             ],
             **self.settings.describe(),
-            "rows": ROWS * self.settings.query_tiles,
+            "rows": ROWS * (self.settings.query_tiles + self.settings.end_tiles),
         }
 
     def run(self, state: SearchState, progress: Progress | None = None) -> HeadPatterns:

@@ -28,7 +28,8 @@ class LayerRecord:
     """Measurements of one layer's heads: what `choose` works on, and what an interrupted search keeps.
 
     `factors`: float64 `[candidates, n]`, of equal cost. Of each option (candidate · ladder + step): `density`
-    `[o, n]`, of all samples together; `error` and `recall` `[o, b, n]` as in `HeadErrors`. Six digits are kept.
+    `[o, n]`, of all samples together; `error` and `recall` `[o, b, n]` as in `HeadErrors`, with end tiles `[o, 2b, n]`:
+    after the samples their ends. Six digits are kept.
     """
 
     factors: Float[np.ndarray, "candidates n"]
@@ -60,9 +61,18 @@ class LayerMeter:
         self.lengths = [lengths[i : i + 1] for i in range(len(sizes))]
         self.cells = sizes * (sizes + 1) / 2
         tiles = [scored_tiles(int(n), settings.query_tiles) for n in sizes]
+        totals = [num_query_tiles(int(n)) for n in sizes]
+        ends = [np.arange(max(0, n - settings.end_tiles), n, dtype=np.int32) for n in totals]
         # Past its end no row of a sample is scored: all have as many tiles as the longest, for one program.
-        count, past = max(map(len, tiles)), num_query_tiles(tokens)
-        self.query_tiles = [jnp.asarray(np.pad(t, (0, count - len(t)), constant_values=past)) for t in tiles]
+        self.spread, past = max(map(len, tiles)), num_query_tiles(tokens)
+
+        def padded(tiles: np.ndarray, count: int) -> np.ndarray:
+            return np.pad(tiles, (0, count - len(tiles)), constant_values=past)
+
+        self.query_tiles = [
+            jnp.asarray(np.concatenate([padded(t, self.spread), padded(e, settings.end_tiles)]))
+            for t, e in zip(tiles, ends, strict=True)
+        ]
 
     def samples(self, qkv: QKV) -> list[QKV]:
         """Queries, keys and values of each sample alone, with a batch axis of 1."""
@@ -132,8 +142,15 @@ class LayerMeter:
                 masks = self.masks(samples, [scaled(candidate, float(f), self.tokens) for f in found * step])
                 density.append(self.pooled(masks))
                 visited.append([m.keys for m in masks])
+        parts = [slice(self.spread), slice(self.spread, None)] if settings.end_tiles else [slice(None)]
         errors = [
-            output_errors(*sample, jnp.stack([keys[at] for keys in visited]), self.query_tiles[at], self.lengths[at])
+            output_errors(
+                *sample,
+                jnp.stack([keys[at][:, :, part] for keys in visited]),
+                self.query_tiles[at][part],
+                self.lengths[at],
+            )
+            for part in parts
             for at, sample in enumerate(samples)
         ]
         error, recall = (

@@ -23,6 +23,7 @@ class Settings:
     objective: Literal["mean", "worst"] = "mean"
     budgets: Literal["per-head", "equal"] = "per-head"
     query_tiles: int = 16
+    end_tiles: int = 0
 
     def __post_init__(self) -> None:
         check_target(self.target, self.cost)
@@ -32,6 +33,8 @@ class Settings:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if type(self.query_tiles) is not int or self.query_tiles < 1:
             raise ValueError(f"query_tiles must be a positive int, got {self.query_tiles!r}")
+        if type(self.end_tiles) is not int or self.end_tiles < 0:
+            raise ValueError(f"end_tiles must be an int of at least 0, got {self.end_tiles!r}")
 
     @property
     def ladder(self) -> tuple[float, ...]:
@@ -46,5 +49,6 @@ class Settings:
             "objective": self.objective,
             "budgets": self.budgets,
             "query_tiles": self.query_tiles,
+            "end_tiles": self.end_tiles,
             "candidates": [repr(candidate) for candidate in self.candidates],
         }
