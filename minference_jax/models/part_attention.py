@@ -8,8 +8,7 @@ A budget is meant for the whole prompt. In one call, rows near the start spend l
 that reach back before the prompt, show them nothing. A part that ends at e of s tokens takes √(e / s) of the columns
 and slashes. On 4,096 tokens of text in eight parts (SmolLM2, 36 heads, 128 columns and 14 tiles) the eight then hold
 .99, .95, .93, .92, .92, .91, .92 and .92 of the softmax mass; one call holds 1.0, .98, .95, .93, .92, .92, .92 and .92
-of the same rows. With e / s an early part falls below the last one. A short cache spares no time worth having, so there
-every part takes the whole budget.
+of the same rows. With e / s an early part falls below the last one.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ EXTENTS = 4
 seconds beside an H100; eight of them took one part's program past a minute, for one per cent of its time."""
 
 SHORT = 16_384
-"""Up to so many positions a cache is read whole, with the whole budget: what a prefix would save is less than it takes
-to compile, and what a share would save is little of a part's time."""
+"""Up to so many positions a cache is read whole: what a prefix would save is less than it takes to compile."""
 
 
 def prefix_extents(rows: int, capacity: int, short: int | None = None) -> list[int]:
@@ -66,7 +64,7 @@ def attend_to_cache(
     """
     end = start + q.shape[1]
     seen = jnp.minimum(lengths, end)
-    if isinstance(patterns, PatternArrays) and cache.capacity > SHORT:
+    if isinstance(patterns, PatternArrays):
         patterns = part_budgets(patterns, seen, lengths)
 
     def whole_or_prefix(extent: int) -> tuple[Array, Any]:
