@@ -10,7 +10,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from minference_jax.bench import prefill
-from minference_jax.bench.prefill import bench_prefill, median_seconds
+from minference_jax.bench.prefill import bench_prefill
+from minference_jax.bench.timing import median_seconds
 from minference_jax.cli import main
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import statistics
 import threading
 import time
 from collections import deque
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 
 from minference_jax.bench.kernels import environment
 from minference_jax.bench.prefill_pieces import Pieces, time_pieces
+from minference_jax.bench.timing import median_seconds
 from minference_jax.models.cost import AUTO_PATTERN
 from minference_jax.models.forward import CHUNK
 from minference_jax.models.llama import Llama, prefill_program
@@ -166,18 +166,6 @@ def program_bytes(program: Any) -> int:
     memory = program.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return held + memory.temp_size_in_bytes
-
-
-def median_seconds(run: Callable[[], Any], repeats: int, *, long: float = 3.0) -> float:
-    """Median wall-clock seconds of `run` after a warm-up, waiting for the device; of the first run if it is long."""
-    times = []
-    for _ in range(1 + repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - started)
-        if times[0] > long:
-            break
-    return statistics.median(times[1:] or times)
 
 
 def _compile(case: Case) -> Compiled:
