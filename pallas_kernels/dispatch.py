@@ -39,7 +39,7 @@ def choose_implementation(
         reason = hopper.unsupported_reason(q, k, v, plan)
         if reason is not None:
             return Choice("xla", reason)
-        slower = "; up to a seventh slower than with jax 0.11: nvJitLink ignores setmaxnreg"
+        slower = "; in a slower form than with jax 0.11: nvJitLink ignores setmaxnreg"
         return Choice("hopper", "a Hopper GPU is present" + (slower if ignores_setmaxnreg() else ""))
     if implementation == "hopper":
         reason = hopper.unsupported_reason(q, k, v, plan, platform_check=False)

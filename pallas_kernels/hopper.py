@@ -60,8 +60,8 @@ of each form in turn, once (dense 238.5 ms):
 
 | | vertical-slash | block-sparse | A-shape |
 |---|---|---|---|
-| version 8, jax 0.12.0 | 30.7 ms | 28.4 ms | |
-| `hopper_serial`, jax 0.12.0 | 25.3 ms | 24.8 ms | 20.3 ms |
+| version 8, jax 0.12.0.1 | 30.7 ms | 28.4 ms | |
+| `hopper_serial`, jax 0.12.0.1 | 25.3 ms | 24.8 ms | 20.3 ms |
 | version 8, jax 0.11.2 | 25.8 ms | 21.3 ms | 19.4 ms |
 
 Preparing a clean plan takes 110 us of the GPU for vertical-slash at 128K, 80 for A-shape and 13 for block-sparse; half
@@ -165,7 +165,7 @@ def hopper_attention(
         raise ValueError(f"the Hopper kernel can't serve this call: {reason}")
     if config is None:
         # Without bands neighbouring query tiles share no keys: nothing to keep them together for.
-        config = KernelConfig(chain=1 if plan.bands is None else 4, overlap=not ignores_setmaxnreg())
+        config = KernelConfig(chain=1 if plan.bands is None else KernelConfig.chain, overlap=not ignores_setmaxnreg())
     if not config.fits(q.shape[-1]):
         raise ValueError(
             f"{config} needs {config.shared_memory_bytes(q.shape[-1])} bytes of shared memory at head_dim "

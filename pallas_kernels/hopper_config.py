@@ -39,7 +39,7 @@ class KernelConfig:
       Long chains let thread blocks drift apart, until neighbours no longer find each other's keys in the L2 cache. The
       last thread blocks get shorter ones, so that all multiprocessors end at nearly the same time.
     - `lanes`: thread blocks that take turns over neighbouring query tiles; None means one per multiprocessor.
-    - `compute_registers`, `memory_registers`: registers per thread of the two kinds of warpgroup.
+    - `compute_registers`, `memory_registers`: registers per thread of the two kinds of warpgroup, with `overlap`.
     - `overlap`: both products of a warpgroup at a time, which takes registers that the warpgroup that loads gives up;
       False where the assembler does not let it.
     - `polynomial_tiles`: how many of 16 exponentials are computed as polynomials; None decides by head_dim.
