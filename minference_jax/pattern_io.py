@@ -30,6 +30,7 @@ _NAMES: dict[str, type] = {
     "vertical_slash": VerticalSlash,
     "block_sparse": BlockSparse,
 }
+_FILE_NAMES = {"density": "layer_density"}  # of a field; in files "density" is a figure of a head
 _FIGURES = {"score": "scores", "density": "densities", "recall": "recalls"}  # of a head → of HeadPatterns
 _OFFICIAL_DEFAULT = ("vertical_and_slash", 1000, 6096, 1)
 _OFFICIAL_BLOCKS = 100  # hard-coded in the original, whatever its files say
@@ -97,7 +98,7 @@ def save_patterns(
     `about`: what to remember of where they come from, of types that JSON has; not kept in the original's format.
 
     Raises ValueError with `official=True` for a pattern that the original does not know: `Dense`, tile budgets,
-    spread probes, coverage, or block budgets other than 100.
+    spread probes, coverage, a density, or block budgets other than 100.
     """
     text = json.dumps(_to_official(patterns), allow_nan=False) if official else _lines(_to_ours(patterns, about))
     write_atomically(path, text)
@@ -147,7 +148,11 @@ def _to_ours(patterns: HeadPatterns, about: dict[str, Any] | None) -> dict[str, 
     for i, layer in enumerate(patterns.layers):
         row = []
         for j, pattern in enumerate(layer):
-            fields = {name: value for name, value in dataclasses.asdict(pattern).items() if value is not None}
+            fields = {
+                _FILE_NAMES.get(name, name): value
+                for name, value in dataclasses.asdict(pattern).items()
+                if value is not None
+            }
             tables = {name: getattr(patterns, table) for name, table in _FIGURES.items()}
             figures = {name: table[i][j] for name, table in tables.items() if table is not None}
             row.append({"pattern": names[type(pattern)], **fields, **figures})
@@ -212,11 +217,12 @@ def _entry(entry: Any, where: str, version: int) -> tuple[Pattern, dict[str, flo
     for figure in ("density", "recall"):
         if not 0 <= figures.get(figure, 0) <= 1:
             raise ValueError(f"{where}: {figure} must be in [0, 1], got {figures[figure]}")
-    unknown = set(fields) - {field.name for field in dataclasses.fields(_NAMES[name])}
+    known = {_FILE_NAMES.get(field.name, field.name): field.name for field in dataclasses.fields(_NAMES[name])}
+    unknown = set(fields) - set(known)
     if unknown:
         raise ValueError(f"{where}: {name} has no {sorted(unknown)}")
     try:
-        return _NAMES[name](**fields), figures
+        return _NAMES[name](**{known[field]: value for field, value in fields.items()}), figures
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
 

@@ -71,6 +71,8 @@ class VerticalSlash:
     - `threshold`: if given (with `tiles`), the budgets are what every head gets at least, and a head whose attention
       is spread wider takes more, up to `GROWTH` times: all tiles and columns whose keys have at least this mean
       attention weight by the estimate. About 1 / (2 · prompt length) is a start; half of it visits more.
+    - `density`: if given (with a number of `probes`, instead of a `threshold`), the share of the causal cells that a
+      layer visits, in (0, 1]; see below.
 
     With a number of `probes` and a `threshold` (no `tiles`, no `coverage`), each head visits the columns, and each of
     its query tiles the key tiles, whose mean attention weight reaches the threshold; `columns` and `slashes` are a
@@ -79,14 +81,21 @@ class VerticalSlash:
     no floor. The estimate costs 1 / m of the scores of dense attention, and memory that grows with the square of
     the length.
 
+    With a number of `probes` and a `density`, the threshold is found for each prompt: one for all heads of a layer that
+    give a density, the smallest at which they visit together no more than the sum of their shares. So heads compete,
+    and every prompt (and every part of one that is prefilled in parts) has the density, from below, to within about a
+    tile. There is no floor: `columns` and `slashes` are ignored. A prompt so short that the diagonal and the first keys
+    are more visits just these. Layers need different shares: `minference_jax.search.share_among_layers` finds them.
+    (Under shard_map the heads are those of one device.)
+
     The defaults are the original's rule and its most frequent budget. What keeps most of the softmax mass on real text
     at a quarter of the cells of an N-token prompt: up to some thousand tokens `VerticalSlash(columns=N // 4,
     slashes=round(N**0.8 / 7), probes=8, threshold=0.7 / N)`; for long prompts, where the estimate must be cheap,
     `VerticalSlash(columns=N // 20, tiles=N // 1024, probes="spread", threshold=0.5 / N)`: see
     `minference_jax.bench.recall`.
 
-    Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2. `tiles`, all `probes` but the last rows, `coverage` and
-    `threshold` are ours.
+    Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2. `tiles`, all `probes` but the last rows, `coverage`,
+    `threshold` and `density` are ours.
     """
 
     columns: int = 1000
@@ -95,6 +104,7 @@ class VerticalSlash:
     probes: Literal["last", "spread"] | int = "last"
     coverage: float | None = None
     threshold: float | None = None
+    density: float | None = None
 
     def __post_init__(self) -> None:
         _check_budget("VerticalSlash", "columns", self.columns, 0)
@@ -113,9 +123,14 @@ class VerticalSlash:
             raise ValueError(f"VerticalSlash: coverage must be in (0, 1], got {self.coverage}")
         if self.threshold is not None and not 0.0 < self.threshold < 1.0:
             raise ValueError(f"VerticalSlash: threshold must be in (0, 1), got {self.threshold}")
-        if per_tile and (self.threshold is None or self.tiles is not None or self.coverage is not None):
+        if self.density is not None and not 0.0 < self.density <= 1.0:
+            raise ValueError(f"VerticalSlash: density must be in (0, 1], got {self.density}")
+        if self.density is not None and (self.threshold is not None or not per_tile):
+            raise ValueError("VerticalSlash: density needs probes every few rows, and takes no threshold")
+        budgeted = self.threshold is not None or self.density is not None
+        if per_tile and (not budgeted or self.tiles is not None or self.coverage is not None):
             raise ValueError(
-                "VerticalSlash: probes every few rows need a threshold, and take neither tiles nor coverage"
+                "VerticalSlash: probes every few rows need a threshold or density, and take neither tiles nor coverage"
             )
         if self.threshold is not None and self.tiles is None and not per_tile:
             raise ValueError("VerticalSlash: threshold needs tiles; lines have no mean weight to compare")
@@ -160,6 +175,8 @@ class Limits:
     spread: bool = False
     adaptive: bool = False
     threshold: bool = False
+    density: bool = False
+    """Heads with a probe every few rows share a density; else each has a threshold."""
     every: int = 0
     """Rows to a probe where heads have one every few rows, and their largest number of slashes:"""
     floor: int = 0
@@ -192,7 +209,7 @@ class PlanBuilder(abc.ABC):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["kind", "first", "second", "tiles", "spread", "coverage", "threshold"],
+    data_fields=["kind", "first", "second", "tiles", "spread", "coverage", "threshold", "density"],
     meta_fields=["limits"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +222,7 @@ class PatternArrays:
     - `kind`: int32 codes DENSE, A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE, PER_TILE.
     - `first`: int32; sink, columns or blocks. `second`: int32; window or slashes.
     - `tiles`: int32; −1 where slashes are counted as lines.
-    - `spread`: bool, `probes == "spread"`. `coverage`, `threshold`: float32, `inf` for none.
+    - `spread`: bool, `probes == "spread"`. `coverage`, `threshold`, `density`: float32, `inf` for none.
     """
 
     kind: Int[Array, "*layers n"]
@@ -215,6 +232,7 @@ class PatternArrays:
     spread: Bool[Array, "*layers n"]
     coverage: Float[Array, "*layers n"]
     threshold: Float[Array, "*layers n"]
+    density: Float[Array, "*layers n"]
     limits: Limits
 
     def layer(self, index: int) -> PatternArrays:
@@ -336,7 +354,7 @@ def _arrays(layers: tuple[tuple[Pattern, ...], ...]) -> PatternArrays:
     shape = (len(layers), len(layers[0]))
     kind, first, second = (np.zeros(shape, np.int32) for _ in range(3))
     tiles, spread = np.full(shape, -1, np.int32), np.zeros(shape, bool)
-    coverage, threshold = (np.full(shape, np.inf, np.float32) for _ in range(2))
+    coverage, threshold, density = (np.full(shape, np.inf, np.float32) for _ in range(3))
     patterns = [pattern for layer in layers for pattern in layer]
     for at, pattern in zip(np.ndindex(shape), patterns, strict=True):
         kind[at] = _code(pattern)
@@ -350,12 +368,16 @@ def _arrays(layers: tuple[tuple[Pattern, ...], ...]) -> PatternArrays:
             spread[at] = pattern.probes == "spread"
             coverage[at] = np.inf if pattern.coverage is None else pattern.coverage
             threshold[at] = np.inf if pattern.threshold is None else pattern.threshold
+            density[at] = np.inf if pattern.density is None else pattern.density
     a_shape = [p for p in patterns if isinstance(p, AShape)]
     vertical_slash = [p for p in patterns if isinstance(p, VerticalSlash) and _code(p) == VERTICAL_SLASH]
     per_tile = [p for p in patterns if isinstance(p, VerticalSlash) and _code(p) == PER_TILE]
     strides = {p.probes for p in per_tile if isinstance(p.probes, int)}
     if len(strides) > 1:
         raise ValueError(f"VerticalSlash: heads with a probe every few rows must agree on it, got {sorted(strides)}")
+    shared = {p.density is not None for p in per_tile}
+    if len(shared) > 1:
+        raise ValueError("VerticalSlash: heads with a probe every few rows must all have a threshold or all a density")
     lines = [p for p in vertical_slash if p.tiles is None]
     limits = Limits(
         kinds=tuple(sorted({_code(p) for p in patterns})),
@@ -369,9 +391,10 @@ def _arrays(layers: tuple[tuple[Pattern, ...], ...]) -> PatternArrays:
         spread=any(p.probes == "spread" for p in vertical_slash),
         adaptive=any(p.coverage is not None for p in vertical_slash),
         threshold=any(p.threshold is not None for p in vertical_slash),
+        density=any(shared),
         every=max(strides, default=0),
-        floor=max((p.slashes for p in per_tile), default=0),
+        floor=max((p.slashes for p in per_tile if p.density is None), default=0),
         covers=min(map(_covers, patterns)),
     )
-    leaves = (jnp.asarray(leaf) for leaf in (kind, first, second, tiles, spread, coverage, threshold))
+    leaves = (jnp.asarray(leaf) for leaf in (kind, first, second, tiles, spread, coverage, threshold, density))
     return PatternArrays(*leaves, limits=limits)

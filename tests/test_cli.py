@@ -172,6 +172,7 @@ CONFIGURED = LlamaConfig.from_hf(CONFIG)
         ("a-shape", AShape()),
         ("a-shape:sink=64,window=256", AShape(64, 256)),
         ("vertical-slash:columns=8,tiles=3,probes=spread,coverage=0.5", VerticalSlash(8, 6096, 3, "spread", 0.5)),
+        ("vertical-slash:columns=0,slashes=0,probes=8,density=0.33", VerticalSlash(0, 0, probes=8, density=0.33)),
     ],
 )
 def test_pattern_text_reads_back(text, pattern):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minference_jax.index import per_tile
+from minference_jax.index import per_tile, worth
 from minference_jax.index.build import make_plan
 from minference_jax.index.recall import recall
 from minference_jax.patterns import BlockSparse, HeadPatterns, VerticalSlash, head_arrays
@@ -15,6 +15,7 @@ from pallas_kernels.plan_check import lists_are_clean
 
 PLAN = jax.jit(make_plan, static_argnames=("pattern",))
 RULE = VerticalSlash(columns=60, slashes=60, probes=8, threshold=0.004)
+SHARED = VerticalSlash(probes=8, density=0.6)
 
 
 def heads(rng, b, t, s, n=4, kv=2, h=16):
@@ -36,20 +37,65 @@ def same_plan(one, other, row, other_row):
             )
 
 
-def test_what_is_worth_a_visit_by_hand():
-    """Five query tiles; one column in all rows, one block of one query tile, and the rest below the threshold."""
+@pytest.fixture
+def by_hand():
+    """Five query tiles; one column in all rows, one block of one query tile, and little on the rest."""
     before = np.zeros((1, 1, 1, 5, 10, 64), np.float32)
     for i in range(5):
         before[..., i, : 2 * i, :] = 128 * 0.001
     before[..., 1:, 0, 7] = 128 * 0.2
     before[..., 4, 1, :32] = 128 * 0.02
     rows, start = jnp.full((1, 1, 1, 5), 128.0), 128 * jnp.arange(5, dtype=jnp.int32)
-    mass = per_tile.Mass(jnp.asarray(before), jnp.full((1, 1, 1), 9.0), rows, start)
-    columns, blocks = per_tile.worth_a_visit(mass, jnp.full((1, 1, 1), 0.009))
+    return worth.Mass(jnp.asarray(before), jnp.full((1, 1, 1), 9.0), rows, start)
+
+
+def test_what_is_worth_a_visit_by_hand(by_hand):
+    mass = by_hand
+    columns, blocks = worth.worth_a_visit(mass, jnp.full((1, 1, 1), 0.009))
     np.testing.assert_array_equal(np.flatnonzero(columns), [7])
     np.testing.assert_array_equal(np.argwhere(blocks[0, 0, 0]), [[4, 1]])
     expected = 9 + 128 * (0.2 * 4 + 0.02 * 32 + 0.001 * 32)
-    np.testing.assert_allclose(per_tile.held(mass, columns, blocks), expected, rtol=1e-6)
+    np.testing.assert_allclose(worth.held(mass, columns, blocks), expected, rtol=1e-6)
+
+
+def test_heads_share_a_density_by_hand(by_hand):
+    """A second head has half of the little mass of the first, so all that two heads may visit goes to the first."""
+    diagonal, column, block, causal = 5 * 128 * 129 / 2, 4 * 128, 64 * 128, 640 * 641 / 2
+    before = jnp.concatenate([by_hand.before, jnp.minimum(by_hand.before, 128 * 0.001) / 2], axis=2)
+    mass = by_hand._replace(before=before, diagonal=jnp.full((1, 1, 2), 9.0))
+    found = jax.jit(lambda density: worth.within(mass, density, 0))
+    for cells, blocks_of_first in ((column + block, [[4, 1]]), (column + block - 1, []), (column, [])):
+        columns, blocks = found(jnp.full((1, 1, 2), (2 * diagonal + cells) / (2 * causal)))
+        np.testing.assert_array_equal(np.argwhere(columns[0, 0]), [[0, 7]])
+        np.testing.assert_array_equal(np.argwhere(blocks[0, 0, 0]).reshape(-1, 2), np.reshape(blocks_of_first, (-1, 2)))
+        assert not blocks[0, 0, 1].any()
+        one_more = 0 if blocks_of_first else block
+        assert (
+            diagonal * 2 + cells - one_more < worth.visited(mass, columns, blocks).sum() + 1 <= diagonal * 2 + cells + 1
+        )
+    columns, _ = found(jnp.asarray([[[(diagonal + column) / causal, jnp.inf]]]))
+    np.testing.assert_array_equal(np.argwhere(columns[0, 0]), [[0, 7]])  # a head of another kind has no part in it
+    assert not found(jnp.full((1, 1, 2), 0.1))[0].any()  # less than the diagonal
+
+
+def test_density_is_met_from_below_in_every_sequence(rng):
+    """One program for all prompts of a shape; short and empty sequences; heads that look at few keys get few."""
+    t, s = 384, 640  # the last rows: a chunk
+    q, k = heads(rng, 4, t, s)
+    q = q * jnp.asarray([3, 1, 1, 0.2], q.dtype)[:, None]
+    wanted = jax.jit(lambda q, k, lengths: make_plan(q, k, SHARED, lengths=lengths, q_offset=s - t))
+    for lengths in ([640, 530, 300, 0], [639, 512, 257, 256]):
+        plan = wanted(q, k, jnp.asarray(lengths, jnp.int32))
+        assert lists_are_clean(plan, q_offset=s - t).all()
+        found = np.asarray(plan.density(t, s, lengths=jnp.asarray(lengths), q_offset=s - t))
+        rows = np.clip(np.asarray(lengths) - (s - t), 0, None)
+        tile = 64 * 128 / np.maximum(4 * rows * (s - t + (rows + 1) / 2), 1)
+        short = rows <= 0
+        assert (found[short] == 0).all()
+        mean = found.mean(-1)[~short]
+        assert (mean <= 0.6 + 1e-6).all() and (mean > 0.6 - 2 * tile[~short]).all(), mean
+        assert found[0, 0] != found[0, 3]
+    assert wanted._cache_size() == 1
 
 
 def test_no_head_keeps_less_than_the_original(rng):
@@ -68,14 +114,15 @@ def test_no_head_keeps_less_than_the_original(rng):
     assert (more.column_count > floor.column_count).all()
 
 
-def test_padded_batch_equals_each_sequence_alone_and_vmap(rng):
+@pytest.mark.parametrize("rule", [RULE, SHARED], ids=["threshold", "density"])
+def test_padded_batch_equals_each_sequence_alone_and_vmap(rng, rule):
     lengths = np.array([448, 190, 64, 1], np.int32)
     q, k = heads(rng, 4, 448, 448)
-    together = PLAN(q, k, RULE, lengths=jnp.asarray(lengths))
-    one = jax.vmap(lambda q, k, length: make_plan(q[None], k[None], RULE, lengths=length[None]))
+    together = PLAN(q, k, rule, lengths=jnp.asarray(lengths))
+    one = jax.vmap(lambda q, k, length: make_plan(q[None], k[None], rule, lengths=length[None]))
     mapped = jax.tree.map(lambda x: x[:, 0], one(q, k, jnp.asarray(lengths)))
     jax.tree.map(np.testing.assert_array_equal, together, mapped)
-    alone = PLAN(q[1:2, :190], k[1:2, :190], RULE)
+    alone = PLAN(q[1:2, :190], k[1:2, :190], rule)
     same_plan(together, alone, 1, 0)
 
 
@@ -115,3 +162,5 @@ def test_strides_must_agree():
     other = VerticalSlash(60, 60, probes=16, threshold=0.004)
     with pytest.raises(ValueError, match="agree"):
         HeadPatterns(((RULE, other),)).arrays()
+    with pytest.raises(ValueError, match="all have a threshold or all a density"):
+        HeadPatterns(((RULE, SHARED),)).arrays()

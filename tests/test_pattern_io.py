@@ -51,6 +51,10 @@ def test_ours_there_and_back(tmp_path):
         assert load_about(tmp_path / "p.json") == {"model": "x", "tokens": 3}
     save_patterns(patterns, tmp_path / "p.json")
     assert load_about(tmp_path / "p.json") == {}
+    # A density that a layer's heads share is not the density that a head was found to have.
+    shared = HeadPatterns(((VerticalSlash(probes=4, density=0.3),),), densities=((0.25,),))
+    save_patterns(shared, tmp_path / "shared.json")
+    assert load_patterns(tmp_path / "shared.json") == shared
     with pytest.raises(ValueError, match="layer 0, head 0: Dense"):
         save_patterns(patterns, tmp_path / "p.json", official=True)
 

@@ -156,6 +156,7 @@ def test_measured_cost_is_a_line_in_the_density():
         ({"candidates": (Dense(),)}, TypeError, "no pattern with budgets"),
         ({"candidates": (VerticalSlash(coverage=0.9),)}, ValueError, "coverage"),
         ({"candidates": (VerticalSlash(tiles=4, threshold=0.1),)}, ValueError, "threshold"),
+        ({"candidates": (VerticalSlash(probes=4, density=0.3),)}, ValueError, "shared by a layer's heads"),
         ({"candidates": [VerticalSlash(probes=m, threshold=0.1) for m in (1, 2)]}, ValueError, "agree on it"),
         ({"objective": "best"}, ValueError, "objective must be"),
         ({"budgets": "none"}, ValueError, "budgets must be"),

@@ -18,7 +18,7 @@ from minference_jax.eval.baselines import BigBird, Dilated, Longformer, StaticPl
 from minference_jax.models.checks import Patterns, resolve_patterns
 from minference_jax.models.llama import Llama
 from minference_jax.patterns import AShape, BlockSparse, HeadPatterns, VerticalSlash
-from minference_jax.search.density import scale_to_density
+from minference_jax.search.density import scale_to_density, share_among_layers
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
 
 Chooser = Callable[[Llama, int, float], Patterns]
@@ -43,17 +43,18 @@ class Method:
 
         Of those the first as many as a length has are run, from the beginning again where there are fewer. Patterns of
         a search serve any length so; a rule such as `METHODS["minference"]`, whose budgets are an estimate of what
-        they visit, keeps to the density.
+        they visit, keeps to the density. A pattern that has a density is shared among the layers by that prompt.
         """
 
         def choose(model: Llama, length: int, density: float) -> Patterns:
+            prompt = jnp.asarray(np.resize(np.asarray(tokens, np.int32), (1, length)))
             found = patterns if isinstance(patterns, HeadPatterns) else patterns(model, length, density)
+            if isinstance(found, VerticalSlash) and found.density is not None:
+                return share_among_layers(model, prompt, found)
             found = resolve_patterns(model.config, found)
             if not isinstance(found, HeadPatterns):
                 raise TypeError(f"{name}: {found!r} has no budgets to scale")
-            return scale_to_density(
-                model, jnp.asarray(np.resize(np.asarray(tokens, np.int32), (1, length))), found, density
-            )
+            return scale_to_density(model, prompt, found, density)
 
         return cls(name, choose)
 
@@ -117,13 +118,12 @@ def vertical_slash_for(length: int, density: float, *, columns: int | None = Non
 
 
 def per_tile_for(length: int, density: float) -> VerticalSlash:
-    """For short prompts: all keys worth a visit, by a probe in every row of up to 1,024 tokens, in every second of up
-    to 2,048, and so on up to every eighth. On text the threshold visits about the density; RULER's prompts of 1,024
-    tokens visit an eighth more at the same one."""
+    """For short prompts: the keys most worth a visit, at one threshold a layer, by a probe in every row of up to 1,024
+    tokens, in every second of up to 2,048, and so on up to every eighth. Every prompt has the density."""
     every = 1
     while every < 8 and every * 1024 < length:
         every *= 2
-    return VerticalSlash(columns=0, slashes=0, probes=every, threshold=min(0.16 / (density * length), 0.5))
+    return VerticalSlash(columns=0, slashes=0, probes=every, density=density)
 
 
 def _window(length: int, density: float, sink: int, question: int = 0, random: int = 0) -> int:
@@ -208,4 +208,5 @@ METHODS: dict[str, Chooser] = {
 """Methods by name. `static` needs a prompt, see `static_from`."""
 
 ESTIMATED = ("minference", "minference-per-tile", "vertical-only", "slash-only", "block-sparse")
-"""Those of `METHODS` whose budgets only estimate what they visit: `Method.measured` brings them to the density."""
+"""Those of `METHODS` whose budgets only estimate what they visit, or that are the same in layers that differ:
+`Method.measured` brings them to the density."""

@@ -4,6 +4,7 @@ Prompts of some thousand tokens can afford that, and gain three things. Key tile
 of bands for all of them. What a plan holds is known well enough to compare plans head by head. So no head needs to keep
 less than the original's rule would: whatever is worth a visit is taken (a mean attention weight of at least the
 threshold), and a head that would hold less than under the original's budget takes more, down to a threshold of its own.
+Or the heads of a layer share a density, and the threshold is the one at which they visit that much.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minference_jax.index import probes, select
 from minference_jax.index.vertical_slash import MIN_SLASHES, TILE_SINK_COLUMNS, column_words, slash_lines
+from minference_jax.index.worth import Mass, held, within, worth_a_visit
 from minference_jax.patterns import PatternArrays
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
 from pallas_kernels.plan_builders import slashes_to_bands
@@ -41,26 +43,6 @@ class PerTileIndex(NamedTuple):
     block_count: Int[Array, "b n i"]
 
 
-class Mass(NamedTuple):
-    """The estimate for some heads: attention weights summed over the rows of each query tile."""
-
-    before: Float[Array, "b k g i kt 64"]
-    """On the keys before the query tile, by key tile; zero on others."""
-
-    diagonal: Float[Array, "b k g"]
-    """On the query tiles' own keys, which are always visited."""
-
-    rows: Float[Array, "b 1 1 i"]
-    """Valid rows of each query tile."""
-
-    start: Int[Array, " i"]
-    """Position of the first row of each query tile."""
-
-    def past(self) -> Bool[Array, "i kt"]:
-        """Key tiles before each query tile."""
-        return KEY_TILE * jnp.arange(self.before.shape[-2], dtype=jnp.int32) < self.start[:, None]
-
-
 def per_tile_index(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -70,43 +52,59 @@ def per_tile_index(
     q_offset: Int[Array, ""],
     scale: float,
 ) -> PerTileIndex:
-    """Columns and blocks of every head, as if all heads were of this kind (`patterns`: budgets and thresholds).
+    """Columns and blocks of every head, as if all heads were of this kind (`patterns`: budgets and thresholds, or
+    densities, which count only for heads that have one).
 
     **Arguments:** as `vertical_slash_index`. The widths of the result are those of all keys: there is no budget.
 
-    Cost: the scores of t / m rows with all keys, and some sixty reads of `[t / 128, s]` sums in float32 a head. Memory:
-    a few KV heads' at a time (`probes.SCORE_BYTES`); it grows with t · s.
+    Cost: the scores of t / m rows with all keys, and some sixty (with densities a hundred) reads of `[t / 128, s]` sums
+    in float32 a head. Memory: the scores of a few KV heads at a time (`probes.SCORE_BYTES`), with densities the sums of
+    all heads; it grows with t · s.
     """
     b, t, n, _ = q.shape
     s, kv_heads, tiles = k.shape[1], k.shape[2], num_query_tiles(t)
     valid = jnp.clip(lengths - q_offset, 0, t)
     rows, share = tile_rows(valid, tiles, patterns.limits.every)
     everywhere = jnp.broadcast_to(rows.reshape(b, 1, -1), (b, n, rows.shape[1] * rows.shape[2]))
-    last = probes.probe_rows(valid, jnp.zeros((n,), bool))
-    per_head = {
-        "probes": probes.gather_probes(q, everywhere),
-        "last": probes.gather_probes(q, last),
-        "last_positions": jnp.where(last >= 0, last + q_offset, -1),
-    }
-    budgets = {name: getattr(patterns, name) for name in ("first", "second", "threshold")}
-    per_head = probes.by_kv_head(per_head | budgets, b, n, kv_heads)
+    budgets = {name: getattr(patterns, name) for name in ("first", "second", "threshold", "density")}
+    budgets = probes.by_kv_head(budgets, b, n, kv_heads)
+    per_head = probes.by_kv_head({"probes": probes.gather_probes(q, everywhere)}, b, n, kv_heads)
     per_sequence = {"rows": rows, "share": share, "valid": valid}
+    last_key = (q_offset + valid)[:, None, None, None]
 
-    def some_heads(k: Array, per_head: dict[str, Array], sequence: dict[str, Array]) -> Any:
-        mass = _estimate(k, per_head["probes"], sequence, q_offset, scale)
+    def estimate(k: Array, per_head: dict[str, Array], sequence: dict[str, Array]) -> Mass:
+        return _estimate(k, per_head["probes"], sequence, q_offset, scale)
+
+    def packed(columns: Array, blocks: Array, last_key: Array) -> tuple[Array, Array]:
+        key = jnp.arange(columns.shape[-1], dtype=jnp.int32)
+        columns = (columns | (key < TILE_SINK_COLUMNS)) & (key < last_key)
+        return select.pack(columns[..., :s]), select.pack(blocks)
+
+    def at_thresholds(k: Array, per_head: dict[str, Array], sequence: dict[str, Array]) -> Any:
+        mass = estimate(k, per_head, sequence)
         visible = (q_offset + sequence["valid"])[:, None, None]
         kept = _original(mass, k, per_head, visible, patterns.limits.floor, scale)
         total = sequence["valid"][:, None, None].astype(jnp.float32)
         missed = total - kept
         allowed = jnp.maximum(SPARED * missed - SPARED_OF_ALL * total, missed / 2)
-        columns, blocks = _choose(mass, per_head["threshold"], total - allowed)
-        key = jnp.arange(columns.shape[-1], dtype=jnp.int32)
-        columns = (columns | (key < TILE_SINK_COLUMNS)) & (key < visible[..., None])
-        return select.pack(columns[..., :s]), select.pack(blocks)
+        return packed(*_choose(mass, per_head["threshold"], total - allowed), visible[..., None])
 
     group = n // kv_heads
     size = group * s * (rows.shape[1] * rows.shape[2] * k.dtype.itemsize + 3 * tiles * 4)
-    found = probes.map_heads(some_heads, k, per_head, per_sequence, bytes_per_kv_head=size)
+    if patterns.limits.density:
+        before, diagonal = probes.map_heads(
+            lambda *some: estimate(*some)[:2], k, per_head, per_sequence, bytes_per_kv_head=size
+        )
+        mass = Mass(before, diagonal, *_query_tiles(valid, q_offset, tiles))
+        found = packed(*within(mass, budgets["density"], TILE_SINK_COLUMNS), last_key)
+    else:
+        last = probes.probe_rows(valid, jnp.zeros((n,), bool))
+        rows_of_original = {
+            "last": probes.gather_probes(q, last),
+            "last_positions": jnp.where(last >= 0, last + q_offset, -1),
+        }
+        per_head |= budgets | probes.by_kv_head(rows_of_original, b, n, kv_heads)
+        found = probes.map_heads(at_thresholds, k, per_head, per_sequence, bytes_per_kv_head=size)
     column_bits, block_bits = (x.reshape(b, n, *x.shape[3:]) for x in found)
     columns, column_count = select.word_positions(column_bits, s, s)
     blocks, block_count = select.word_positions(block_bits, num_key_tiles(s), 0)
@@ -140,13 +138,20 @@ def _estimate(
     importance = jnp.broadcast_to(sequence["share"].reshape(b, 1, 1, -1), scores.shape[:-1])
     weights = probes.lazy_weights(scores, factor, jnp.broadcast_to(positions, scores.shape[:-1]), importance).by_key()
     held = weights.reshape(*scores.shape[:3], tiles, per_tile, -1).sum(-2)
-    start = q_offset + QUERY_TILE * jnp.arange(tiles, dtype=jnp.int32)
+    inside, start = _query_tiles(sequence["valid"], q_offset, tiles)
     before = jnp.where(jnp.arange(held.shape[-1], dtype=jnp.int32) < start[:, None], held, 0)
-    inside = jnp.clip(sequence["valid"][:, None] - QUERY_TILE * jnp.arange(tiles, dtype=jnp.int32), 0, QUERY_TILE)
-    inside = inside.astype(jnp.float32)[:, None, None]
     diagonal = inside.sum(-1) - before.sum((-1, -2))
     before = jnp.pad(before, [(0, 0)] * 4 + [(0, -held.shape[-1] % KEY_TILE)])
     return Mass(before.reshape(*before.shape[:-1], -1, KEY_TILE), diagonal, inside, start)
+
+
+def _query_tiles(
+    valid: Int[Array, " b"], q_offset: Int[Array, ""], tiles: int
+) -> tuple[Float[Array, "b 1 1 i"], Int[Array, " i"]]:
+    """Valid rows of each query tile, and the position of its first row."""
+    first = QUERY_TILE * jnp.arange(tiles, dtype=jnp.int32)
+    inside = jnp.clip(valid[:, None] - first, 0, QUERY_TILE).astype(jnp.float32)
+    return inside[:, None, None], q_offset + first
 
 
 def _original(
@@ -199,39 +204,3 @@ def _choose(
     none = jnp.zeros(least.shape, jnp.float32)
     _, octaves = jax.lax.fori_loop(0, STEPS + 1, halve, (none, jnp.full_like(none, OCTAVES)))
     return worth_a_visit(mass, threshold * jnp.exp2(-octaves))
-
-
-def worth_a_visit(
-    mass: Mass, threshold: Float[Array, "b k g"]
-) -> tuple[Bool[Array, "b k g x"], Bool[Array, "b k g i kt"]]:
-    """The columns and blocks whose keys have at least this mean weight, where no other part visits them.
-
-    Each of the two depends on the other: columns without blocks first, then twice blocks without the keys that are
-    columns, and columns without the rows whose blocks hold them.
-    """
-    past = mass.past()
-    level = threshold[..., None]
-
-    def columns_beside(blocks: Bool[Array, "b k g i kt"]) -> Bool[Array, "b k g kt 64"]:
-        open_tiles = past & ~blocks
-        cells = jnp.sum(jnp.where(open_tiles, mass.rows[..., None], 0), axis=-2)  # [b, k, g, kt]
-        found = jnp.sum(jnp.where(open_tiles[..., None], mass.before, 0), axis=-3)
-        return (found >= (level * cells)[..., None]) & (cells > 0)[..., None]
-
-    def blocks_beside(columns: Bool[Array, "b k g kt 64"]) -> Bool[Array, "b k g i kt"]:
-        rest = jnp.sum(jnp.where(columns[..., None, :, :], 0, mass.before), axis=-1)
-        keys = jnp.maximum(KEY_TILE - columns.sum(-1, dtype=jnp.int32), 1).astype(jnp.float32)
-        cells = keys[..., None, :] * mass.rows[..., None]
-        return past & (rest >= level[..., None] * cells) & (mass.rows > 0)[..., None]
-
-    blocks = jnp.zeros(mass.before.shape[:-1], bool)
-    for _ in range(2):
-        blocks = blocks_beside(columns_beside(blocks))
-    columns = columns_beside(blocks)
-    return columns.reshape(*columns.shape[:-2], -1), blocks
-
-
-def held(mass: Mass, columns: Bool[Array, "b k g x"], blocks: Bool[Array, "b k g i kt"]) -> Float[Array, "b k g"]:
-    """Mass on the visited keys."""
-    columns = columns.reshape(*columns.shape[:-1], 1, -1, KEY_TILE)
-    return mass.diagonal + jnp.sum(jnp.where(blocks[..., None] | columns, mass.before, 0), axis=(-1, -2, -3))

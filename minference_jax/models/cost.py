@@ -107,7 +107,7 @@ def _choose(config_key: _Same, patterns_key: _Same, rows: int, keys: int, device
     heads = [pattern for layer in patterns.layers for pattern in layer]
     number = Counter(map(id, heads))
     distinct = {id(pattern): pattern for pattern in heads}
-    visited = sum(number[key] * pairs(rows, keys, _budget(p, rows, keys)) for key, p in distinct.items()) / len(heads)
+    visited = sum(number[key] * _visited(p, rows, keys) for key, p in distinct.items()) / len(heads)
     dense = rates.launch + operations * pairs(rows, keys, keys) / rates.dense
     index = rates.index + rates.index_key * keys * config.num_heads / 32 if _needs_index(distinct.values()) else 0.0
     sparse = rates.launch + index + operations * visited / rates.sparse
@@ -119,6 +119,15 @@ def pairs(rows: int, keys: int, budget: float) -> float:
     first = keys - rows
     short = max(0.0, min(keys, budget) - first)  # rows that see everything before them
     return short * first + short * (short + 1) / 2 + (rows - short) * budget
+
+
+def _visited(pattern: Pattern, rows: int, keys: int) -> float:
+    """Cells that a head visits; with a probe every m rows, also those of the probes."""
+    if not isinstance(pattern, VerticalSlash) or not isinstance(pattern.probes, int):
+        return pairs(rows, keys, _budget(pattern, rows, keys))
+    every = pairs(rows, keys, keys)
+    chosen = pairs(rows, keys, _budget(pattern, rows, keys)) if pattern.density is None else pattern.density * every
+    return chosen + every / pattern.probes
 
 
 def _budget(pattern: Pattern, rows: int, keys: int) -> float:

@@ -4,6 +4,7 @@ from minference_jax.search.candidates import CANDIDATES as CANDIDATES
 from minference_jax.search.candidates import PAPER as PAPER
 from minference_jax.search.cost import Latency as Latency
 from minference_jax.search.density import scale_to_density as scale_to_density
+from minference_jax.search.density import share_among_layers as share_among_layers
 from minference_jax.search.driver import search_patterns as search_patterns
 from minference_jax.search.driver import search_to_file as search_to_file
 from minference_jax.search.settings import Settings as Settings

@@ -62,6 +62,10 @@ def check_candidates(candidates: Sequence[Pattern]) -> tuple[Pattern, ...]:
             raise TypeError(f"candidates: {candidate!r} is no pattern with budgets")
         if isinstance(candidate, VerticalSlash) and _adapts(candidate):
             raise ValueError(f"candidates: {candidate!r}: with a coverage or threshold the cost is not the budgets'")
+        if isinstance(candidate, VerticalSlash) and candidate.density is not None:
+            raise ValueError(
+                f"candidates: {candidate!r}: a density is shared by a layer's heads; each is searched alone"
+            )
     strides = {c.probes for c in candidates if isinstance(c, VerticalSlash) and isinstance(c.probes, int)}
     if len(strides) > 1:
         raise ValueError(f"candidates with a probe every few rows must agree on it, got {sorted(strides)}")
@@ -76,7 +80,7 @@ def _adapts(pattern: VerticalSlash) -> bool:
 
 def scaled(pattern: Pattern, factor: float, keys: int) -> Pattern:
     """The pattern with all budgets multiplied by `factor`, within what a prompt of `keys` tokens can hold, and a
-    threshold divided by it."""
+    threshold divided by it; of a `density` at most all cells."""
     most = {"tiles": num_key_tiles(keys), "blocks": num_key_tiles(keys)}
     least = {"window": 1, "blocks": 1}
     changed = {}
@@ -86,6 +90,8 @@ def scaled(pattern: Pattern, factor: float, keys: int) -> Pattern:
             changed[name] = min(max(round(value * factor), least.get(name, 0)), most.get(name, keys))
     if isinstance(pattern, VerticalSlash) and pattern.threshold is not None:
         changed["threshold"] = min(pattern.threshold / factor, 0.9)
+    if isinstance(pattern, VerticalSlash) and pattern.density is not None:
+        changed["density"] = min(pattern.density * factor, 1.0)
     return dataclasses.replace(pattern, **changed)
 
 

@@ -1,4 +1,5 @@
-"""Budgets for a prompt length and a density: all patterns of a model times one factor, measured on a sample prompt."""
+"""Budgets for a prompt length and a density, measured on a sample prompt: all patterns of a model times one factor, or
+a density for each layer."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from minference_jax.index.build import make_plan
 from minference_jax.models.capture import capture_qkv
 from minference_jax.models.llama import Llama
-from minference_jax.patterns import Dense, HeadPatterns, PatternArrays
+from minference_jax.patterns import Dense, HeadPatterns, PatternArrays, VerticalSlash
 from minference_jax.search.candidates import scaled
 from pallas_kernels.plan import num_key_tiles
 
@@ -41,14 +42,54 @@ def scale_to_density(
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}")
-    found = [(q, k, v) for q, k, v in capture_qkv(model, tokens, lengths)]
-    sizes = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if lengths is None else jnp.asarray(lengths)
+    return _times_factor(_captured(model, tokens, lengths), _sizes(tokens, lengths), patterns, density)
+
+
+def share_among_layers(
+    model: Llama,
+    tokens: Int[Array, "b t"],
+    pattern: VerticalSlash,
+    *,
+    lengths: Int[Array, " b"] | None = None,
+) -> HeadPatterns:
+    """`pattern`, which has a density, for all heads, with a density for each layer, whose mean is the pattern's.
+
+    Layers need different shares of their cells, so the same one in all of them costs more. Each gets what it visits of
+    these tokens at one threshold for all layers. On another prompt it visits that again, and where depends on the
+    prompt.
+
+    Memory: queries and keys of all layers. Raises ValueError for a pattern without a density.
+    """
+    if pattern.density is None:
+        raise ValueError(f"pattern must be a VerticalSlash with a density, got {pattern}")
+    found, sizes, config = _captured(model, tokens, lengths), _sizes(tokens, lengths), model.config
+    one = VerticalSlash(columns=0, slashes=0, probes=pattern.probes, threshold=0.5 / tokens.shape[1])
+    common = HeadPatterns.uniform(one, config.num_layers, config.num_heads)
+    visited = densities(found, _times_factor(found, sizes, common, pattern.density), sizes).mean(axis=(1, 2))
+    shares = np.minimum(visited * (pattern.density / visited.mean()), 1.0)
+    return HeadPatterns(
+        tuple((dataclasses.replace(pattern, density=float(share)),) * config.num_heads for share in shares)
+    )
+
+
+def _captured(model: Llama, tokens: Int[Array, "b t"], lengths: Int[Array, " b"] | None) -> list[QKV]:
+    return [(q, k, v) for q, k, v in capture_qkv(model, tokens, lengths)]
+
+
+def _sizes(tokens: Int[Array, "b t"], lengths: Int[Array, " b"] | None) -> Int[Array, " b"]:
+    return jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if lengths is None else jnp.asarray(lengths)
+
+
+def _times_factor(
+    layers: Sequence[QKV], lengths: Int[Array, " b"], patterns: HeadPatterns, density: float
+) -> HeadPatterns:
+    keys = layers[0][1].shape[1]
     low, high = -OCTAVES / 2, OCTAVES / 2
     for _ in range(STEPS):
         middle = (low + high) / 2
-        fits = mean_density(found, times(patterns, 2.0**middle, tokens.shape[1]), sizes) <= density
+        fits = mean_density(layers, times(patterns, 2.0**middle, keys), lengths) <= density
         low, high = (middle, high) if fits else (low, middle)
-    return times(patterns, 2.0**low, tokens.shape[1])
+    return times(patterns, 2.0**low, keys)
 
 
 def times(patterns: HeadPatterns, factor: float, keys: int) -> HeadPatterns:
@@ -60,9 +101,13 @@ def times(patterns: HeadPatterns, factor: float, keys: int) -> HeadPatterns:
 
 def mean_density(layers: Sequence[QKV], patterns: HeadPatterns, lengths: Int[Array, " b"]) -> float:
     """Visited / causal cells, mean over layers, heads and samples, of the plans for these queries and keys."""
+    return float(np.mean(densities(layers, patterns, lengths)))
+
+
+def densities(layers: Sequence[QKV], patterns: HeadPatterns, lengths: Int[Array, " b"]) -> np.ndarray:
+    """Visited / causal cells of every layer, sample and head."""
     every = any_budget(patterns.arrays(), layers[0][1].shape[1])
-    found = [np.asarray(_density(q, k, every.layer(i), lengths)) for i, (q, k, _) in enumerate(layers)]
-    return float(np.mean(found))
+    return np.stack([_density(q, k, every.layer(i), lengths) for i, (q, k, _) in enumerate(layers)])
 
 
 def any_budget(arrays: PatternArrays, keys: int) -> PatternArrays:
