@@ -22,7 +22,7 @@ from minference_jax.models import LlamaConfig
 from minference_jax.models.capture import capture_qkv
 from minference_jax.models.llama import Llama
 from minference_jax.patterns import AShape, HeadPatterns, VerticalSlash
-from minference_jax.search.density import mean_density
+from minference_jax.search.density import mean_density, share_among_layers
 from tests.eval_tokenizer import WordTokenizer
 
 CONFIG = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
@@ -230,6 +230,8 @@ def test_measured_budgets_keep_their_proportions_and_the_density(model):
             assert abs(window.window - 10 * window.sink) <= 10 and lines.columns < 400
         if name == "minference-per-tile":  # layers differ in their share, heads of a layer do not
             assert len({p.density for p in found.layer(0)}) == 1 and found.layer(0)[0] != found.layer(1)[0]
+    with pytest.raises(ValueError, match="with a density"):
+        share_among_layers(model, jnp.asarray([tokens]), VerticalSlash(400, tiles=6))
     with pytest.raises(TypeError, match="no budgets to scale"):
         Method.measured("dense", METHODS["dense"], tokens).choose(model, 1024, 0.5)
 
