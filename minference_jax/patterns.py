@@ -17,8 +17,7 @@ from pallas_kernels.plan import SparsePlan
 from pallas_kernels.sizes import QUERY_TILE
 
 MAX_BUDGET = 1 << 24
-"""Largest accepted budget: sixteen million tokens, longer than any prompt, so a larger number is a mistake."""
-
+"""Largest accepted budget: longer than any prompt, so a larger number is a mistake."""
 
 GROWTH = 8
 """How many times its budget a head of `VerticalSlash(threshold=...)` may take: it decides static widths."""
@@ -73,20 +72,21 @@ class VerticalSlash:
       attention weight by the estimate. About 1 / (2 · prompt length) is a start; half of it visits more.
     - `density`: if given (with a number of `probes`, instead of a `threshold`), the share of the causal cells that a
       layer visits, in (0, 1]; see below.
+    - `question`: if given (with a `density`), so many keys are columns of every head in any case: those that the last
+      64 rows attend to most, as in the original. The query tiles of these rows visit every key.
 
     With a number of `probes` and a `threshold` (no `tiles`, no `coverage`), each head visits the columns, and each of
     its query tiles the key tiles, whose mean attention weight reaches the threshold; `columns` and `slashes` are a
     floor: a head that would keep less of the softmax mass than under the original's rule with that budget (or with
-    more slashes for fewer columns, at about the same cost) gets a lower threshold of its own. 0 and 0 leave next to
-    no floor. The estimate costs 1 / m of the scores of dense attention, and memory that grows with the square of
-    the length.
+    more slashes for fewer columns, at about the same cost) gets a lower threshold of its own. 0 and 0 leave next to no
+    floor. The estimate costs 1 / m of dense attention's scores, and memory that grows with the length's square.
 
     With a number of `probes` and a `density`, the threshold is found for each prompt: one for all heads of a layer that
     give a density, the smallest at which they visit together no more than the sum of their shares. So heads compete,
-    and every prompt (and every part of one that is prefilled in parts) has the density, from below, to within about a
-    tile. There is no floor: `columns` and `slashes` are ignored. A prompt so short that the diagonal and the first keys
-    are more visits just these. Layers need different shares: `minference_jax.search.share_among_layers` finds them.
-    (Under shard_map the heads are those of one device.)
+    and every prompt (and every part of one) has the density, from below, to within about a tile. `columns` and
+    `slashes` are ignored. What `question` asks for is part of the share; a prompt so short that this, the diagonal and
+    the first keys are more visits just these. `minference_jax.search.share_among_layers` gives each layer a share of
+    its own. (Under shard_map the heads are those of one device.)
 
     The defaults are the original's rule and its most frequent budget. What keeps most of the softmax mass on real text
     at a quarter of the cells of an N-token prompt: up to some thousand tokens `VerticalSlash(columns=N // 4,
@@ -95,7 +95,7 @@ class VerticalSlash:
     `minference_jax.bench.recall`.
 
     Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2. `tiles`, all `probes` but the last rows, `coverage`,
-    `threshold` and `density` are ours.
+    `threshold`, `density` and the last query tiles that see all are ours.
     """
 
     columns: int = 1000
@@ -105,20 +105,19 @@ class VerticalSlash:
     coverage: float | None = None
     threshold: float | None = None
     density: float | None = None
+    question: int | None = None
 
     def __post_init__(self) -> None:
-        _check_budget("VerticalSlash", "columns", self.columns, 0)
-        _check_budget("VerticalSlash", "slashes", self.slashes, 0)
-        if self.tiles is not None:
-            _check_budget("VerticalSlash", "tiles", self.tiles, 0)
+        for name in ("columns", "slashes", "tiles", "question"):
+            if getattr(self, name) is not None or name in ("columns", "slashes"):
+                _check_budget("VerticalSlash", name, getattr(self, name), 0)
         if isinstance(self.probes, int) and not isinstance(self.probes, bool):
             known, per_tile = 1 <= self.probes <= QUERY_TILE and QUERY_TILE % self.probes == 0, True
         else:
             known, per_tile = self.probes in ("last", "spread"), False
         if not known:
-            raise ValueError(
-                f"VerticalSlash: probes must be 'last', 'spread' or a divisor of {QUERY_TILE}, got {self.probes!r}"
-            )
+            known_ones = f"'last', 'spread' or a divisor of {QUERY_TILE}"
+            raise ValueError(f"VerticalSlash: probes must be {known_ones}, got {self.probes!r}")
         if self.coverage is not None and not 0.0 < self.coverage <= 1.0:
             raise ValueError(f"VerticalSlash: coverage must be in (0, 1], got {self.coverage}")
         if self.threshold is not None and not 0.0 < self.threshold < 1.0:
@@ -127,11 +126,11 @@ class VerticalSlash:
             raise ValueError(f"VerticalSlash: density must be in (0, 1], got {self.density}")
         if self.density is not None and (self.threshold is not None or not per_tile):
             raise ValueError("VerticalSlash: density needs probes every few rows, and takes no threshold")
+        if self.question is not None and self.density is None:
+            raise ValueError("VerticalSlash: question needs a density")
         budgeted = self.threshold is not None or self.density is not None
         if per_tile and (not budgeted or self.tiles is not None or self.coverage is not None):
-            raise ValueError(
-                "VerticalSlash: probes every few rows need a threshold or density, and take neither tiles nor coverage"
-            )
+            raise ValueError("VerticalSlash: probes every few rows need a threshold or density, no tiles, no coverage")
         if self.threshold is not None and self.tiles is None and not per_tile:
             raise ValueError("VerticalSlash: threshold needs tiles; lines have no mean weight to compare")
 
@@ -176,7 +175,8 @@ class Limits:
     adaptive: bool = False
     threshold: bool = False
     density: bool = False
-    """Heads with a probe every few rows share a density; else each has a threshold."""
+    """Heads with a probe every few rows share a density; else each has a threshold. Some have a `question`:"""
+    question: bool = False
     every: int = 0
     """Rows to a probe where heads have one every few rows, and their largest number of slashes:"""
     floor: int = 0
@@ -220,7 +220,7 @@ class PatternArrays:
     layer's, with shape `[heads]`, which `make_plan` and `sparse_attention` accept. All layers share `limits`.
 
     - `kind`: int32 codes DENSE, A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE, PER_TILE.
-    - `first`: int32; sink, columns or blocks. `second`: int32; window or slashes.
+    - `first`: int32; sink, columns, blocks or, with a density, `question`. `second`: int32; window or slashes.
     - `tiles`: int32; −1 where slashes are counted as lines.
     - `spread`: bool, `probes == "spread"`. `coverage`, `threshold`, `density`: float32, `inf` for none.
     """
@@ -346,10 +346,6 @@ def _covers(pattern: Pattern) -> int:
     return max(pattern.columns, pattern.slashes) if pattern.tiles is None else 64 * pattern.tiles
 
 
-def _growth(pattern: VerticalSlash) -> int:
-    return 1 if pattern.threshold is None else GROWTH
-
-
 def _arrays(layers: tuple[tuple[Pattern, ...], ...]) -> PatternArrays:
     shape = (len(layers), len(layers[0]))
     kind, first, second = (np.zeros(shape, np.int32) for _ in range(3))
@@ -363,7 +359,8 @@ def _arrays(layers: tuple[tuple[Pattern, ...], ...]) -> PatternArrays:
         elif isinstance(pattern, BlockSparse):
             first[at] = pattern.blocks
         elif isinstance(pattern, VerticalSlash):
-            first[at], second[at] = pattern.columns, pattern.slashes
+            first[at] = pattern.columns if pattern.density is None else pattern.question or 0
+            second[at] = pattern.slashes
             tiles[at] = -1 if pattern.tiles is None else pattern.tiles
             spread[at] = pattern.probes == "spread"
             coverage[at] = np.inf if pattern.coverage is None else pattern.coverage
@@ -383,15 +380,18 @@ def _arrays(layers: tuple[tuple[Pattern, ...], ...]) -> PatternArrays:
         kinds=tuple(sorted({_code(p) for p in patterns})),
         sink=max((p.sink for p in a_shape), default=0),
         window=max((p.window for p in a_shape), default=0),
-        columns=max((_growth(p) * p.columns for p in vertical_slash), default=0),
+        columns=max(((1 if p.threshold is None else GROWTH) * p.columns for p in vertical_slash), default=0),
         slashes=max((p.slashes for p in lines), default=0),
-        tiles=max((_growth(p) * p.tiles for p in vertical_slash if p.tiles is not None), default=0),
+        tiles=max(
+            ((1 if p.threshold is None else GROWTH) * p.tiles for p in vertical_slash if p.tiles is not None), default=0
+        ),
         blocks=max((p.blocks for p in patterns if isinstance(p, BlockSparse)), default=0),
         lines=bool(lines),
         spread=any(p.probes == "spread" for p in vertical_slash),
         adaptive=any(p.coverage is not None for p in vertical_slash),
         threshold=any(p.threshold is not None for p in vertical_slash),
         density=any(shared),
+        question=any(p.question for p in per_tile),
         every=max(strides, default=0),
         floor=max((p.slashes for p in per_tile if p.density is None), default=0),
         covers=min(map(_covers, patterns)),

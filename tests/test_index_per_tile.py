@@ -98,6 +98,29 @@ def test_density_is_met_from_below_in_every_sequence(rng):
     assert wanted._cache_size() == 1
 
 
+def test_what_the_question_asks_for_is_part_of_the_density(rng):
+    """The last 64 valid rows see every key, and the keys that these attend to most are seen by all rows."""
+    t = 1280
+    q, k = heads(rng, 3, t, t)
+    lengths = jnp.asarray([t, 1200, 100], jnp.int32)  # 1,200: the last 64 rows lie in two query tiles
+    plan = PLAN(q, k, VerticalSlash(probes=8, density=0.6, question=50), lengths=lengths)
+    assert lists_are_clean(plan).all()
+    mask = np.asarray(plan.to_mask(t, t, lengths=lengths))
+    causal = np.tril(np.ones((t, t), bool))
+    weights = jax.nn.softmax(jnp.where(causal, jnp.einsum("bthd,bshd->bhts", q, jnp.repeat(k, 2, 2)) / 4, -jnp.inf))
+    for row, length in enumerate((t, 1200)):
+        np.testing.assert_array_equal(
+            mask[row, :, length - 64 : length, :length], causal[None, length - 64 : length, :length].repeat(4, 0)
+        )
+        best = np.argsort(-np.asarray(weights[row, :, length - 64 : length, : length - 256].sum(1)))[:, :20]
+        for head, keys in enumerate(best):
+            assert mask[row, head, 1000, keys[keys <= 1000]].all()
+        assert 0.58 < plan.density(t, t, lengths=lengths)[row].mean() <= 0.6
+    assert plan.density(t, t, lengths=lengths)[2].min() == 1  # shorter than what it asks for
+    with pytest.raises(ValueError, match="question needs a density"):
+        VerticalSlash(question=5)
+
+
 def test_no_head_keeps_less_than_the_original(rng):
     """With every row a probe the estimate is exact. A threshold that nothing reaches leaves the floor alone."""
     t, s = 200, 456  # the last rows: a chunk

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minference_jax.index import probes, select
 from minference_jax.index.vertical_slash import MIN_SLASHES, TILE_SINK_COLUMNS, column_words, slash_lines
-from minference_jax.index.worth import Mass, held, within, worth_a_visit
+from minference_jax.index.worth import Asked, Mass, held, within, worth_a_visit
 from minference_jax.patterns import PatternArrays
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
 from pallas_kernels.plan_builders import slashes_to_bands
@@ -96,7 +96,8 @@ def per_tile_index(
             lambda *some: estimate(*some)[:2], k, per_head, per_sequence, bytes_per_kv_head=size
         )
         mass = Mass(before, diagonal, *_query_tiles(valid, q_offset, tiles))
-        found = packed(*within(mass, budgets["density"], TILE_SINK_COLUMNS), last_key)
+        asked = _asked(q, k, mass, budgets["first"], valid, q_offset, scale) if patterns.limits.question else None
+        found = packed(*within(mass, budgets["density"], TILE_SINK_COLUMNS, asked), last_key)
     else:
         last = probes.probe_rows(valid, jnp.zeros((n,), bool))
         rows_of_original = {
@@ -109,6 +110,37 @@ def per_tile_index(
     columns, column_count = select.word_positions(column_bits, s, s)
     blocks, block_count = select.word_positions(block_bits, num_key_tiles(s), 0)
     return PerTileIndex(columns, column_count, blocks, block_count)
+
+
+def _asked(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    mass: Mass,
+    count: Int[Array, "b k g"],
+    valid: Int[Array, " b"],
+    q_offset: Int[Array, ""],
+    scale: float,
+) -> Asked:
+    """The `count` keys that the last rows of each head attend to most, and of a head with any, all keys of the query
+    tiles that hold these rows."""
+    b, _, n, _ = q.shape
+    s, kv_heads = k.shape[1], k.shape[2]
+    rows = probes.probe_rows(valid, jnp.zeros((n,), bool))
+    last = {"probes": probes.gather_probes(q, rows), "positions": jnp.where(rows >= 0, rows + q_offset, -1)}
+    last = probes.by_kv_head(last, b, n, kv_heads) | {"count": count}
+
+    def best(k: Array, heads: dict[str, Array], _: Any) -> Array:
+        scores, factor = probes.probe_scores(heads["probes"], k, scale)
+        sums = probes.lazy_weights(scores, factor, heads["positions"]).by_key().sum(-2)
+        return select.top_k_words(jnp.where(sums > 0, sums, -jnp.inf), heads["count"])
+
+    size = n // kv_heads * probes.PROBES * s * k.dtype.itemsize
+    columns = select.unpack(probes.map_heads(best, k, last, valid, bytes_per_kv_head=size), s)
+    columns = jnp.pad(columns, [(0, 0)] * 3 + [(0, -s % KEY_TILE)])
+    first = mass.start - q_offset
+    end = (first + QUERY_TILE > valid[:, None] - probes.PROBES) & (first < valid[:, None])
+    blocks = end[:, None, None, :, None] & mass.past() & (count > 0)[..., None, None]
+    return Asked(columns, blocks)
 
 
 def tile_rows(valid: Int[Array, " b"], tiles: int, every: int) -> tuple[Int[Array, "b i p"], Float[Array, "b i p"]]:

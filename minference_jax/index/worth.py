@@ -81,21 +81,34 @@ def visited(mass: Mass, columns: Bool[Array, "b k g x"], blocks: Bool[Array, "b 
     return jnp.sum((keys + (mass.rows + 1) / 2) * mass.rows, axis=-1)
 
 
+class Asked(NamedTuple):
+    """What the end of a prompt looks at, visited before anything is chosen."""
+
+    columns: Bool[Array, "b k g x"]
+    blocks: Bool[Array, "b k g i kt"]
+
+
 def within(
-    mass: Mass, density: Float[Array, "b k g"], sink: int
+    mass: Mass, density: Float[Array, "b k g"], sink: int, asked: Asked | None = None
 ) -> tuple[Bool[Array, "b k g x"], Bool[Array, "b k g i kt"]]:
     """Columns (without the first `sink` keys, which are visited anyhow) and blocks at the smallest threshold at which
     the heads of a finite density visit together, in each sequence, no more than the sum of their shares.
 
-    Where even none visits more, none is the answer.
+    What is `asked` for counts as visited; the threshold decides about the rest. Where even none visits more, none is
+    the answer.
     """
     counted = jnp.isfinite(density)
     causal = jnp.sum((mass.start.astype(jnp.float32) + (mass.rows + 1) / 2) * mass.rows, axis=-1)
     most = jnp.sum(jnp.where(counted, density, 0) * causal, axis=(1, 2), keepdims=True)
     first = jnp.arange(mass.before.shape[-2] * KEY_TILE, dtype=jnp.int32) < sink
+    rest = mass
+    if asked is not None:
+        seen = asked.columns.reshape(*asked.columns.shape[:-1], 1, -1, KEY_TILE) | asked.blocks[..., None]
+        rest = mass._replace(before=jnp.where(seen, 0, mass.before))
 
     def at(octaves: Float[Array, "b 1 1"]) -> tuple[Array, Array]:
-        return worth_a_visit(mass, jnp.broadcast_to(jnp.exp2(-octaves), density.shape))
+        columns, blocks = worth_a_visit(rest, jnp.broadcast_to(jnp.exp2(-octaves), density.shape))
+        return (columns, blocks) if asked is None else (columns | asked.columns, blocks | asked.blocks)
 
     def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends

@@ -47,7 +47,7 @@ CANDIDATES: tuple[Pattern, ...] = (
 
 _BUDGETS: dict[type, tuple[str, ...]] = {
     AShape: ("sink", "window"),
-    VerticalSlash: ("columns", "slashes", "tiles"),
+    VerticalSlash: ("columns", "slashes", "tiles", "question"),
     BlockSparse: ("blocks",),
 }
 
