@@ -118,10 +118,10 @@ def vertical_slash_for(length: int, density: float, *, columns: int | None = Non
 
 
 def per_tile_for(length: int, density: float) -> VerticalSlash:
-    """For short prompts: the keys most worth a visit, at one threshold a layer, by a probe in every row of up to 1,024
-    tokens, in every second of up to 2,048, and so on up to every eighth. Every prompt has the density."""
+    """For short prompts: the keys most worth a visit, at one threshold a layer, by a probe in every row of up to 2,048
+    tokens, in every second of up to 4,096, and so on up to every eighth. Every prompt has the density."""
     every = 1
-    while every < 8 and every * 1024 < length:
+    while every < 8 and every * 2048 < length:
         every *= 2
     return VerticalSlash(columns=0, slashes=0, probes=every, density=density)
 
