@@ -130,7 +130,7 @@ class VerticalSlash:
             raise ValueError("VerticalSlash: question needs a density")
         budgeted = self.threshold is not None or self.density is not None
         if per_tile and (not budgeted or self.tiles is not None or self.coverage is not None):
-            raise ValueError("VerticalSlash: probes every few rows need a threshold or density, no tiles, no coverage")
+            raise ValueError("VerticalSlash: probes by number need a threshold or density, neither tiles nor coverage")
         if self.threshold is not None and self.tiles is None and not per_tile:
             raise ValueError("VerticalSlash: threshold needs tiles; lines have no mean weight to compare")
 
