@@ -12,13 +12,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int32
 
 from minference_jax.models.config import LlamaConfig
+from minference_jax.models.rounding import QUANTIZED, SCALE_DTYPE, quantize_rows, turned
 from pallas_kernels.decode import decode_attention, dequantize
-
-QUANTIZED: dict[str, float] = {"float8_e4m3fn": 448.0, "int8": 127.0}
-"""Cache dtypes of one byte, and the largest number of each."""
-
-SCALE_DTYPE = jnp.bfloat16
-"""Of the factors of quantized rows: numbers are divided by the rounded factor, so its rounding costs nothing."""
 
 
 @partial(
@@ -36,7 +31,8 @@ class KVCache:
     - `k_scale`, `v_scale`: `[layers, b, s, k]`, the factor of each head's row; None unless quantized.
 
     A quantized row is rounded to 3 bits of mantissa (float8_e4m3fn) or to 1/127 of its largest number (int8), with a
-    factor for each token and head: no calibration, and what was written never has to change.
+    factor for each token and head: no calibration, and what was written never has to change. Quantized keys are stored
+    turned, see `models.rounding`; `queries` turns what is to be multiplied with them.
     """
 
     k: Float[Array, "layers b s k h"]
@@ -130,7 +126,10 @@ class KVCache:
     def read(
         self, layer: Array | int, dtype: Any, extent: int | None = None
     ) -> tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]]:
-        """Keys and values of one layer in `dtype`, of the first `extent` positions (static; None: of all)."""
+        """Keys and values of one layer in `dtype`, of the first `extent` positions (static; None: of all).
+
+        Keys of a quantized cache are turned, as `queries` turns queries.
+        """
         extent = self.capacity if extent is None else extent
 
         def first(x: Array) -> Array:
@@ -144,7 +143,12 @@ class KVCache:
 
     def attend(self, layer: Array, q: Float[Array, "b n h"], lengths: Int32[Array, " b"]) -> Float[Array, "b n h"]:
         """Dense attention of one query per sequence to the first `lengths` positions of a layer."""
+        q = self.queries(q)
         return decode_attention(q, self.k, self.v, layer, lengths, k_scale=self.k_scale, v_scale=self.v_scale)
+
+    def queries(self, q: Float[Array, "*rows h"]) -> Float[Array, "*rows h"]:
+        """Queries as the keys of this cache are stored: turned if it is quantized."""
+        return q if self.k_scale is None else turned(q)
 
     def _rows(self) -> dict[str, Array]:
         """What is stored of each layer and position."""
@@ -154,7 +158,7 @@ class KVCache:
     def _encoded(self, k: Array, v: Array) -> dict[str, Array]:
         if self.k_scale is None:
             return {"k": k, "v": v}
-        (k, k_scale), (v, v_scale) = quantize_rows(k, self.k.dtype), quantize_rows(v, self.v.dtype)
+        (k, k_scale), (v, v_scale) = quantize_rows(turned(k), self.k.dtype), quantize_rows(v, self.v.dtype)
         return {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
 
 
@@ -162,16 +166,6 @@ def _delete(x: Array) -> None:
     """Frees the buffer of an array that has one, once what is being computed from it is done."""
     if not isinstance(x, Tracer) and not x.is_deleted():
         x.delete()
-
-
-def quantize_rows(x: Float[Array, "*rows h"], dtype: Any) -> tuple[Array, Float[Array, "*rows"]]:
-    """Each row divided by its factor and rounded to `dtype` (float8_e4m3fn or int8), and the factors."""
-    largest = QUANTIZED[jnp.dtype(dtype).name]
-    x = x.astype(jnp.float32)
-    scale = (jnp.max(jnp.abs(x), axis=-1) / largest).astype(SCALE_DTYPE)
-    divisor = scale.astype(jnp.float32)[..., None]
-    x = jnp.clip(jnp.where(divisor > 0, x / divisor, 0), -largest, largest)
-    return (jnp.round(x) if jnp.dtype(dtype) == jnp.int8 else x).astype(dtype), scale
 
 
 def cache_dtype(name: Any, model_dtype: Any) -> jnp.dtype:

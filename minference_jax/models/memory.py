@@ -25,11 +25,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from minference_jax.models.cache import QUANTIZED, cache_dtype
+from minference_jax.models.cache import cache_dtype
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.forward import CHUNK, PART
 from minference_jax.models.fp8 import CONTRACTED, fp8_shapes
 from minference_jax.models.params import layer_shapes, param_shapes
+from minference_jax.models.rounding import QUANTIZED
 
 GPUS: dict[str, float] = {
     "24 GB": 24.0,

@@ -63,7 +63,7 @@ def attend_to_cache(
     else is what it says of the whole cache.
     """
     end = start + q.shape[1]
-    seen = jnp.minimum(lengths, end)
+    seen, q = jnp.minimum(lengths, end), cache.queries(q)
     if isinstance(patterns, PatternArrays):
         patterns = part_budgets(patterns, seen, lengths)
 
