@@ -18,6 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.narrow import moved
+
 BLOCKS = 528
 """Thread blocks to aim at: four for each multiprocessor of an H100 or H200, of which two run at a time."""
 
@@ -111,7 +113,7 @@ def _tile(k: Array) -> int:
 
 def _plain_attention(q, k, v, k_scale, v_scale, layer, lengths, *, scale: float) -> Array:
     b, n, h = q.shape
-    k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
+    k, v = (moved(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), x) for x in (k, v))
     if k_scale is not None:
         k_scale, v_scale = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k_scale, v_scale))
         k, v = (dequantize(x, s, q.dtype) for x, s in ((k, k_scale), (v, v_scale)))

@@ -12,8 +12,13 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int32
 
 from minference_jax.models.config import LlamaConfig
+from minference_jax.models.layers import map_chunks
 from minference_jax.models.rounding import QUANTIZED, SCALE_DTYPE, quantize_rows, turned
 from pallas_kernels.decode import decode_attention, dequantize
+from pallas_kernels.narrow import moved
+
+CHUNK = 16_384
+"""Tokens that are quantized at once."""
 
 
 @partial(
@@ -104,11 +109,15 @@ class KVCache:
 
     def write(self, layer: Array, start: Array, k: Float[Array, "b t k h"], v: Float[Array, "b t k h"]) -> KVCache:
         """With the rows of one layer at positions start, start + 1, … replaced; tokens and lengths stay."""
-        new = self._encoded(k, v)
+        # In chunks: what compares the factors of a million rows must not exist for all of them at once.
+        new = {"k": k, "v": v} if self.k_scale is None else map_chunks(lambda _, *kv: self._encoded(*kv), (k, v), CHUNK)
         return dataclasses.replace(
             self,
             **{
-                name: jax.lax.dynamic_update_slice(x, new[name][None], (layer, 0, start, *(0,) * (x.ndim - 3)))
+                name: moved(
+                    partial(jax.lax.dynamic_update_slice, start_indices=(layer, 0, start, *(0,) * (x.ndim - 3))),
+                    *(x, new[name][None]),
+                )
                 for name, x in self._rows().items()
             },
         )
@@ -118,10 +127,11 @@ class KVCache:
     ) -> KVCache:
         """With one row of each sequence replaced; a position past the end writes nothing."""
         new, rows = self._encoded(k, v), jnp.arange(positions.shape[0], dtype=jnp.int32)
-        return dataclasses.replace(
-            self,
-            **{name: x.at[layer, rows, positions].set(new[name], mode="drop") for name, x in self._rows().items()},
-        )
+
+        def put(x: Array, new: Array) -> Array:
+            return x.at[layer, rows, positions].set(new, mode="drop")
+
+        return dataclasses.replace(self, **{name: moved(put, x, new[name]) for name, x in self._rows().items()})
 
     def read(
         self, layer: Array | int, dtype: Any, extent: int | None = None
@@ -134,7 +144,7 @@ class KVCache:
 
         def first(x: Array) -> Array:
             size = (1, x.shape[1], extent, *x.shape[3:])
-            return jax.lax.dynamic_slice(x, (layer, *(0,) * (x.ndim - 1)), size)[0]
+            return moved(lambda x: jax.lax.dynamic_slice(x, (layer, *(0,) * (x.ndim - 1)), size)[0], x)
 
         rows = {name: first(x) for name, x in self._rows().items()}
         if self.k_scale is None:

@@ -1,0 +1,22 @@
+"""Moving 8-bit floats about as the bytes that they are, where XLA would convert them first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+def moved(move: Callable[..., Array], *arrays: Array) -> Array:
+    """`move(*arrays)` for arrays of one dtype; `move` takes numbers from place to place and computes nothing of them.
+
+    XLA's CPU backend has no 8-bit floats: to write one row of an array it turns the whole of it into float16 and back.
+    Where a CPU is the default they are moved as integers of 8 bits, which gives the same.
+    """
+    dtype = arrays[0].dtype
+    if dtype.itemsize > 1 or not jnp.issubdtype(dtype, jnp.floating) or jax.default_backend() != "cpu":
+        return move(*arrays)
+    moved = move(*(jax.lax.bitcast_convert_type(x, jnp.uint8) for x in arrays))
+    return jax.lax.bitcast_convert_type(moved, dtype)
