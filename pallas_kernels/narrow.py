@@ -18,5 +18,5 @@ def moved(move: Callable[..., Array], *arrays: Array) -> Array:
     dtype = arrays[0].dtype
     if dtype.itemsize > 1 or not jnp.issubdtype(dtype, jnp.floating) or jax.default_backend() != "cpu":
         return move(*arrays)
-    moved = move(*(jax.lax.bitcast_convert_type(x, jnp.uint8) for x in arrays))
-    return jax.lax.bitcast_convert_type(moved, dtype)
+    codes = move(*(jax.lax.bitcast_convert_type(x, jnp.uint8) for x in arrays))
+    return jax.lax.bitcast_convert_type(codes, dtype)
