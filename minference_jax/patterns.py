@@ -376,15 +376,14 @@ def _arrays(layers: tuple[tuple[Pattern, ...], ...]) -> PatternArrays:
     if len(shared) > 1:
         raise ValueError("VerticalSlash: heads with a probe every few rows must all have a threshold or all a density")
     lines = [p for p in vertical_slash if p.tiles is None]
+    growth = {p: 1 if p.threshold is None else GROWTH for p in vertical_slash}
     limits = Limits(
         kinds=tuple(sorted({_code(p) for p in patterns})),
         sink=max((p.sink for p in a_shape), default=0),
         window=max((p.window for p in a_shape), default=0),
-        columns=max(((1 if p.threshold is None else GROWTH) * p.columns for p in vertical_slash), default=0),
+        columns=max((growth[p] * p.columns for p in vertical_slash), default=0),
         slashes=max((p.slashes for p in lines), default=0),
-        tiles=max(
-            ((1 if p.threshold is None else GROWTH) * p.tiles for p in vertical_slash if p.tiles is not None), default=0
-        ),
+        tiles=max((growth[p] * p.tiles for p in vertical_slash if p.tiles is not None), default=0),
         blocks=max((p.blocks for p in patterns if isinstance(p, BlockSparse)), default=0),
         lines=bool(lines),
         spread=any(p.probes == "spread" for p in vertical_slash),

@@ -99,12 +99,7 @@ def per_tile_index(
         asked = _asked(q, k, mass, budgets["first"], valid, q_offset, scale) if patterns.limits.question else None
         found = packed(*within(mass, budgets["density"], TILE_SINK_COLUMNS, asked), last_key)
     else:
-        last = probes.probe_rows(valid, jnp.zeros((n,), bool))
-        rows_of_original = {
-            "last": probes.gather_probes(q, last),
-            "last_positions": jnp.where(last >= 0, last + q_offset, -1),
-        }
-        per_head |= budgets | probes.by_kv_head(rows_of_original, b, n, kv_heads)
+        per_head |= budgets | _last_rows(q, kv_heads, valid, q_offset)
         found = probes.map_heads(at_thresholds, k, per_head, per_sequence, bytes_per_kv_head=size)
     column_bits, block_bits = (x.reshape(b, n, *x.shape[3:]) for x in found)
     columns, column_count = select.word_positions(column_bits, s, s)
@@ -123,24 +118,31 @@ def _asked(
 ) -> Asked:
     """The `count` keys that the last rows of each head attend to most, and of a head with any, all keys of the query
     tiles that hold these rows."""
-    b, _, n, _ = q.shape
     s, kv_heads = k.shape[1], k.shape[2]
-    rows = probes.probe_rows(valid, jnp.zeros((n,), bool))
-    last = {"probes": probes.gather_probes(q, rows), "positions": jnp.where(rows >= 0, rows + q_offset, -1)}
-    last = probes.by_kv_head(last, b, n, kv_heads) | {"count": count}
+    last = _last_rows(q, kv_heads, valid, q_offset) | {"count": count}
 
     def best(k: Array, heads: dict[str, Array], _: Any) -> Array:
-        scores, factor = probes.probe_scores(heads["probes"], k, scale)
-        sums = probes.lazy_weights(scores, factor, heads["positions"]).by_key().sum(-2)
+        scores, factor = probes.probe_scores(heads["last"], k, scale)
+        sums = probes.lazy_weights(scores, factor, heads["last_positions"]).by_key().sum(-2)
         return select.top_k_words(jnp.where(sums > 0, sums, -jnp.inf), heads["count"])
 
-    size = n // kv_heads * probes.PROBES * s * k.dtype.itemsize
+    size = q.shape[2] // kv_heads * probes.PROBES * s * k.dtype.itemsize
     columns = select.unpack(probes.map_heads(best, k, last, valid, bytes_per_kv_head=size), s)
     columns = jnp.pad(columns, [(0, 0)] * 3 + [(0, -s % KEY_TILE)])
     first = mass.start - q_offset
     end = (first + QUERY_TILE > valid[:, None] - probes.PROBES) & (first < valid[:, None])
     blocks = end[:, None, None, :, None] & mass.past() & (count > 0)[..., None, None]
     return Asked(columns, blocks)
+
+
+def _last_rows(
+    q: Float[Array, "b t n h"], kv_heads: int, valid: Int[Array, " b"], q_offset: Int[Array, ""]
+) -> dict[str, Array]:
+    """The last 64 valid rows, which the original looks at, `[b, k, g, 64, h]`, and their positions."""
+    b, _, n, _ = q.shape
+    rows = probes.probe_rows(valid, jnp.zeros((n,), bool))
+    last = {"last": probes.gather_probes(q, rows), "last_positions": jnp.where(rows >= 0, rows + q_offset, -1)}
+    return probes.by_kv_head(last, b, n, kv_heads)
 
 
 def tile_rows(valid: Int[Array, " b"], tiles: int, every: int) -> tuple[Int[Array, "b i p"], Float[Array, "b i p"]]:

@@ -9,8 +9,8 @@ FP8 (e4m3) has three bits of mantissa: a number is off by up to 6 %, whatever it
 which down depends on the factor, though, so of a few within an octave each row takes the one whose errors are least.
 What is stored and how it is read stay the same.
 
-SmolLM2 at 8,192 tokens on an H100, 300 prompts with a needle: all 228 answers that dense attention has right with a
-16-bit cache are the same with an FP8 and with an int8 one; with sparse prefill 209 and 211 of 211.
+SmolLM2 at 8,192 tokens on an H100 (bf16, jax 0.11.2), 300 prompts with a needle: all 228 answers that dense attention
+has right with a 16-bit cache are the same with an FP8 and with an int8 one; with sparse prefill 209 and 211 of 211.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _least_error(x: Float[Array, "*rows h"], scale: Float[Array, "*rows"], large
     """Of `CHOICES` factors from `scale` to twice as much, the one with the least sum of squared errors in e4m3."""
     steps = jnp.asarray(2.0 ** (np.arange(CHOICES) / CHOICES), jnp.float32)
     factors = (scale[..., None] * steps).astype(SCALE_DTYPE)  # [*rows, choices]
-    many = x[..., None, :]  # the sum over h below is one pass: XLA makes no array of rows × choices × h
+    many = x[..., None, :]  # where XLA stores this instead of fusing it with the sum, it is large: see cache.CHUNK
     # XLA takes a conversion to FP8 and back for nothing, and would find no error; this it leaves alone.
     codes = jax.lax.reduce_precision(_divided(many, factors, largest), exponent_bits=8, mantissa_bits=3)
     error = jnp.sum(jnp.square(codes * factors.astype(jnp.float32)[..., None] - many), axis=-1)

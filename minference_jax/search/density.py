@@ -52,7 +52,8 @@ def share_among_layers(
     *,
     lengths: Int[Array, " b"] | None = None,
 ) -> HeadPatterns:
-    """`pattern`, which has a density, for all heads, with a density for each layer, whose mean is the pattern's.
+    """`pattern`, which has a density, for all heads, with a density for each layer, whose mean is the
+    pattern's (less where a layer's share would be more than all).
 
     Layers need different shares of their cells, so the same one in all of them costs more. Each gets what it visits of
     these tokens at one threshold for all layers. On another prompt it visits that again, and where depends on the
