@@ -57,8 +57,8 @@ def per_tile_index(
 
     **Arguments:** as `vertical_slash_index`. The widths of the result are those of all keys: there is no budget.
 
-    Cost: the scores of t / m rows with all keys, and some sixty (with densities a hundred) reads of `[t / 128, s]` sums
-    in float32 a head. Memory: the scores of a few KV heads at a time (`probes.SCORE_BYTES`), with densities the sums of
+    Cost: the scores of t / m rows with all keys, and some sixty (with densities eight) reads of `[t / 128, s]` sums in
+    float32 a head. Memory: the scores of a few KV heads at a time (`probes.SCORE_BYTES`), with densities the sums of
     all heads; it grows with t · s.
     """
     b, t, n, _ = q.shape

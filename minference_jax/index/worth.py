@@ -17,6 +17,9 @@ OCTAVES, STEPS = 32.0, 16
 """The threshold of a density lies within a factor of 2³² below 1, and is found to 1 / 2,048 of an octave: about what
 one tile of a layer is worth at 1,024 tokens."""
 
+ROUNDS = 2
+"""How often blocks are chosen beside the columns, and columns beside these blocks."""
+
 
 class Mass(NamedTuple):
     """The estimate for some heads: attention weights summed over the rows of each query tile."""
@@ -38,6 +41,22 @@ class Mass(NamedTuple):
         return KEY_TILE * jnp.arange(self.before.shape[-2], dtype=jnp.int32) < self.start[:, None]
 
 
+def column_worth(mass: Mass, blocks: Bool[Array, "b k g i kt"]) -> Float[Array, "b k g kt 64"]:
+    """Mean weight of each key over the rows whose blocks do not hold it; negative where there is no such row."""
+    open_tiles = mass.past() & ~blocks
+    cells = jnp.sum(jnp.where(open_tiles, mass.rows[..., None], 0), axis=-2)[..., None]  # [b, k, g, kt, 1]
+    found = jnp.sum(jnp.where(open_tiles[..., None], mass.before, 0), axis=-3)
+    return jnp.where(cells > 0, found / jnp.maximum(cells, 1), -1)
+
+
+def block_worth(mass: Mass, columns: Bool[Array, "b k g kt 64"]) -> Float[Array, "b k g i kt"]:
+    """Mean weight of each tile's keys that are no columns; negative for a tile that is not before the query tile."""
+    rest = jnp.sum(jnp.where(columns[..., None, :, :], 0, mass.before), axis=-1)
+    keys = jnp.maximum(KEY_TILE - columns.sum(-1, dtype=jnp.int32), 1).astype(jnp.float32)
+    cells = keys[..., None, :] * mass.rows[..., None]
+    return jnp.where(mass.past() & (mass.rows > 0)[..., None], rest / jnp.maximum(cells, 1), -1)
+
+
 def worth_a_visit(
     mass: Mass, threshold: Float[Array, "b k g"]
 ) -> tuple[Bool[Array, "b k g x"], Bool[Array, "b k g i kt"]]:
@@ -46,25 +65,12 @@ def worth_a_visit(
     Each of the two depends on the other: columns without blocks first, then twice blocks without the keys that are
     columns, and columns without the rows whose blocks hold them.
     """
-    past = mass.past()
-    level = threshold[..., None]
-
-    def columns_beside(blocks: Bool[Array, "b k g i kt"]) -> Bool[Array, "b k g kt 64"]:
-        open_tiles = past & ~blocks
-        cells = jnp.sum(jnp.where(open_tiles, mass.rows[..., None], 0), axis=-2)  # [b, k, g, kt]
-        found = jnp.sum(jnp.where(open_tiles[..., None], mass.before, 0), axis=-3)
-        return (found >= (level * cells)[..., None]) & (cells > 0)[..., None]
-
-    def blocks_beside(columns: Bool[Array, "b k g kt 64"]) -> Bool[Array, "b k g i kt"]:
-        rest = jnp.sum(jnp.where(columns[..., None, :, :], 0, mass.before), axis=-1)
-        keys = jnp.maximum(KEY_TILE - columns.sum(-1, dtype=jnp.int32), 1).astype(jnp.float32)
-        cells = keys[..., None, :] * mass.rows[..., None]
-        return past & (rest >= level[..., None] * cells) & (mass.rows > 0)[..., None]
-
+    level = threshold[..., None, None]
     blocks = jnp.zeros(mass.before.shape[:-1], bool)
-    for _ in range(2):
-        blocks = blocks_beside(columns_beside(blocks))
-    columns = columns_beside(blocks)
+    columns = column_worth(mass, blocks) >= level
+    for _ in range(ROUNDS):
+        blocks = block_worth(mass, columns) >= level
+        columns = column_worth(mass, blocks) >= level
     return columns.reshape(*columns.shape[:-2], -1), blocks
 
 
@@ -91,33 +97,51 @@ class Asked(NamedTuple):
 def within(
     mass: Mass, density: Float[Array, "b k g"], sink: int, asked: Asked | None = None
 ) -> tuple[Bool[Array, "b k g x"], Bool[Array, "b k g i kt"]]:
-    """Columns (without the first `sink` keys, which are visited anyhow) and blocks at the smallest threshold at which
-    the heads of a finite density visit together, in each sequence, no more than the sum of their shares.
+    """Columns and blocks that the heads of a finite density visit together, in each sequence, in no more cells than the
+    sum of their shares: those of the largest mean weight, as `worth_a_visit` has them at one threshold.
 
-    What is `asked` for counts as visited; the threshold decides about the rest. Where even none visits more, none is
-    the answer.
+    The first `sink` keys and what is `asked` for are visited first; the threshold decides about the rest. Where they
+    alone are more than the shares, they are the answer.
+
+    Finding the threshold reads all of the mass six times: it is found anew whenever the columns beside the blocks, or
+    the blocks beside the columns, have changed, and what either is worth takes a 64th of the mass or less.
     """
     counted = jnp.isfinite(density)
     causal = jnp.sum((mass.start.astype(jnp.float32) + (mass.rows + 1) / 2) * mass.rows, axis=-1)
     most = jnp.sum(jnp.where(counted, density, 0) * causal, axis=(1, 2), keepdims=True)
-    first = jnp.arange(mass.before.shape[-2] * KEY_TILE, dtype=jnp.int32) < sink
-    rest = mass
+    shape = mass.before.shape
+    first = jnp.arange(shape[-2] * KEY_TILE, dtype=jnp.int32).reshape(-1, KEY_TILE) < sink
+    kept_columns, kept_blocks = jnp.broadcast_to(first, (*shape[:3], *shape[-2:])), jnp.zeros(shape[:-1], bool)
     if asked is not None:
-        seen = asked.columns.reshape(*asked.columns.shape[:-1], 1, -1, KEY_TILE) | asked.blocks[..., None]
-        rest = mass._replace(before=jnp.where(seen, 0, mass.before))
+        kept_columns, kept_blocks = kept_columns | asked.columns.reshape(kept_columns.shape), asked.blocks
+    rest = mass._replace(before=jnp.where(kept_columns[..., None, :, :] | kept_blocks[..., None], 0, mass.before))
 
-    def at(octaves: Float[Array, "b 1 1"]) -> tuple[Array, Array]:
-        columns, blocks = worth_a_visit(rest, jnp.broadcast_to(jnp.exp2(-octaves), density.shape))
-        return (columns, blocks) if asked is None else (columns | asked.columns, blocks | asked.blocks)
+    def chosen(of_columns: Array, of_blocks: Array, octaves: Float[Array, "b 1 1"]) -> tuple[Array, Array]:
+        level = jnp.exp2(-octaves)[..., None, None]
+        return kept_columns | (of_columns >= level), kept_blocks | (of_blocks >= level)
 
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
-        middle = (low + high) / 2
-        columns, blocks = at(middle)
-        cells = jnp.where(counted, visited(mass, columns | first, blocks), 0)
-        fits = jnp.sum(cells, axis=(1, 2), keepdims=True) <= most
-        return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
+    def best(of_columns: Float[Array, "b k g kt 64"], of_blocks: Float[Array, "b k g i kt"]) -> tuple[Array, Array]:
+        """Columns and blocks at the smallest threshold at which they fit."""
 
-    none = jnp.zeros(most.shape, jnp.float32)
-    octaves, _ = jax.lax.fori_loop(0, STEPS, halve, (none, jnp.full_like(none, OCTAVES)))
-    return at(octaves)
+        def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = ends
+            middle = (low + high) / 2
+            columns, blocks = chosen(of_columns, of_blocks, middle)
+            cells = jnp.where(counted, visited(mass, columns.reshape(*shape[:3], -1), blocks), 0)
+            fits = jnp.sum(cells, axis=(1, 2), keepdims=True) <= most
+            return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
+
+        none = jnp.zeros(most.shape, jnp.float32)
+        octaves, _ = jax.lax.fori_loop(0, STEPS, halve, (none, jnp.full_like(none, OCTAVES)))
+        return chosen(of_columns, of_blocks, octaves)
+
+    # To begin with, blocks are worth what they hold on all keys, columns or not.
+    of_columns = column_worth(rest, kept_blocks)
+    columns, _ = best(of_columns, block_worth(rest, kept_columns))
+    blocks = kept_blocks
+    for _ in range(ROUNDS):
+        of_blocks = block_worth(rest, columns)
+        _, blocks = best(of_columns, of_blocks)
+        of_columns = column_worth(rest, blocks)
+        columns, blocks = best(of_columns, of_blocks)
+    return columns.reshape(*shape[:3], -1), blocks
