@@ -121,6 +121,20 @@ def test_what_the_question_asks_for_is_part_of_the_density(rng):
         VerticalSlash(question=5)
 
 
+def test_a_head_that_looks_at_the_token_before_sees_it_across_tiles(rng):
+    """Only the first row of a query tile needs the tile before, so it has to be among the probes."""
+    t = 640
+    place = (
+        np.sin(np.arange(t)[:, None] * np.linspace(0.3, 3, 16)),
+        np.cos(np.arange(t)[:, None] * np.linspace(0.3, 3, 16)),
+    )
+    keys = np.concatenate(place, -1)
+    q, k = 8 * np.roll(keys, 1, 0)[None, :, None], keys[None, :, None]  # row i asks for key i - 1
+    plan = PLAN(jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32), VerticalSlash(probes=16, density=0.5))
+    mask = np.asarray(plan.to_mask(t, t))[0, 0]
+    assert all(mask[row, row - 1] for row in range(128, t, 128))
+
+
 def test_no_head_keeps_less_than_the_original(rng):
     """With every row a probe the estimate is exact. A threshold that nothing reaches leaves the floor alone."""
     t, s = 200, 456  # the last rows: a chunk
@@ -173,7 +187,7 @@ def test_beside_another_kind(rng):
 
 
 def test_probe_rows_of_the_last_tile():
-    rows, share = per_tile.tile_rows(jnp.asarray([256, 129, 100], jnp.int32), 2, 32)
+    rows, share = per_tile.tile_rows(jnp.asarray([256, 129, 100], jnp.int32), 2, 32, first=16)
     np.testing.assert_array_equal(rows[0], [[16, 48, 80, 112], [144, 176, 208, 240]])
     np.testing.assert_allclose(share[0], 32.0)
     assert int(rows[1, 1, 0]) == 128  # the only row of its tile

@@ -64,7 +64,10 @@ def per_tile_index(
     b, t, n, _ = q.shape
     s, kv_heads, tiles = k.shape[1], k.shape[2], num_query_tiles(t)
     valid = jnp.clip(lengths - q_offset, 0, t)
-    rows, share = tile_rows(valid, tiles, patterns.limits.every)
+    every = patterns.limits.every
+    # Heads that look at the token before do so across the border of two tiles in the first row alone; unless it is a
+    # probe, the tile before seems to be worth nothing to them. (Thresholds were measured with the rows in the middle.)
+    rows, share = tile_rows(valid, tiles, every, first=0 if patterns.limits.density else every // 2)
     everywhere = jnp.broadcast_to(rows.reshape(b, 1, -1), (b, n, rows.shape[1] * rows.shape[2]))
     budgets = {name: getattr(patterns, name) for name in ("first", "second", "threshold", "density")}
     budgets = probes.by_kv_head(budgets, b, n, kv_heads)
@@ -145,15 +148,18 @@ def _last_rows(
     return probes.by_kv_head(last, b, n, kv_heads)
 
 
-def tile_rows(valid: Int[Array, " b"], tiles: int, every: int) -> tuple[Int[Array, "b i p"], Float[Array, "b i p"]]:
-    """The probe rows of each query tile and how many rows each stands for: 0 for one past the valid rows.
+def tile_rows(
+    valid: Int[Array, " b"], tiles: int, every: int, first: int
+) -> tuple[Int[Array, "b i p"], Float[Array, "b i p"]]:
+    """The probe rows of each query tile, from its row `first` on, and how many rows each stands for: 0 for one past the
+    valid rows.
 
     In the last tile of a sequence those that are valid share its rows, or if none is, its last row stands for all.
     """
-    first = QUERY_TILE * jnp.arange(tiles, dtype=jnp.int32)[:, None]
-    rows = first + every * jnp.arange(QUERY_TILE // every, dtype=jnp.int32) + every // 2
+    start = QUERY_TILE * jnp.arange(tiles, dtype=jnp.int32)[:, None]
+    rows = start + every * jnp.arange(QUERY_TILE // every, dtype=jnp.int32) + first
     valid = valid[:, None, None]
-    inside = jnp.clip(valid - first, 0, QUERY_TILE)  # [b, i, 1]
+    inside = jnp.clip(valid - start, 0, QUERY_TILE)  # [b, i, 1]
     seen = (rows < valid) | ((rows == rows[:, :1]) & (inside > 0))
     share = jnp.where(seen, inside, 0) / jnp.maximum(seen.sum(-1, keepdims=True), 1)
     return jnp.clip(jnp.minimum(rows, valid - 1), 0), share.astype(jnp.float32)
