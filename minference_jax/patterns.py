@@ -63,8 +63,8 @@ class VerticalSlash:
       budget has a cost that does not depend on the prompt, and holds more softmax mass at the same cost.
     - `probes`: the query rows that the estimate looks at: `"last"` (the last 64, the original), `"spread"` (the
       last 16 and 48 more spread evenly over the prompt, for attention that changes along the prompt), or a number m
-      (static, a divisor of 128, the same in all heads of a model): every m-th row, for prompts of up to some
-      thousand tokens; see below.
+      (static, a divisor of 128, the same in all heads of a model): every m-th row, with a `density` among them the
+      first and the last of each query tile; see below.
     - `coverage`: if given, each head keeps only its best entries until they hold this share of the estimated
       mass; the budgets remain upper limits, so shapes and compiled code do not change.
     - `threshold`: if given (with `tiles`), the budgets are what every head gets at least, and a head whose attention

@@ -187,12 +187,20 @@ def test_beside_another_kind(rng):
 
 
 def test_probe_rows_of_the_last_tile():
-    rows, share = per_tile.tile_rows(jnp.asarray([256, 129, 100], jnp.int32), 2, 32, first=16)
+    valid = jnp.asarray([256, 129, 100, 0], jnp.int32)
+    rows, share = per_tile.tile_rows(valid, 2, 32, first=16, last=False)
     np.testing.assert_array_equal(rows[0], [[16, 48, 80, 112], [144, 176, 208, 240]])
     np.testing.assert_allclose(share[0], 32.0)
     assert int(rows[1, 1, 0]) == 128  # the only row of its tile
     np.testing.assert_allclose(share[1, 1], [1, 0, 0, 0])
     np.testing.assert_allclose(share[2], [[100 / 3] * 3 + [0], [0] * 4], rtol=1e-6)
+    rows, ends = per_tile.tile_rows(valid, 2, 32, first=0, last=True)
+    np.testing.assert_array_equal(rows[0], [[0, 32, 64, 127], [128, 160, 192, 255]])
+    assert int(rows[1, 1, 0]) == 128
+    np.testing.assert_array_equal(rows[2, 0], [0, 32, 64, 99])
+    np.testing.assert_allclose(ends[:, :, 0], [[32, 32], [32, 1], [25, 0], [0, 0]])
+    every_row, _ = per_tile.tile_rows(valid, 2, 1, first=0, last=True)
+    np.testing.assert_array_equal(every_row[2, 0, :100], np.arange(100))
 
 
 def test_strides_must_agree():

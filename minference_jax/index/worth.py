@@ -137,11 +137,10 @@ def within(
 
     # To begin with, blocks are worth what they hold on all keys, columns or not.
     of_columns = column_worth(rest, kept_blocks)
-    columns, _ = best(of_columns, block_worth(rest, kept_columns))
-    blocks = kept_blocks
+    columns, blocks = best(of_columns, block_worth(rest, kept_columns))
     for _ in range(ROUNDS):
         of_blocks = block_worth(rest, columns)
-        _, blocks = best(of_columns, of_blocks)
+        blocks = best(of_columns, of_blocks)[1]
         of_columns = column_worth(rest, blocks)
         columns, blocks = best(of_columns, of_blocks)
     return columns.reshape(*shape[:3], -1), blocks
