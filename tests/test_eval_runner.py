@@ -11,7 +11,7 @@ from numpy_llama import random_params
 
 from minference_jax.attention import make_plan
 from minference_jax.eval.baselines import BigBird, Longformer
-from minference_jax.eval.methods import METHODS, Method, plan_density, vertical_slash_for
+from minference_jax.eval.methods import METHODS, Method, plan_density, question_for, vertical_slash_for
 from minference_jax.eval.metrics import starts_with
 from minference_jax.eval.perplexity import Perplexity
 from minference_jax.eval.report import markdown, write_report
@@ -213,6 +213,8 @@ def test_methods_keep_to_the_density(rng, model, name):
 def test_budgets_grow_with_length_and_density():
     small, large, loose = (vertical_slash_for(n, d) for n, d in ((4096, 0.3), (8192, 0.3), (8192, 0.5)))
     assert (small.tiles or 0) < (large.tiles or 0) < (loose.tiles or 0) and small.columns < large.columns
+    found = [question_for(n, 0.2) for n in (1024, 4095, 8192, 32768, 1 << 20)]
+    assert [p.probes for p in found] == [1, 1, 4, 16, 16] and [p.question for p in found[:3]] == [102, 409, 819]
 
 
 def test_measured_budgets_keep_their_proportions_and_the_density(model):

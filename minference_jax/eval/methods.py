@@ -126,6 +126,16 @@ def per_tile_for(length: int, density: float) -> VerticalSlash:
     return VerticalSlash(columns=0, slashes=0, probes=every, density=density)
 
 
+def question_for(length: int, density: float) -> VerticalSlash:
+    """For long prompts that end in a question: a tenth of the keys by what its rows attend to, and for the rest one
+    threshold a layer, by a probe in every row of up to 2,048 tokens, and so on up to every sixteenth. Every prompt that
+    is nearly `length` long has the density."""
+    every = 1
+    while every < 16 and every * 4096 <= length:
+        every *= 2
+    return VerticalSlash(columns=0, slashes=0, probes=every, density=density, question=length // 10)
+
+
 def _window(length: int, density: float, sink: int, question: int = 0, random: int = 0) -> int:
     """The window, in whole tiles, that a density leaves beside sinks, question rows and random tiles."""
 
@@ -195,6 +205,7 @@ METHODS: dict[str, Chooser] = {
     "dense": lambda model, length, density: None,
     "minference": lambda model, length, density: vertical_slash_for(length, density),
     "minference-per-tile": lambda model, length, density: per_tile_for(length, density),
+    "minference-question": lambda model, length, density: question_for(length, density),
     "a-shape": _a_shape,
     "vertical-only": _vertical_only,
     "slash-only": lambda model, length, density: vertical_slash_for(length, density, columns=4),
