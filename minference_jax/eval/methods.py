@@ -128,8 +128,8 @@ def per_tile_for(length: int, density: float) -> VerticalSlash:
 
 def question_for(length: int, density: float) -> VerticalSlash:
     """For long prompts that end in a question: a tenth of the keys by what its rows attend to, and for the rest one
-    threshold a layer, by a probe in every row of up to 2,048 tokens, and so on up to every sixteenth. Every prompt that
-    is nearly `length` long has the density."""
+    threshold a layer, by a probe in every row of less than 4,096 tokens, in every second of less than 8,192, and so on
+    up to every sixteenth. Every prompt of nearly this length has the density, if that is well above a tenth."""
     every = 1
     while every < 16 and every * 4096 <= length:
         every *= 2
@@ -220,4 +220,4 @@ METHODS: dict[str, Chooser] = {
 
 ESTIMATED = ("minference", "minference-per-tile", "vertical-only", "slash-only", "block-sparse")
 """Those of `METHODS` whose budgets only estimate what they visit, or that are the same in layers that differ:
-`Method.measured` brings them to the density."""
+`Method.measured` brings them to the density. (minference-question was measured with the same density in all layers.)"""

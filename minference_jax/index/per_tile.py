@@ -152,7 +152,7 @@ def tile_rows(
     valid: Int[Array, " b"], tiles: int, every: int, first: int, last: bool
 ) -> tuple[Int[Array, "b i p"], Float[Array, "b i p"]]:
     """The probe rows of each query tile, from its row `first` on, and how many rows each stands for: 0 for one past the
-    valid rows. With `last`, the last of them is the tile's last valid row.
+    valid rows. With `last`, the last of them (or the only one) is the tile's last valid row.
 
     In the last tile of a sequence those that are valid share its rows, or if none is, its last row stands for all.
     """

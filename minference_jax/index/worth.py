@@ -98,13 +98,14 @@ def within(
     mass: Mass, density: Float[Array, "b k g"], sink: int, asked: Asked | None = None
 ) -> tuple[Bool[Array, "b k g x"], Bool[Array, "b k g i kt"]]:
     """Columns and blocks that the heads of a finite density visit together, in each sequence, in no more cells than the
-    sum of their shares: those of the largest mean weight, as `worth_a_visit` has them at one threshold.
+    sum of their shares: those of the largest mean weight, nearly as `worth_a_visit` has them at one threshold.
 
     The first `sink` keys and what is `asked` for are visited first; the threshold decides about the rest. Where they
     alone are more than the shares, they are the answer.
 
-    Finding the threshold reads all of the mass six times: it is found anew whenever the columns beside the blocks, or
-    the blocks beside the columns, have changed, and what either is worth takes a 64th of the mass or less.
+    This reads all of the mass six times, for what columns and blocks are worth beside each other. Thresholds are found
+    from these worths alone, which are 64 times smaller for blocks, and as many times as there are query tiles for
+    columns.
     """
     counted = jnp.isfinite(density)
     causal = jnp.sum((mass.start.astype(jnp.float32) + (mass.rows + 1) / 2) * mass.rows, axis=-1)
@@ -131,7 +132,7 @@ def within(
             fits = jnp.sum(cells, axis=(1, 2), keepdims=True) <= most
             return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
 
-        none = jnp.zeros(most.shape, jnp.float32)
+        none = jnp.full(most.shape, -1.0, jnp.float32)  # no mean weight reaches 2
         octaves, _ = jax.lax.fori_loop(0, STEPS, halve, (none, jnp.full_like(none, OCTAVES)))
         return chosen(of_columns, of_blocks, octaves)
 

@@ -36,6 +36,8 @@ class Rates:
     - `dense`, `sparse`: 4 · h operations for each visited cell, a second, of long prompts.
     - `launch`: seconds that either attention takes beside that. `index`: seconds of an index of no keys;
       `index_key`: for each key, of 32 query heads.
+    - `probe`: visited cells of head_dim 128 that take as long as one score of a probe every few rows, which is stored
+      and read again whatever the head_dim.
     """
 
     dense: float
@@ -43,18 +45,19 @@ class Rates:
     launch: float
     index: float
     index_key: float
+    probe: float
 
 
 RATES: dict[str, Rates] = {
-    "H100": Rates(dense=600e12, sparse=500e12, launch=0.05e-3, index=0.5e-3, index_key=1.3e-8),
-    "H200": Rates(dense=600e12, sparse=500e12, launch=0.05e-3, index=0.5e-3, index_key=1.3e-8),
+    "H100": Rates(dense=600e12, sparse=500e12, launch=0.05e-3, index=0.5e-3, index_key=1.3e-8, probe=8.0),
+    "H200": Rates(dense=600e12, sparse=500e12, launch=0.05e-3, index=0.5e-3, index_key=1.3e-8, probe=8.0),
 }
 """By a part of the device's name. An H200 has an H100's arithmetic, which is what both are bound by."""
 
 MARGIN = 1.05
 """How much slower than sparse attention dense attention may be predicted to be and still be chosen: it is exact."""
 
-OTHER = Rates(dense=1.0e12, sparse=0.5e12, launch=0.0, index=2e-3, index_key=1e-7)
+OTHER = Rates(dense=1.0e12, sparse=0.5e12, launch=0.0, index=2e-3, index_key=1e-7, probe=0.5)
 """Anywhere else, our sparse attention is plain jnp: it has to visit half the cells or fewer to pay."""
 
 
@@ -103,11 +106,11 @@ def _choose(config_key: _Same, patterns_key: _Same, rows: int, keys: int, device
     config, patterns = config_key.value, patterns_key.value
     name = next((name for name in RATES if name in device), "")
     rates = RATES.get(name, OTHER)
-    operations = 4 * config.head_dim * config.num_heads
+    operations, probe = 4 * config.head_dim * config.num_heads, rates.probe * 128 / config.head_dim
     heads = [pattern for layer in patterns.layers for pattern in layer]
     number = Counter(map(id, heads))
     distinct = {id(pattern): pattern for pattern in heads}
-    visited = sum(number[key] * _visited(p, rows, keys) for key, p in distinct.items()) / len(heads)
+    visited = sum(number[key] * _visited(p, rows, keys, probe) for key, p in distinct.items()) / len(heads)
     dense = rates.launch + operations * pairs(rows, keys, keys) / rates.dense
     index = rates.index + rates.index_key * keys * config.num_heads / 32 if _needs_index(distinct.values()) else 0.0
     sparse = rates.launch + index + operations * visited / rates.sparse
@@ -121,13 +124,13 @@ def pairs(rows: int, keys: int, budget: float) -> float:
     return short * first + short * (short + 1) / 2 + (rows - short) * budget
 
 
-def _visited(pattern: Pattern, rows: int, keys: int) -> float:
-    """Cells that a head visits; with a probe every m rows, also those of the probes."""
+def _visited(pattern: Pattern, rows: int, keys: int, probe: float) -> float:
+    """Cells that a head visits; with a probe every m rows also those that its scores amount to, `probe` each."""
     if not isinstance(pattern, VerticalSlash) or not isinstance(pattern.probes, int):
         return pairs(rows, keys, _budget(pattern, rows, keys))
     every = pairs(rows, keys, keys)
     chosen = pairs(rows, keys, _budget(pattern, rows, keys)) if pattern.density is None else pattern.density * every
-    return chosen + every / pattern.probes
+    return chosen + probe * every / pattern.probes
 
 
 def _budget(pattern: Pattern, rows: int, keys: int) -> float:

@@ -56,8 +56,8 @@ def share_among_layers(
     pattern's (less where a layer's share would be more than all).
 
     Layers need different shares of their cells, so the same one in all of them costs more. Each gets what it visits of
-    these tokens at one threshold for all layers. On another prompt it visits that again, and where depends on the
-    prompt.
+    these tokens at one threshold for all layers, found by that threshold's probes. On another prompt it visits that
+    again, and where depends on the prompt.
 
     Memory: queries and keys of all layers. Raises ValueError for a pattern without a density.
     """
