@@ -76,7 +76,7 @@ assert dense.within_tolerance, dense.failures
 
 # %%
 columns, tiles = max(16, TOKENS * 3 // 32), max(1, TOKENS // 512)
-sparse = compare(path, ids, max_new_tokens=12, patterns=VerticalSlash(columns=columns, tiles=tiles, probes="spread"))
+sparse = compare(path, ids, max_new_tokens=0, patterns=VerticalSlash(columns=columns, tiles=tiles, probes="spread"))
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
 for result, label in ((dense, "dense"), (sparse, "sparse")):
     relative = [layer.rms / layer.scale for layer in result.layers]
