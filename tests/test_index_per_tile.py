@@ -121,14 +121,11 @@ def test_what_the_question_asks_for_is_part_of_the_density(rng):
         VerticalSlash(question=5)
 
 
-def test_a_head_that_looks_at_the_token_before_sees_it_across_tiles(rng):
+def test_a_head_that_looks_at_the_token_before_sees_it_across_tiles():
     """Only the first row of a query tile needs the tile before, so it has to be among the probes."""
     t = 640
-    place = (
-        np.sin(np.arange(t)[:, None] * np.linspace(0.3, 3, 16)),
-        np.cos(np.arange(t)[:, None] * np.linspace(0.3, 3, 16)),
-    )
-    keys = np.concatenate(place, -1)
+    angles = np.arange(t)[:, None] * np.linspace(0.3, 3, 16)
+    keys = np.concatenate([np.sin(angles), np.cos(angles)], -1)
     q, k = 8 * np.roll(keys, 1, 0)[None, :, None], keys[None, :, None]  # row i asks for key i - 1
     plan = PLAN(jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32), VerticalSlash(probes=16, density=0.5))
     mask = np.asarray(plan.to_mask(t, t))[0, 0]
@@ -188,18 +185,18 @@ def test_beside_another_kind(rng):
 
 def test_probe_rows_of_the_last_tile():
     valid = jnp.asarray([256, 129, 100, 0], jnp.int32)
-    rows, share = per_tile.tile_rows(valid, 2, 32, first=16, last=False)
+    rows, share = per_tile.tile_rows(valid, 2, 32, ends=False)
     np.testing.assert_array_equal(rows[0], [[16, 48, 80, 112], [144, 176, 208, 240]])
     np.testing.assert_allclose(share[0], 32.0)
     assert int(rows[1, 1, 0]) == 128  # the only row of its tile
     np.testing.assert_allclose(share[1, 1], [1, 0, 0, 0])
     np.testing.assert_allclose(share[2], [[100 / 3] * 3 + [0], [0] * 4], rtol=1e-6)
-    rows, ends = per_tile.tile_rows(valid, 2, 32, first=0, last=True)
+    rows, ends = per_tile.tile_rows(valid, 2, 32, ends=True)
     np.testing.assert_array_equal(rows[0], [[0, 32, 64, 127], [128, 160, 192, 255]])
     assert int(rows[1, 1, 0]) == 128
     np.testing.assert_array_equal(rows[2, 0], [0, 32, 64, 99])
     np.testing.assert_allclose(ends[:, :, 0], [[32, 32], [32, 1], [25, 0], [0, 0]])
-    every_row, _ = per_tile.tile_rows(valid, 2, 1, first=0, last=True)
+    every_row, _ = per_tile.tile_rows(valid, 2, 1, ends=True)
     np.testing.assert_array_equal(every_row[2, 0, :100], np.arange(100))
 
 

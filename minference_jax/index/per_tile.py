@@ -66,8 +66,7 @@ def per_tile_index(
     valid = jnp.clip(lengths - q_offset, 0, t)
     # A head that looks at the token before needs the tile before in the first row of a query tile alone, and the last
     # row of a prompt asks for what comes next. (Thresholds were measured with rows of the middle.)
-    every, ends = patterns.limits.every, patterns.limits.density
-    rows, share = tile_rows(valid, tiles, every, first=0 if ends else every // 2, last=ends)
+    rows, share = tile_rows(valid, tiles, patterns.limits.every, ends=patterns.limits.density)
     everywhere = jnp.broadcast_to(rows.reshape(b, 1, -1), (b, n, rows.shape[1] * rows.shape[2]))
     budgets = {name: getattr(patterns, name) for name in ("first", "second", "threshold", "density")}
     budgets = probes.by_kv_head(budgets, b, n, kv_heads)
@@ -149,21 +148,23 @@ def _last_rows(
 
 
 def tile_rows(
-    valid: Int[Array, " b"], tiles: int, every: int, first: int, last: bool
+    valid: Int[Array, " b"], tiles: int, every: int, *, ends: bool
 ) -> tuple[Int[Array, "b i p"], Float[Array, "b i p"]]:
-    """The probe rows of each query tile, from its row `first` on, and how many rows each stands for: 0 for one past the
-    valid rows. With `last`, the last of them (or the only one) is the tile's last valid row.
+    """The probe rows of each query tile and how many rows each stands for: 0 for one past the valid rows. Each is in
+    the middle of its `every` rows; with `ends` the first of them, but the last probe of a tile, which may be its only
+    one, is its last valid row.
 
     In the last tile of a sequence those that are valid share its rows, or if none is, its last row stands for all.
     """
     start = QUERY_TILE * jnp.arange(tiles, dtype=jnp.int32)[:, None]
-    rows = start + every * jnp.arange(QUERY_TILE // every, dtype=jnp.int32) + first
+    rows = start + every * jnp.arange(QUERY_TILE // every, dtype=jnp.int32) + (0 if ends else every // 2)
     valid = valid[:, None, None]
     end = jnp.minimum(start + QUERY_TILE, valid)  # [b, i, 1]
     inside = jnp.clip(end - start, 0)
     seen = (rows < valid) | ((rows == rows[:, :1]) & (inside > 0))
     share = jnp.where(seen, inside, 0) / jnp.maximum(seen.sum(-1, keepdims=True), 1)
-    rows = jnp.where(last & (rows + every >= end), end - 1, rows)
+    if ends:
+        rows = jnp.where(rows + every >= end, end - 1, rows)
     return jnp.clip(jnp.minimum(rows, valid - 1), 0), share.astype(jnp.float32)
 
 
