@@ -20,16 +20,16 @@ _HOME = {
     "AttentionInfo": "attention",
     "recall": "index.recall",
     "tile_budget": "index",
-    "load_patterns": "pattern_io",
-    "save_patterns": "pattern_io",
-    "preset": "pattern_io",
+    "load_patterns": "patterns.files",
+    "save_patterns": "patterns.files",
+    "preset": "patterns.files",
     "Llama": "models.llama",
     "LlamaConfig": "models.config",
     "generate": "models.generate",
     "capture_qkv": "models.capture",
-    "load_checkpoint": "models.convert",
-    "save_checkpoint": "models.save",
-    "load_tokenizer": "models.tokenizer",
+    "load_checkpoint": "checkpoints.convert",
+    "save_checkpoint": "checkpoints.save",
+    "load_tokenizer": "text.tokenizer",
 }
 
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
@@ -38,24 +38,24 @@ if TYPE_CHECKING:
     from minference_jax.attention import AttentionInfo as AttentionInfo
     from minference_jax.attention import make_plan as make_plan
     from minference_jax.attention import sparse_attention as sparse_attention
+    from minference_jax.checkpoints.convert import load_checkpoint as load_checkpoint
+    from minference_jax.checkpoints.save import save_checkpoint as save_checkpoint
     from minference_jax.index import tile_budget as tile_budget
     from minference_jax.index.recall import recall as recall
     from minference_jax.models.capture import capture_qkv as capture_qkv
     from minference_jax.models.config import LlamaConfig as LlamaConfig
-    from minference_jax.models.convert import load_checkpoint as load_checkpoint
     from minference_jax.models.generate import generate as generate
     from minference_jax.models.llama import Llama as Llama
-    from minference_jax.models.save import save_checkpoint as save_checkpoint
-    from minference_jax.models.tokenizer import load_tokenizer as load_tokenizer
-    from minference_jax.pattern_io import load_patterns as load_patterns
-    from minference_jax.pattern_io import preset as preset
-    from minference_jax.pattern_io import save_patterns as save_patterns
     from minference_jax.patterns import AShape as AShape
     from minference_jax.patterns import BlockSparse as BlockSparse
     from minference_jax.patterns import Dense as Dense
     from minference_jax.patterns import HeadPatterns as HeadPatterns
     from minference_jax.patterns import PatternArrays as PatternArrays
     from minference_jax.patterns import VerticalSlash as VerticalSlash
+    from minference_jax.patterns.files import load_patterns as load_patterns
+    from minference_jax.patterns.files import preset as preset
+    from minference_jax.patterns.files import save_patterns as save_patterns
+    from minference_jax.text.tokenizer import load_tokenizer as load_tokenizer
 
 
 def __getattr__(name: str) -> Any:

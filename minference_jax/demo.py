@@ -23,14 +23,14 @@ import pallas_kernels
 from minference_jax.attention import sparse_attention
 from minference_jax.data import load_text
 from minference_jax.data.needle import NeedlePrompt, needle_prompt
-from minference_jax.models.buckets import bucket_length
 from minference_jax.models.cache import KVCache
 from minference_jax.models.capture import capture_qkv
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
-from minference_jax.models.tokenizer import Tokenizer, load_tokenizer
-from minference_jax.pattern_io import preset
 from minference_jax.patterns import HeadPatterns, VerticalSlash
+from minference_jax.patterns.files import preset
+from minference_jax.planning.buckets import bucket_length
+from minference_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 SEARCHED = "smollm2-135m-instruct"
 """The preset of the demo's model: one pattern for each head, found by `minference-jax search`."""

@@ -31,8 +31,8 @@ import numpy as np
 from matplotlib.colors import LogNorm
 
 from minference_jax import AShape, BlockSparse, Llama, VerticalSlash, capture_qkv, load_tokenizer, make_plan, recall
+from minference_jax.checkpoints.demo_model import fetch_demo_model
 from minference_jax.data import load_text
-from minference_jax.models.demo_model import fetch_demo_model
 from minference_jax.viz import head_picture
 
 TOKENS = int(os.environ.get("NOTEBOOK_TOKENS", "2048"))

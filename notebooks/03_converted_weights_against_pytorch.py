@@ -26,9 +26,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from minference_jax import VerticalSlash, load_tokenizer
+from minference_jax.checkpoints.demo_model import fetch_demo_model
 from minference_jax.compare import compare
 from minference_jax.data import load_text
-from minference_jax.models.demo_model import fetch_demo_model
 
 TOKENS = int(os.environ.get("NOTEBOOK_TOKENS", "1024"))
 CACHE = Path(os.environ.get("MINFERENCE_CACHE") or Path.home() / ".cache" / "minference_jax")

@@ -30,8 +30,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from minference_jax import AShape, Llama, VerticalSlash, load_tokenizer, preset
+from minference_jax.checkpoints.demo_model import fetch_demo_model
 from minference_jax.data import load_text
-from minference_jax.models.demo_model import fetch_demo_model
 from minference_jax.search import search_patterns
 from minference_jax.viz.patterns import KINDS, colours, kind_of
 

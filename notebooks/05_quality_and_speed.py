@@ -30,12 +30,12 @@ import jax
 import matplotlib.pyplot as plt
 
 from minference_jax import Llama, load_tokenizer
+from minference_jax.checkpoints.demo_model import fetch_demo_model
 from minference_jax.eval.methods import METHODS, Method
 from minference_jax.eval.plots import lines, needle_map
 from minference_jax.eval.report import markdown
 from minference_jax.eval.runner import evaluate
 from minference_jax.eval.tasks import make_tasks
-from minference_jax.models.demo_model import fetch_demo_model
 
 LENGTHS = [int(n) for n in os.environ.get("NOTEBOOK_LENGTHS", "768,1024").split(",")]
 SAMPLES = int(os.environ.get("NOTEBOOK_SAMPLES", "3"))

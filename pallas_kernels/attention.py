@@ -16,12 +16,12 @@ from pallas_kernels.dispatch import (
     choose_dense_implementation,
     choose_implementation,
 )
-from pallas_kernels.hopper import hopper_attention
+from pallas_kernels.hopper.attention import hopper_attention
 from pallas_kernels.plan import SparsePlan, kv_limit
 from pallas_kernels.plan_builders import a_shape_plan, block_sparse_plan, vertical_slash_plan
 from pallas_kernels.reference import reference_attention
 from pallas_kernels.sizes import KEY_TILE, num_key_tiles
-from pallas_kernels.xla import xla_attention
+from pallas_kernels.xla.attention import xla_attention
 
 # [b, t, n, h], or with return_lse=True the pair ([b, t, n, h], float32 [b, t, n]).
 Output = Any

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels import hopper
-from pallas_kernels.assembler import ignores_setmaxnreg
+from pallas_kernels.hopper import attention as hopper
+from pallas_kernels.hopper.assembler import ignores_setmaxnreg
 from pallas_kernels.plan import SparsePlan
 
 Implementation = Literal["hopper", "xla", "reference"]

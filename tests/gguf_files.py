@@ -3,7 +3,7 @@
 import gguf
 import numpy as np
 
-from minference_jax.models.convert import load_checkpoint
+from minference_jax.checkpoints.convert import load_checkpoint
 from tests.checkpoints import CONFIG
 
 _NAMES = {

@@ -15,8 +15,8 @@ from helpers import assert_close, random_qkv
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from plans import random_plan
 
-from pallas_kernels.hopper import hopper_attention
-from pallas_kernels.hopper_config import KernelConfig
+from pallas_kernels.hopper.attention import hopper_attention
+from pallas_kernels.hopper.config import KernelConfig
 from pallas_kernels.reference import reference_attention
 
 

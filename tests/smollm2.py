@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minference_jax.models.demo_model import fetch_demo_model
+from minference_jax.checkpoints.demo_model import fetch_demo_model
 
 _CACHE = Path(os.environ.get("MINFERENCE_CACHE") or Path.home() / ".cache" / "minference_jax")
 

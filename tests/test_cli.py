@@ -12,8 +12,8 @@ from helpers import run_command as run
 
 from minference_jax import AShape, HeadPatterns, VerticalSlash, save_patterns
 from minference_jax.cli import main
-from minference_jax.cli.pattern_option import format_pattern, parse_pattern
 from minference_jax.models.config import LlamaConfig
+from minference_jax.patterns.text import format_pattern, parse_pattern
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}{% endfor %}"

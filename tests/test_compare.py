@@ -191,7 +191,7 @@ def test_the_command_reports_and_its_status_says_whether_all_is_within_tolerance
     near, far = (compared(outputs(logits + d, hidden), outputs(logits, hidden)) for d in (1e-4, 1.0))
     within, outside = (dataclasses.replace(c, tolerance=Tolerance.default("float32")) for c in (near, far))
     monkeypatch.setattr(process, "NEEDED", ("json",))
-    monkeypatch.setattr("minference_jax.models.tokenizer.load_tokenizer", lambda path: CharacterTokenizer())
+    monkeypatch.setattr("minference_jax.text.tokenizer.load_tokenizer", lambda path: CharacterTokenizer())
     calls = []
     for result, status in ((within, 0), (outside, 1)):
         monkeypatch.setattr(api, "compare", lambda *args, r=result, **options: calls.append((args, options)) or r)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from minference_jax.checkpoints.convert import load_checkpoint, save_checkpoint
 from minference_jax.models import fp8
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.convert import load_checkpoint, save_checkpoint
 from minference_jax.models.llama import Llama
 from minference_jax.models.params import param_shapes
 from tests.checkpoints import CONFIG, hf_shapes, random_tensors, write_hf

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode import decode_attention, unsupported_reason
+from pallas_kernels.decode.attention import decode_attention, unsupported_reason
 
 
 def test_it_is_softmax_over_the_valid_keys():

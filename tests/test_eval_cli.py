@@ -6,11 +6,11 @@ import jax
 import pytest
 from smollm2 import smollm2_directory
 
+from minference_jax.checkpoints.save import save_checkpoint
 from minference_jax.cli import main
 from minference_jax.cli.eval import split_methods
 from minference_jax.models import LlamaConfig
 from minference_jax.models.llama import Llama
-from minference_jax.models.save import save_checkpoint
 
 
 @pytest.fixture(scope="module")

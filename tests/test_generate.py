@@ -10,11 +10,11 @@ import pytest
 from numpy_llama import numpy_greedy, random_params
 
 from minference_jax.models import LlamaConfig, RopeConfig
-from minference_jax.models.buckets import bucket_length
 from minference_jax.models.generate import generate
 from minference_jax.models.llama import Llama
 from minference_jax.models.rope import attention_factor
 from minference_jax.models.sampling import keep_nucleus, next_token
+from minference_jax.planning.buckets import bucket_length
 
 CONFIG = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
 

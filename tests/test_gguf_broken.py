@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from minference_jax.models.gguf_file import GGUFFile
+from minference_jax.checkpoints.gguf_file import GGUFFile
 from tests.checkpoints import CONFIG, random_tensors
 from tests.gguf_files import gguf_tensors, load, write_gguf
 

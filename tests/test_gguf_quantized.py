@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from minference_jax.checkpoints.gguf_file import GGUFFile
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.gguf_file import GGUFFile
 from tests.checkpoints import CONFIG, random_tensors
 from tests.gguf_files import gguf_tensors, load, write_gguf
 

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import SparsePlan, assembler, dispatch
-from pallas_kernels.hopper import hopper_attention, unsupported_reason
-from pallas_kernels.hopper_config import SHARED_MEMORY_LIMIT, KernelConfig
+from pallas_kernels import SparsePlan, dispatch
+from pallas_kernels.hopper import assembler
+from pallas_kernels.hopper.attention import hopper_attention, unsupported_reason
+from pallas_kernels.hopper.config import SHARED_MEMORY_LIMIT, KernelConfig
 
 
 def avals(b, t, s, n, k, h, *, columns=0, bands=0, blocks=0, dtype="bfloat16", band_multiple=1):

@@ -6,7 +6,8 @@ import pytest
 from helpers import random_qkv
 from plans import int32, random_plan
 
-from pallas_kernels import SparsePlan, hopper_tables, plan_builders
+from pallas_kernels import SparsePlan, plan_builders
+from pallas_kernels import tables as hopper_tables
 from pallas_kernels.attention import full_plan
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE
 from pallas_kernels.plan_check import lists_are_clean

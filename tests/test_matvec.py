@@ -6,7 +6,7 @@ import pytest
 from helpers import relative_error
 
 from minference_jax.models import fp8
-from pallas_kernels.matvec import stacked_matvec
+from pallas_kernels.decode.matvec import stacked_matvec
 
 
 @pytest.mark.parametrize("shape", [(1, 64, (128,)), (3, 320, (256, 128))])

@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from minference_jax.checkpoints.presets import CONFIGS
 from minference_jax.cli import main
-from minference_jax.models import fp8, memory
+from minference_jax.models import fp8
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.cost import AUTO_PATTERN, choose_attention, pairs
 from minference_jax.models.llama import Llama
-from minference_jax.models.memory import OutOfDeviceMemoryError, advice, advise, longest_prompt, memory_need
 from minference_jax.models.params import param_shapes
-from minference_jax.models.presets import CONFIGS
 from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, VerticalSlash
+from minference_jax.planning import memory
+from minference_jax.planning.cost import AUTO_PATTERN, choose_attention, pairs
+from minference_jax.planning.memory import OutOfDeviceMemoryError, advice, advise, longest_prompt, memory_need
 
 GIB = 2**30
 LLAMA = CONFIGS["llama-3-8b"]

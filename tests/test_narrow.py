@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.narrow import moved
+from pallas_kernels.decode.narrow import moved
 
 
 def put(x, rows):

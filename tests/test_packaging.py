@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("cli", "__main__"),
     ("demo", "eval", "bench", "compare", "search", "viz"),
-    ("models",),
+    ("checkpoints", "text", "planning", "models"),
     ("attention",),
     ("index",),
-    ("pattern_io", "patterns"),
+    ("patterns",),
 )
 HEAVY = ("torch", "matplotlib", "transformers", "typer", "gguf", "rich")
 

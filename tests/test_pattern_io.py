@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from minference_jax import Llama, LlamaConfig
-from minference_jax.pattern_io import MAX_FILE_BYTES, PRESETS, load_about, load_patterns, preset, save_patterns
 from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, VerticalSlash
+from minference_jax.patterns.files import MAX_FILE_BYTES, PRESETS, load_about, load_patterns, preset, save_patterns
 
 OFFICIAL = [
     {"0": ["vertical_and_slash", 1000, 6096, 336], "1": ["stream_llm", 100, 800, 0.5]},

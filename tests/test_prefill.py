@@ -12,13 +12,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from minference_jax.bench import prefill
 from minference_jax.bench.prefill import bench_prefill
 from minference_jax.bench.timing import median_seconds
+from minference_jax.checkpoints.presets import CONFIGS, known_config
 from minference_jax.cli import main
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
-from minference_jax.models.memory import OutOfDeviceMemoryError
 from minference_jax.models.params import param_shapes
-from minference_jax.models.presets import CONFIGS, known_config
 from minference_jax.patterns import VerticalSlash
+from minference_jax.planning.memory import OutOfDeviceMemoryError
 
 TINY = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
 

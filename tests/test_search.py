@@ -17,8 +17,8 @@ from minference_jax import AShape, BlockSparse, Dense, HeadPatterns, Llama, Llam
 from minference_jax.attention import make_plan
 from minference_jax.index.recall import recall
 from minference_jax.models.capture import capture_qkv
-from minference_jax.pattern_io import load_about
 from minference_jax.patterns import head_arrays
+from minference_jax.patterns.files import load_about
 from minference_jax.search import CANDIDATES, Latency, Settings, search_patterns, search_to_file
 from minference_jax.search.adjust import adjust
 from minference_jax.search.candidates import arrays, scaled

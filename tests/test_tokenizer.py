@@ -6,9 +6,9 @@ import gguf
 import numpy as np
 import pytest
 
-from minference_jax.models.convert import save_checkpoint
-from minference_jax.models.gguf_tokenizer import build_tokenizer, tokenizer_files
-from minference_jax.models.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from minference_jax.checkpoints.convert import save_checkpoint
+from minference_jax.text.gguf_tokenizer import build_tokenizer, tokenizer_files
+from minference_jax.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from tests.checkpoints import CONFIG, random_tensors
 from tests.smollm2 import smollm2_directory
 from tests.test_gguf import gguf_tensors, write_gguf
@@ -189,7 +189,7 @@ def write_gguf_with_tokenizer(path):
 
 def test_gguf_and_its_conversion_have_the_same_tokenizer(tmp_path):
     path, _ = write_gguf_with_tokenizer(tmp_path / "model.gguf")
-    from minference_jax.models.convert import load_checkpoint
+    from minference_jax.checkpoints.convert import load_checkpoint
 
     save_checkpoint(*load_checkpoint(path), tmp_path / "hf", tokenizer_from=path)
     save_checkpoint(*load_checkpoint(path), tmp_path / "copy", tokenizer_from=tmp_path / "hf")

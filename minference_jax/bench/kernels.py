@@ -24,7 +24,8 @@ from minference_jax.bench.cases import BUDGETS, Case
 from minference_jax.bench.shapes import exact_row, sample_rows
 from minference_jax.bench.timing import in_turns_ms, median_ms
 from minference_jax.index.build import make_plan
-from pallas_kernels import SparsePlan, hopper_tables, sparse_attention
+from pallas_kernels import SparsePlan, sparse_attention
+from pallas_kernels import tables as hopper_tables
 from pallas_kernels.dispatch import choose_implementation
 
 if TYPE_CHECKING:

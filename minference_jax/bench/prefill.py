@@ -23,11 +23,11 @@ import jax.numpy as jnp
 from minference_jax.bench.kernels import environment
 from minference_jax.bench.prefill_pieces import Pieces, time_pieces
 from minference_jax.bench.timing import median_seconds
-from minference_jax.models.cost import AUTO_PATTERN
 from minference_jax.models.forward import CHUNK
 from minference_jax.models.llama import Llama, prefill_program
-from minference_jax.models.memory import advise
 from minference_jax.patterns import AShape, HeadPatterns, Pattern
+from minference_jax.planning.cost import AUTO_PATTERN
+from minference_jax.planning.memory import advise
 
 VERTICAL_SLASH = AUTO_PATTERN
 """The paper's largest budget, (1000, 6096), with the slashes counted in tiles: of random weights and tokens, lines

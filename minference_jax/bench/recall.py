@@ -139,7 +139,7 @@ def table(path: str, texts: Sequence[Path], lengths: Sequence[int], density: flo
     """
     from minference_jax.models.capture import capture_qkv
     from minference_jax.models.llama import Llama
-    from minference_jax.models.tokenizer import load_tokenizer
+    from minference_jax.text.tokenizer import load_tokenizer
 
     tokenizer, model = load_tokenizer(path), Llama.from_pretrained(path, dtype="float32")
     print(HEADER, flush=True)

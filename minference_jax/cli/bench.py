@@ -10,7 +10,7 @@ import typer
 
 from minference_jax.bench.cases import Case
 from minference_jax.cli.console import print_json, stderr, stdout, usage_error
-from minference_jax.cli.pattern_option import PATTERN_HELP, parse_pattern
+from minference_jax.patterns.text import PATTERN_HELP, parse_pattern
 
 app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 
@@ -176,8 +176,8 @@ def _methods(names: str) -> dict:
 def _network(model: Path | None, random_weights: str, dtype: str):
     import jax
 
+    from minference_jax.checkpoints.presets import known_config
     from minference_jax.models.llama import Llama
-    from minference_jax.models.presets import known_config
 
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if model is not None:

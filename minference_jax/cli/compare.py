@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from minference_jax.cli.console import read_text, usage_error
-from minference_jax.cli.pattern_option import PATTERN_HELP, parse_pattern
+from minference_jax.patterns.text import PATTERN_HELP, parse_pattern
 
 
 def compare(
@@ -32,10 +32,10 @@ def compare(
     """Compare layers, logits, perplexity and greedy text with PyTorch; status 1 outside the tolerance."""
     if not (text or task):
         raise usage_error("give --text or --task")
+    from minference_jax.checkpoints.convert import open_checkpoint
     from minference_jax.compare import run_compare
     from minference_jax.compare.task import run_compare_task
     from minference_jax.models.config import LlamaConfig
-    from minference_jax.models.convert import open_checkpoint
 
     patterns = parse_pattern(pattern, LlamaConfig.from_hf(open_checkpoint(model).config))
     options = {"as_json": json, "dtype": dtype, "patterns": patterns, "torch_python": torch_python}

@@ -16,7 +16,7 @@ def convert(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
 ) -> None:
     """Write a checkpoint as a Hugging Face directory with safetensors, which transformers loads too."""
-    from minference_jax.models.convert import load_checkpoint, save_checkpoint
+    from minference_jax.checkpoints.convert import load_checkpoint, save_checkpoint
 
     with progress("Reading weights") as update:
         config, params = load_checkpoint(source, dtype=dtype, progress=update)

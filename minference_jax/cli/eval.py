@@ -10,7 +10,7 @@ import typer
 
 from minference_jax.cli.console import progress, read_text, stderr, stdout, usage_error
 from minference_jax.cli.generate import load_model
-from minference_jax.cli.pattern_option import parse_pattern
+from minference_jax.patterns.text import parse_pattern
 
 
 def evaluate(
@@ -39,7 +39,7 @@ def evaluate(
     from minference_jax.eval.report import tables, write_report
     from minference_jax.eval.runner import evaluate as run
     from minference_jax.eval.tasks import make_tasks
-    from minference_jax.models.tokenizer import load_tokenizer
+    from minference_jax.text.tokenizer import load_tokenizer
 
     sizes = [int(size) for size in lengths.split(",") if re.fullmatch(r"\s*[1-9]\d*\s*", size)]
     if len(sizes) != len(lengths.split(",")):

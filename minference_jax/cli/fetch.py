@@ -25,6 +25,6 @@ def fetch_demo_model(
 
 def fetch(directory: Path, gguf: Path | None = None) -> Path:
     """The model's directory, with news of each step on standard error."""
-    from minference_jax.models.demo_model import fetch_demo_model
+    from minference_jax.checkpoints.demo_model import fetch_demo_model
 
     return fetch_demo_model(directory, gguf=gguf, progress=lambda line: stderr().print(line, soft_wrap=True))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from minference_jax.cli.console import print_json, progress, read_text, stderr, stdout, usage_error
-from minference_jax.cli.pattern_option import PATTERN_HELP, describe_patterns, parse_pattern
+from minference_jax.patterns.text import PATTERN_HELP, describe_patterns, parse_pattern
 
 
 def generate(
@@ -61,7 +61,7 @@ def generate(
     import jax
 
     from minference_jax.models.generate import generate as continue_tokens
-    from minference_jax.models.tokenizer import load_tokenizer
+    from minference_jax.text.tokenizer import load_tokenizer
 
     network, patterns = load_model(Path(model), pattern, dtype, fp8)
     tokenizer = load_tokenizer(model)
@@ -103,8 +103,8 @@ def load_model(path: Path, pattern: str, dtype: str, fp8: bool = False) -> tuple
     """The model and its patterns; the pattern is checked before the weights are read."""
     import jax
 
+    from minference_jax.checkpoints.convert import open_checkpoint
     from minference_jax.models.config import LlamaConfig
-    from minference_jax.models.convert import open_checkpoint
     from minference_jax.models.llama import Llama
 
     config = LlamaConfig.from_hf(open_checkpoint(path).config)
@@ -130,9 +130,9 @@ def _random(
     import jax
     import numpy as np
 
+    from minference_jax.checkpoints.presets import known_config
     from minference_jax.models.generate import generate as continue_tokens
     from minference_jax.models.llama import Llama
-    from minference_jax.models.presets import known_config
 
     config = known_config(name)
     patterns = pattern if pattern == "auto" else parse_pattern(pattern, config)
@@ -159,7 +159,7 @@ def _random(
 
 def _described(network: Any, patterns: Any, tokens: int, chunk: int | None, capacity: int) -> str:
     """The patterns, or what "auto" chose: parts attend to the whole cache, one call to the prompt itself."""
-    from minference_jax.models.buckets import bucket_length
+    from minference_jax.planning.buckets import bucket_length
 
     rows = bucket_length(tokens)
     in_parts = chunk is not None and chunk < rows

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from minference_jax.cli.console import print_json, read_text, stdout, usage_error
-from minference_jax.cli.pattern_option import format_pattern
+from minference_jax.patterns.text import format_pattern
 
 
 def inspect(
@@ -36,16 +36,16 @@ def inspect(
         raise usage_error("--plot needs --patterns FILE")
     if head and (plot is None or model is None or not text):
         raise usage_error("--head needs a model, --patterns, --text and --plot")
+    from minference_jax.checkpoints.convert import open_checkpoint
     from minference_jax.models.config import LlamaConfig
-    from minference_jax.models.convert import open_checkpoint
-    from minference_jax.pattern_io import load_patterns
+    from minference_jax.patterns.files import load_patterns
 
     found: dict[str, Any] = {}
     heads = layers = None
     if memory and model is None:
         raise usage_error("--memory needs a model")
     if model is not None:
-        from minference_jax.models.presets import CONFIGS
+        from minference_jax.checkpoints.presets import CONFIGS
 
         if str(model) in CONFIGS and not model.exists():
             config = CONFIGS[str(model)]
@@ -93,7 +93,7 @@ def _parameters(config: Any) -> dict[str, int]:
 
 def _memory(config: Any) -> dict[str, dict[str, int]]:
     """The most tokens of a prompt, for each way to run it, on each GPU. bfloat16, one sequence."""
-    from minference_jax.models.memory import GPUS, USABLE, WAYS, longest_prompt
+    from minference_jax.planning.memory import GPUS, USABLE, WAYS, longest_prompt
 
     available = {name: USABLE * size * 2**30 for name, size in GPUS.items()}
     return {
@@ -120,7 +120,7 @@ def _plot_head(model: Path, patterns: Any, head: str, text: str, tokens: int, pl
 
     from minference_jax.models.capture import capture_qkv
     from minference_jax.models.llama import Llama
-    from minference_jax.models.tokenizer import load_tokenizer
+    from minference_jax.text.tokenizer import load_tokenizer
     from minference_jax.viz import head_picture, plot_head
     from minference_jax.viz.figure import check_path
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from minference_jax.cli.console import print_json, progress, read_text, stderr, stdout, usage_error
-from minference_jax.cli.pattern_option import parse_pattern, parse_uniform
+from minference_jax.patterns.text import parse_pattern, parse_uniform
 
 TASK_SEED = 1
 """Of the prompts of `--tasks`; that of `eval` is 0 by default."""
@@ -101,7 +101,7 @@ def _load(model: Path, dtype: str) -> tuple[Any, Any]:
     import jax
 
     from minference_jax.models.llama import Llama
-    from minference_jax.models.tokenizer import load_tokenizer
+    from minference_jax.text.tokenizer import load_tokenizer
 
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with progress("Reading weights") as update:
@@ -130,7 +130,7 @@ def _search(network: Any, ids: list[list[int]], out: Path, settings: Any, restar
     import jax
     import jax.numpy as jnp
 
-    from minference_jax.pattern_io import load_about
+    from minference_jax.patterns.files import load_about
     from minference_jax.search import search_to_file
 
     started, first = time.perf_counter(), []
@@ -162,8 +162,8 @@ def _command() -> str:
 
 
 def _summary(found: dict[str, Any], out: Path) -> str:
-    from minference_jax.cli.pattern_option import count_kinds
-    from minference_jax.pattern_io import load_patterns
+    from minference_jax.patterns.files import load_patterns
+    from minference_jax.patterns.text import count_kinds
 
     kinds = count_kinds(load_patterns(out))
     return (

@@ -82,8 +82,8 @@ def compare(
 
     import jax
 
+    from minference_jax.checkpoints.convert import open_checkpoint
     from minference_jax.compare.jax_side import run_jax
-    from minference_jax.models.convert import open_checkpoint
     from minference_jax.models.llama import Llama
 
     model = Path(model)
@@ -130,7 +130,7 @@ def compare(
 def _tokens(model: Path, prompt: Any, lengths: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """The prompt as int32 [b, t], and its lengths [b]."""
     if isinstance(prompt, str):
-        from minference_jax.models.tokenizer import load_tokenizer
+        from minference_jax.text.tokenizer import load_tokenizer
 
         prompt = load_tokenizer(model).encode(prompt)
     tokens = np.asarray(prompt)
@@ -157,7 +157,7 @@ def _positions(positions: Sequence[int] | None, t: int) -> list[int]:
 
 def _directory_for_torch(model: Path, dtype: str, scratch: Path) -> Path:
     """`model`, or the Hugging Face directory that we make of a GGUF file."""
-    from minference_jax.models.convert import load_checkpoint, open_checkpoint, save_checkpoint
+    from minference_jax.checkpoints.convert import load_checkpoint, open_checkpoint, save_checkpoint
 
     if open_checkpoint(model).format != "gguf":
         return model
@@ -191,7 +191,7 @@ def run_compare(
     from rich.console import Console
 
     from minference_jax.compare.report import comparison_table
-    from minference_jax.models.tokenizer import load_tokenizer
+    from minference_jax.text.tokenizer import load_tokenizer
 
     if tokens < 2:
         raise ValueError(f"tokens must be at least 2, got {tokens}")

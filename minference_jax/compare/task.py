@@ -68,7 +68,7 @@ def compare_task(
         ValueError: for a task without replies, and as `compare`.
     """
     if tokenizer is None:
-        from minference_jax.models.tokenizer import load_tokenizer
+        from minference_jax.text.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(model)
     prompts = [task.sample(tokenizer, length, index, seed) for index in range(samples)]

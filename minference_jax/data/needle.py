@@ -18,7 +18,7 @@ _WORDS = ("lantern", "harbor", "pepper", "violin", "meadow", "anchor", "walnut",
 
 
 class ChatTokenizer(Protocol):
-    """What a needle needs of `minference_jax.models.tokenizer.Tokenizer`."""
+    """What a needle needs of `minference_jax.text.tokenizer.Tokenizer`."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 

@@ -17,9 +17,9 @@ import numpy as np
 from minference_jax.eval.methods import Method
 from minference_jax.eval.results import Result, ResultFile
 from minference_jax.eval.samples import Sample, Task
-from minference_jax.models.buckets import bucket_length
 from minference_jax.models.generate import generate
 from minference_jax.models.llama import Llama
+from minference_jax.planning.buckets import bucket_length
 
 Progress = Callable[[int, int, str], None]
 """Called with samples done, their total, and what is next."""

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int32
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.layers import map_chunks
 from minference_jax.models.rounding import QUANTIZED, SCALE_DTYPE, quantize_rows, turned
-from pallas_kernels.decode import decode_attention, dequantize
-from pallas_kernels.narrow import moved
+from pallas_kernels.decode.attention import decode_attention, dequantize
+from pallas_kernels.decode.narrow import moved
 
 CHUNK = 16_384
 """Tokens that are quantized at once."""

@@ -31,7 +31,7 @@ def resolve_patterns(config: LlamaConfig, patterns: Patterns) -> HeadPatterns | 
     if isinstance(patterns, Dense | AShape | VerticalSlash | BlockSparse):
         return HeadPatterns.uniform(patterns, config.num_layers, config.num_heads)
     if isinstance(patterns, str | os.PathLike):
-        from minference_jax.pattern_io import PRESETS, load_patterns, preset
+        from minference_jax.patterns.files import PRESETS, load_patterns, preset
 
         name = os.fspath(patterns)
         if name in PRESETS:

@@ -18,13 +18,13 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from minference_jax.models import forward, llama
-from minference_jax.models.buckets import QUERY_TILE, bucket_length
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
-from minference_jax.models.memory import advise
-from minference_jax.models.prompts import PromptRunner, steps_before_new_rope
 from minference_jax.models.sampling import next_token
+from minference_jax.planning.buckets import QUERY_TILE, bucket_length
+from minference_jax.planning.memory import advise
+from minference_jax.text.prompts import PromptRunner, steps_before_new_rope
 
 STEPS = 64
 """Decoding steps in one call of the jitted loop, and the width of its output."""

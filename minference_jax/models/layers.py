@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 from minference_jax.models import fp8
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.rope import apply_rope
-from pallas_kernels.matvec import stacked_matvec, unsupported_reason
+from pallas_kernels.decode.matvec import stacked_matvec, unsupported_reason
 
 Layer = Mapping[str, Array]
 

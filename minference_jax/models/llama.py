@@ -33,11 +33,11 @@ from minference_jax.models.checks import (
     resolve_patterns,
 )
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.cost import AUTO_PATTERN, AttentionChoice, choose_attention
 from minference_jax.models.params import param_shapes as param_shapes
 from minference_jax.models.parts import prefill_parts
 from minference_jax.models.random_weights import random_params
 from minference_jax.patterns import Dense, HeadPatterns, PatternArrays, PlanBuilder
+from minference_jax.planning.cost import AUTO_PATTERN, AttentionChoice, choose_attention
 
 AUTO = "auto"
 """The name of the patterns that give way to dense attention where they do not pay."""
@@ -116,12 +116,12 @@ class Llama(nnx.Module):
         fp8_projections: bool = False,
         progress: Any = None,
     ) -> Llama:
-        """Loads a Hugging Face directory or a GGUF file; see `minference_jax.models.convert.load_checkpoint`.
+        """Loads a Hugging Face directory or a GGUF file; see `minference_jax.checkpoints.convert.load_checkpoint`.
 
         `fp8_projections`: see `with_fp8_projections`; each projection is quantized as it is read, so the device holds
         one of them at most in `dtype` too. `progress(done, total)` is called as tensors are read.
         """
-        from minference_jax.models.convert import load_checkpoint
+        from minference_jax.checkpoints.convert import load_checkpoint
 
         convert = fp8.quantize_param if fp8_projections else None
         config, params = load_checkpoint(os.fspath(path), dtype=dtype, progress=progress, convert=convert)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from minference_jax.models.buckets import QUERY_TILE
 from minference_jax.models.cache import KVCache
+from minference_jax.planning.buckets import QUERY_TILE
 
 if TYPE_CHECKING:
     from minference_jax.models.llama import Llama

@@ -17,8 +17,8 @@ from jaxtyping import Array, Int
 from minference_jax.models.capture import capture_qkv
 from minference_jax.models.checks import check_tokens
 from minference_jax.models.llama import Llama
-from minference_jax.pattern_io import save_patterns
 from minference_jax.patterns import HeadPatterns, Pattern
+from minference_jax.patterns.files import save_patterns
 from minference_jax.search.candidates import CANDIDATES, scaled
 from minference_jax.search.choose import allocate, best_at_equal_cost
 from minference_jax.search.cost import CostKind, CostModel, Target

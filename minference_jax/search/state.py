@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minference_jax.pattern_io import write_atomically
+from minference_jax.patterns.files import write_atomically
 from minference_jax.search.cost import CostModel
 from minference_jax.search.measure import LayerRecord
 

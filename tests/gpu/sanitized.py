@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.hopper import hopper_attention
+from pallas_kernels.hopper.attention import hopper_attention
 from tests.plans import random_plan
 
 if __name__ == "__main__":

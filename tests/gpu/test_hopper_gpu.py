@@ -9,7 +9,7 @@ import pytest
 
 from minference_jax.bench.shapes import block_bench_plan, exact_row, sample_rows, vertical_slash_bench_plan
 from pallas_kernels import plan_builders
-from pallas_kernels.hopper import hopper_attention
+from pallas_kernels.hopper.attention import hopper_attention
 from pallas_kernels.reference import reference_attention
 from tests.plans import random_plan
 

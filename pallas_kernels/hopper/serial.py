@@ -1,6 +1,6 @@
 """The compute warpgroups where `setmaxnreg` does nothing: one product after the other, in the registers there are.
 
-A thread block of three warpgroups starts with 168 registers a thread. `hopper_compute` needs more, for which the
+A thread block of three warpgroups starts with 168 registers a thread. `compute` needs more, for which the
 warpgroup that loads gives up its own; an assembler that ignores this request lets it spill and puts the products in
 line anyway. Here nothing of a step is held until the next, and the two warpgroups overlap with each other alone.
 """
@@ -13,9 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 
-from pallas_kernels import hopper_tables as tables
-from pallas_kernels.hopper_registers import rescaled
-from pallas_kernels.hopper_warpgroup import SCORES, Warpgroup
+from pallas_kernels import tables
+from pallas_kernels.hopper.registers import rescaled
+from pallas_kernels.hopper.warpgroup import SCORES, Warpgroup
 
 
 def compute(group: Warpgroup) -> None:

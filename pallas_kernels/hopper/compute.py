@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 
-from pallas_kernels import hopper_tables as tables
-from pallas_kernels.hopper_registers import rescaled
-from pallas_kernels.hopper_warpgroup import SCORES, Warpgroup
+from pallas_kernels import tables
+from pallas_kernels.hopper.registers import rescaled
+from pallas_kernels.hopper.warpgroup import SCORES, Warpgroup
 
 
 def compute(group: Warpgroup) -> None:

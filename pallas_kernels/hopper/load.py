@@ -11,9 +11,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper_tables as tables
-from pallas_kernels.hopper_config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS
-from pallas_kernels.hopper_launch import Launch, Refs, item_of, share_of, split_head, views
+from pallas_kernels import tables
+from pallas_kernels.hopper.config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS
+from pallas_kernels.hopper.launch import Launch, Refs, item_of, share_of, split_head, views
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
 
 

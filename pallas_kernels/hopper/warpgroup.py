@@ -12,8 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper_config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS
-from pallas_kernels.hopper_launch import (
+from pallas_kernels.hopper.config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS
+from pallas_kernels.hopper.launch import (
     Launch,
     Refs,
     item_of,
@@ -22,8 +22,8 @@ from pallas_kernels.hopper_launch import (
     swizzle_of,
     tile_transforms,
 )
-from pallas_kernels.hopper_product import start_product
-from pallas_kernels.hopper_registers import SUM_COLUMNS, exp2, folded, raised
+from pallas_kernels.hopper.product import start_product
+from pallas_kernels.hopper.registers import SUM_COLUMNS, exp2, folded, raised
 from pallas_kernels.sizes import QUERY_TILE
 
 LAYOUT = plgpu.Layout.WGMMA

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minference_jax.models.gguf_config import eos_token_ids
-from minference_jax.models.gguf_file import GGUFFile
-from minference_jax.models.gguf_tokenizer import build_tokenizer, tokenizer_config
-from minference_jax.models.hf_files import find_gguf, read_hf_config
+from minference_jax.checkpoints.gguf_config import eos_token_ids
+from minference_jax.checkpoints.gguf_file import GGUFFile
+from minference_jax.checkpoints.hf_files import find_gguf, read_hf_config
+from minference_jax.text.gguf_tokenizer import build_tokenizer, tokenizer_config
 
 _UNKNOWN_CHARACTER = "\ufffd"  # what decoders print for bytes that are not (yet) UTF-8
 _NO_LIMIT = 10**30  # transformers' own value for it; a limit would only print warnings

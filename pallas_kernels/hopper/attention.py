@@ -55,13 +55,13 @@ What was left out to see what it costs, in version 7 (dense 233 ms; wrong result
 spill 330 bytes.
 
 From jax 0.12 on nvJitLink assembles the kernel and ignores `setmaxnreg`: 608 bytes are spilled and the products wait
-for each other (C7512). `hopper_serial` serves there, which spills nothing. Kernel time at 128K, a quarter of a second
+for each other (C7512). `serial` serves there, which spills nothing. Kernel time at 128K, a quarter of a second
 of each form in turn, once (dense 238.5 ms):
 
 | | vertical-slash | block-sparse | A-shape |
 |---|---|---|---|
 | version 8, jax 0.12.0.1 | 30.7 ms | 28.4 ms | |
-| `hopper_serial`, jax 0.12.0.1 | 25.3 ms | 24.8 ms | 20.3 ms |
+| `serial`, jax 0.12.0.1 | 25.3 ms | 24.8 ms | 20.3 ms |
 | version 8, jax 0.11.2 | 25.8 ms | 21.3 ms | 19.4 ms |
 
 Preparing a clean plan takes 110 us of the GPU for vertical-slash at 128K, 80 for A-shape and 13 for block-sparse; half
@@ -92,11 +92,11 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import hopper_tables
-from pallas_kernels.assembler import ignores_setmaxnreg
-from pallas_kernels.hopper_config import HEAD_DIMS, KernelConfig
-from pallas_kernels.hopper_kernel import kernel_body
-from pallas_kernels.hopper_launch import Launch, Refs, scratch_types
+from pallas_kernels import tables as hopper_tables
+from pallas_kernels.hopper.assembler import ignores_setmaxnreg
+from pallas_kernels.hopper.config import HEAD_DIMS, KernelConfig
+from pallas_kernels.hopper.kernel import kernel_body
+from pallas_kernels.hopper.launch import Launch, Refs, scratch_types
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_query_tiles
 

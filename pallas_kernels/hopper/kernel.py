@@ -9,7 +9,7 @@ buffer. The steps of a query tile are, in order,
    a missing second half.
 
 A thread block computes a chain of query tiles. Its memory warpgroup runs ahead into the next one, whose first step the
-compute warpgroups begin beside the last step of the one before (`hopper_compute`; `hopper_serial` does not).
+compute warpgroups begin beside the last step of the one before (`compute`; `serial` does not).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper_compute, hopper_serial
-from pallas_kernels.hopper_config import COMPUTE_WARPGROUPS
-from pallas_kernels.hopper_launch import Launch, Refs, views
-from pallas_kernels.hopper_load import load
-from pallas_kernels.hopper_warpgroup import Warpgroup
+from pallas_kernels.hopper import compute, serial
+from pallas_kernels.hopper.config import COMPUTE_WARPGROUPS
+from pallas_kernels.hopper.launch import Launch, Refs, views
+from pallas_kernels.hopper.load import load
+from pallas_kernels.hopper.warpgroup import Warpgroup
 
 _MEMORY = COMPUTE_WARPGROUPS  # index of the memory warpgroup
 
@@ -51,6 +51,6 @@ def kernel_body(launch: Launch, refs: Refs, scratch: dict[str, Any]) -> None:
         group = Warpgroup(launch, refs, warpgroup, **scratch | read)
         if launch.config.overlap:
             plgpu.set_max_registers(launch.config.compute_registers, action="increase")
-            hopper_compute.compute(group)
+            compute.compute(group)
         else:
-            hopper_serial.compute(group)
+            serial.compute(group)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper_config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS, KernelConfig, Rounds
+from pallas_kernels.hopper.config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS, KernelConfig, Rounds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from minference_jax.models.buckets import QUERY_TILE, bucket_length
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
 from minference_jax.models.parts import prefill_parts
+from minference_jax.planning.buckets import QUERY_TILE, bucket_length
 
 
 class PromptRunner:

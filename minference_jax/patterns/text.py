@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 from minference_jax.models.config import LlamaConfig
-from minference_jax.pattern_io import load_patterns, preset
 from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, Pattern, VerticalSlash
+from minference_jax.patterns.files import load_patterns, preset
 
 PATTERN_HELP = (
     "dense, a-shape, vertical-slash or block-sparse, with its fields as in "

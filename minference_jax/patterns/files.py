@@ -39,7 +39,7 @@ PRESETS: dict[str, Pattern | Path] = {
     "llama-3.1-8b": VerticalSlash(columns=512, slashes=2048),
     "paper-table-7": VerticalSlash(columns=500, slashes=1500),
     "streaming-llm": AShape(sink=1024, window=4096),
-    "smollm2-135m-instruct": Path(__file__).parent / "data" / "smollm2_135m_instruct.json",
+    "smollm2-135m-instruct": Path(__file__).parents[1] / "data" / "smollm2_135m_instruct.json",
 }
 
 

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.plan import SparsePlan, kv_limit
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
-from pallas_kernels.xla_visits import STEP, UNITS, Visit, prepared, visit_of
+from pallas_kernels.xla.visits import STEP, UNITS, Visit, prepared, visit_of
 
 _MASKED = -1e30
 """Score of a masked cell. Finite, so that a step without a single visible key stays free of NaN; such a step's

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minference_jax.models.gguf_file import GGUFFile
+from minference_jax.checkpoints.gguf_file import GGUFFile
 
 # GGUF keeps Mistral under "llama".
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3")

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.narrow import moved
+from pallas_kernels.decode.narrow import moved
 
 BLOCKS = 528
 """Thread blocks to aim at: four for each multiprocessor of an H100 or H200, of which two run at a time."""

@@ -1,0 +1,203 @@
+"""Checkpoints in and out: Hugging Face directories (safetensors) and GGUF files ↔ our stacked parameters.
+
+`minference_jax.checkpoints.names` is the table of names and layouts; this file streams tensors through it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from minference_jax.checkpoints import names
+from minference_jax.checkpoints.gguf_config import hf_config
+from minference_jax.checkpoints.gguf_file import GGUFFile
+from minference_jax.checkpoints.hf_files import HFFiles, find_gguf, pickle_refusal
+from minference_jax.checkpoints.save import save_checkpoint as save_checkpoint
+from minference_jax.models.config import LlamaConfig
+from minference_jax.models.params import param_shapes
+
+Progress = Callable[[int, int], None]
+_DTYPES = ("bfloat16", "float16", "float32")
+_SHOWN = 20  # names listed of each kind of trouble
+
+
+class TensorFiles(Protocol):
+    """What conversion needs of a format: a config in Hugging Face's terms, and tensors by name."""
+
+    path: Path
+    format: str
+    config: dict
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+class GGUFFiles:
+    """A GGUF file as `TensorFiles`."""
+
+    format = "gguf"
+
+    def __init__(self, path: Path):
+        self._file = GGUFFile(path)
+        self.path = path
+        self.config = hf_config(self._file)
+        self.shapes = {name: tensor.shape for name, tensor in self._file.tensors.items()}
+        self.read = self._file.read
+
+
+def open_checkpoint(path: str | Path) -> TensorFiles:
+    """Opens a checkpoint and reads its headers: a Hugging Face directory, a .gguf file, or a directory with one.
+
+    Raises `ValueError` with one message that names the file, whatever is wrong with it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist (checkpoints are local: nothing is downloaded)")
+    if gguf := find_gguf(path):
+        return GGUFFiles(gguf)
+    if path.is_dir():
+        return HFFiles(path)
+    if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"):
+        raise ValueError(pickle_refusal(path))
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path}: give the directory that holds it, since config.json is needed too")
+    raise ValueError(f"{path}: neither a GGUF file nor a checkpoint directory")
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    progress: Progress | None = None,
+    convert: Callable[[str, Array], Mapping[str, Array]] | None = None,
+) -> tuple[LlamaConfig, dict[str, Array]]:
+    """Reads a checkpoint into our stacked parameters on the default device.
+
+    Parameters stream one at a time: host memory holds one stacked parameter, and a few of the file's tensors, besides
+    what has been placed on the device.
+
+    **Arguments:**
+
+    - `path`: a Hugging Face directory with safetensors (whole or sharded), a .gguf file, or a directory with one.
+    - `dtype`: "bfloat16", "float16" or "float32", for every parameter.
+    - `progress`: called as `progress(done, total)` after each of the file's tensors.
+    - `convert`: called with the name and array of each parameter as it is placed; what it returns is kept instead, so
+      that the device never holds the whole model both ways (`fp8.quantize_param`).
+
+    **Returns:** the config, and name → array as in `minference_jax.models.params.param_shapes`.
+
+    Tied embeddings follow transformers: an `lm_head` equal to the embedding is dropped, a different one is kept and
+    the config becomes untied, and an embedding that is missing is taken from the head.
+
+    Raises `ValueError`: a file that is malformed, truncated or pickled; an unsupported architecture, quantization or
+    RoPE scaling; names that are missing, unexpected or of the wrong shape, all in one message; parameters with NaN or
+    infinite values (in `dtype`: a float32 value may be too large for float16), which no working model has.
+    """
+    if jnp.dtype(dtype).name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    files = open_checkpoint(path)
+    try:
+        config = LlamaConfig.from_hf(files.config)
+    except ValueError as error:
+        raise ValueError(f"{files.path}: {error}") from None
+    if config.num_layers > len(files.shapes):  # before anything loops over the layers of a hostile config
+        layers, tensors = f"{config.num_layers:,} layers", f"{len(files.shapes):,} tensors"
+        raise ValueError(f"{files.path}: the config has {layers}, but the checkpoint holds {tensors}")
+    config, aliases = _resolve_tying(files, config)
+    groups = names.group_by_file_tensor(names.table(config, files.format).values(), files.format)
+    _check_names(files, config, groups, aliases)
+
+    params: dict[str, Array] = {}
+    not_finite: list[str] = []
+    done, total = 0, sum(names.num_layers(rows[0], config) for rows in groups)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for rows in groups:
+            reader = _GroupReader(files, config, rows, aliases, jnp.dtype(dtype))
+            for trouble in pool.map(reader.place, range(names.num_layers(rows[0], config))):
+                not_finite += trouble
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            for path in list(reader.stacks):
+                value = jnp.asarray(reader.stacks.pop(path))
+                params |= {path: value} if convert is None else convert(path, value)
+    _report(f"{files.path} cannot be used", {"NaN or infinite": not_finite})
+    order = {name: place for place, name in enumerate(param_shapes(config))}
+    return config, dict(sorted(params.items(), key=lambda item: order[item[0].removesuffix("_scale")]))
+
+
+class _GroupReader:
+    """Fills the stacked host arrays of the parameters that share a file tensor, one layer at a time."""
+
+    def __init__(self, files: TensorFiles, config: LlamaConfig, rows: list[names.Row], aliases, dtype: np.dtype):
+        self._files, self._rows, self._aliases, self._dtype = files, rows, aliases, dtype
+        self._layouts = [names.Layout.of(row, config) for row in rows]
+        shapes = param_shapes(config)
+        self.stacks = {row.path: np.empty(shapes[row.path], dtype) for row in rows}
+
+    def place(self, layer: int) -> list[str]:
+        """Reads, casts and transposes one file tensor; returns its name in a list if it is not finite."""
+        name = names.file_name(self._rows[0], self._files.format, layer)
+        with np.errstate(over="ignore", invalid="ignore"):  # a cast that overflows is found below
+            tensor = self._files.read(self._aliases.get(name, name)).astype(self._dtype, copy=False)
+        # NumPy copies plain integers faster than bfloat16, and compares them without Python's lock.
+        bits = tensor.view(f"u{self._dtype.itemsize}")
+        for row, layout in zip(self._rows, self._layouts, strict=True):
+            stack = self.stacks[row.path].view(bits.dtype)
+            (stack[layer] if names.in_layers(row) else stack)[...] = layout.read(bits)
+        exponent = np.array(np.inf, self._dtype).view(bits.dtype)
+        return [name] if np.any(bits & exponent == exponent) else []
+
+
+def _resolve_tying(files: TensorFiles, config: LlamaConfig) -> tuple[LlamaConfig, dict[str, str]]:
+    """The config with `tie_embeddings` as the tensors have it, and aliases: expected name → name in the file."""
+    rows = names.table(dataclasses.replace(config, tie_embeddings=False), files.format)
+    embed, head = (names.file_name(rows[path], files.format, 0) for path in ("embed", "lm_head"))
+    if not config.tie_embeddings or head not in files.shapes:
+        return config, {}
+    if embed not in files.shapes:
+        return config, {embed: head}
+    if files.shapes[embed] == files.shapes[head] and np.array_equal(files.read(embed), files.read(head)):
+        return config, {head: embed}
+    return dataclasses.replace(config, tie_embeddings=False), {}
+
+
+def _check_names(files: TensorFiles, config: LlamaConfig, groups, aliases: Mapping[str, str]) -> None:
+    """Compares the names and shapes of the file with the config's, and reports every difference at once."""
+    expected = {}
+    for rows in groups:
+        shape = names.Layout.of(rows[0], config).file_shape
+        for layer in range(names.num_layers(rows[0], config)):
+            name = names.file_name(rows[0], files.format, layer)
+            expected[aliases.get(name, name)] = shape
+    known = expected.keys() | aliases.keys()
+    troubles = {
+        "missing": [name for name in expected if name not in files.shapes],
+        "unexpected": [
+            name for name in files.shapes if name not in known and not names.IGNORED[files.format].fullmatch(name)
+        ],
+        "wrongly shaped": [
+            f"{name} {files.shapes[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if files.shapes.get(name, shape) != shape
+        ],
+    }
+    _report(f"{files.path} does not fit its {config.model_type} config of {config.num_layers} layers", troubles)
+
+
+def _report(subject: str, troubles: Mapping[str, list[str]]) -> None:
+    parts = []
+    for kind, found in troubles.items():
+        if found:
+            shown = ", ".join(found[:_SHOWN]) + (", ..." if len(found) > _SHOWN else "")
+            parts.append(f"{len(found)} {kind}: {shown}")
+    if parts:
+        raise ValueError(f"{subject}: " + "; ".join(parts))

@@ -1,0 +1,1 @@
+"""Attention over a plan in plain jnp: runs anywhere, differentiable; one query tile after another."""
