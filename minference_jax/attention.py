@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ import pallas_kernels
 from minference_jax.index.recall import estimated_recall
 from minference_jax.patterns.base import Pattern, Where
 from minference_jax.patterns.heads import LayerPatterns, layer_patterns
+from pallas_kernels.backends import Implementation, choose_implementation, find_backend
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
-from pallas_kernels.dispatch import choose_dense_implementation, choose_implementation
 from pallas_kernels.plan import KEY_TILE, SparsePlan, kv_limit, num_query_tiles
 
 
@@ -131,7 +131,7 @@ def sparse_attention(
     lengths: Int[Array, " b"] | None = None,
     q_offset: int | Int[Array, ""] = 0,
     scale: float | None = None,
-    implementation: Literal["hopper", "xla", "reference"] | None = None,
+    implementation: Implementation | None = None,
     return_info: bool = False,
 ) -> Any:
     """Causal attention in which each head visits only the keys that its pattern names for this prompt.
@@ -173,9 +173,10 @@ def _attend(
     b, n = q.shape[0], q.shape[2]
     where: dict[str, Any] = {"lengths": lengths, "q_offset": q_offset, "scale": scale}
     everything = jnp.ones((b, n), jnp.float32)
-    dense_name = None if implementation == "hopper" else implementation
-    if heads.covers >= k.shape[1] and implementation != "hopper":
-        choice = choose_dense_implementation(q, k, implementation=dense_name)
+    keeps_to_plans = implementation is not None and find_backend(implementation).keeps_to_plans
+    dense_name = None if keeps_to_plans else implementation
+    if heads.covers >= k.shape[1] and not keeps_to_plans:
+        choice = choose_implementation(q, k, v, None, implementation=dense_name)
         out: Any = pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **where)
         reason = f"the budgets cover all {k.shape[1]} keys: dense attention; {choice.reason}"
         return out, AttentionInfo(everything, everything, choice.name, reason) if return_info else None
