@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from minference_jax.attention import make_plan
 from minference_jax.bench import official
 from minference_jax.bench import peers as others
 from minference_jax.bench.cases import BUDGETS, Case
 from minference_jax.bench.shapes import exact_row, sample_rows
 from minference_jax.bench.timing import in_turns_ms, median_ms
-from minference_jax.index.build import make_plan
 from pallas_kernels import SparsePlan, choose_implementation, sparse_attention
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def bench_kernels(
     """
     for layout in layouts:
         for length in lengths:
-            arrays = _arrays(layout, length)
+            arrays = random_arrays(layout, length)
             checked = [_checked(case, layout, length, arrays) for case in cases]
             runs = [c.attend for c in checked]
             with_dense = length <= dense_limit and jax.default_backend() == "gpu"
@@ -126,7 +126,8 @@ def bench_kernels(
                 yield _row(one, layout, arrays, attend_ms, dense, extra | sparse, repeats)
 
 
-def _arrays(layout: Layout, length: int) -> others.Arrays:
+def random_arrays(layout: Layout, length: int) -> others.Arrays:
+    """Normal q, k and v of a layout, bfloat16."""
     keys = jax.random.split(jax.random.key(0), 3)
     heads = (layout.heads, layout.kv_heads, layout.kv_heads)
 
