@@ -32,7 +32,7 @@ def kernel_body(launch: Launch, refs: Refs, scratch: dict[str, Any]) -> None:
     head = lax.rem(z, jnp.int32(launch.heads))
     kv_head = lax.div(head, jnp.int32(launch.heads // launch.kv_heads))
     steps = Steps(launch, refs, lax.div(z, jnp.int32(launch.heads)), head, kv_head, z, tile, part)
-    rows_valid = steps.work(tables.ROWS_VALID) - part * launch.config.rows
+    rows_valid = steps.counts[tables.ROWS_VALID] - part * launch.config.rows
     rows = Rows(launch, Loader(steps, **scratch))
     pl.when(rows_valid > 0)(lambda: rows.attend(rows_valid))
     pl.when(rows_valid <= 0)(lambda: rows.store(*rows.nothing(), rows_valid))
@@ -54,7 +54,7 @@ class Rows:
         def fetch(step, start):
             """Of a step known to be of the diagonal if `step` is a Python int."""
             if isinstance(step, int) and step < steps.masked:
-                own = steps.work(tables.DIAGONAL) + steps.part * self.launch.config.rows
+                own = steps.counts[tables.DIAGONAL] + steps.part * self.launch.config.rows
                 loader.fetch(jnp.int32(step), own + step * self.launch.config.step_keys, None, end)
             else:
                 loader.fetch(jnp.int32(step), start, plain, end)

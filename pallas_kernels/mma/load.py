@@ -6,6 +6,7 @@ The steps of a query tile are, in order, its diagonal, band and block tiles, and
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -37,9 +38,10 @@ class Steps:
     tile: jax.Array
     part: jax.Array
 
-    def work(self, field: int) -> jax.Array:
-        """A field of `KernelTables.work`."""
-        return self.refs.work[self.z, self.tile, field]
+    @functools.cached_property
+    def counts(self) -> dict[int, jax.Array]:
+        """The query tile's row of `KernelTables.work`, read once: a step must not wait for device memory."""
+        return {field: self.refs.work[self.z, self.tile, field] for field in range(tables.WORK_FIELDS)}
 
     @property
     def per_tile(self) -> int:
@@ -58,7 +60,7 @@ class Steps:
 
     def ends(self) -> tuple[jax.Array, jax.Array]:
         """Where the steps without a bias end, and where all do."""
-        plain, every = (self.work(field) + self.before for field in (tables.TILES_NO_BIAS, tables.ALL_TILES))
+        plain, every = (self.counts[field] + self.before for field in (tables.TILES_NO_BIAS, tables.ALL_TILES))
         return self.masked + plain * self.per_tile, self.masked + every * self.per_tile
 
     def rows(self) -> Any:
@@ -76,12 +78,12 @@ class Steps:
         """First key of a step that is not masked: its position, or its place among the columns."""
         refs = self.refs
         place, inside = self.place(jnp.maximum(step, self.masked))
-        diagonal, whole = self.work(tables.DIAGONAL), self.work(tables.TILES)
+        diagonal, whole = self.counts[tables.DIAGONAL], self.counts[tables.TILES]
         # A band that begins before key 0 is read from key 0 on; the bias hides the keys past its end.
         distance = refs.bands[self.z, jnp.clip(place, 0, refs.bands.shape[1] - 1)]
         start = jnp.maximum(diagonal - distance, 0)
         if refs.blocks is not None:
-            bands = self.work(tables.BANDS)
+            bands = self.counts[tables.BANDS]
             block = refs.blocks[self.z, self.tile, jnp.clip(place - bands, 0, refs.blocks.shape[2] - 1)]
             start = jnp.where(place >= bands, block * KEY_TILE, start)
         start = jnp.where(place < 0, diagonal + (self.before + place) * KEY_TILE, start)
@@ -91,7 +93,7 @@ class Steps:
         """The bias of a step's key tile, in device memory."""
         bias = self.refs.bias
         place, _ = self.place(step)
-        columns = jnp.maximum(place - self.work(tables.TILES) + 2, 0)  # -2 and -1 are the last whole tiles
+        columns = jnp.maximum(place - self.counts[tables.TILES] + 2, 0)  # -2 and -1 are the last whole tiles
         row = (self.z if bias.shape[0] > 1 else 0, self.tile if bias.shape[1] > 1 else 0)
         return bias.at[(*row, pl.ds(columns * KEY_TILE, KEY_TILE))]
 
@@ -152,7 +154,7 @@ class Loader:
         elif refs.keys is None:
             pl.when(step < end)(keys)
         else:
-            gathered = steps.place(step)[0] >= steps.work(tables.TILES)
+            gathered = steps.place(step)[0] >= steps.counts[tables.TILES]
             pl.when((step < end) & ~gathered)(keys)
             pl.when((step < end) & gathered)(columns)
         if plain is not None:
