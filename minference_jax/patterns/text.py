@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -23,6 +24,8 @@ def parse_pattern(text: str, config: LlamaConfig) -> HeadPatterns | None:
 
     Raises `ValueError` that says what was expected, and what `load_patterns` raises for a file.
     """
+    if not text.strip():
+        raise ValueError(f"a pattern is missing; there are {', '.join(_KINDS)}, files and presets")
     if text.partition(":")[0] in _KINDS:
         pattern = parse_uniform(text)
         dense = isinstance(pattern, Dense)
@@ -77,16 +80,30 @@ def _with_fields(kind: type[Pattern], name: str, text: str) -> Pattern:
         if not equals or key not in known:
             fields = f"; its fields: {', '.join(known)}" if known else ", which has no fields"
             raise ValueError(f"{part!r} is no field=value of {name}{fields}")
-        values[key] = _value(value)
+        if key in values:
+            raise ValueError(f"{key} is given twice in {name}:{text}")
+        values[key] = _value(key, value)
     try:
         return kind(**values)
     except TypeError as error:  # a word where a number belongs
         raise ValueError(str(error)) from None
 
 
-def _value(text: str) -> int | float | str | None:
+_WORDS = ("probes",)
+"""Fields that may hold a word."""
+
+
+def _value(key: str, text: str) -> int | float | str | None:
     if text == "None":
         return None
-    if re.fullmatch(r"[+-]?\d+", text):
+    if re.fullmatch(r"[+-]?[0-9]+", text):
         return int(text)
-    return float(text) if re.fullmatch(r"[+-]?\d*\.\d*(e[+-]?\d+)?", text) and text.strip("+-.") else text
+    try:
+        number = float(text)
+    except ValueError:
+        if key in _WORDS:
+            return text
+        raise ValueError(f"{key} must be a number, got {text!r}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{key} must be finite, got {text}")
+    return number
