@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from minference_jax.attention import make_plan
 from minference_jax.bench import official
 from minference_jax.bench import peers as others
 from minference_jax.bench.cases import BUDGETS, Case
 from minference_jax.bench.shapes import exact_row, sample_rows
 from minference_jax.bench.timing import in_turns_ms, median_ms
-from minference_jax.index.build import make_plan
 from pallas_kernels import SparsePlan, choose_implementation, sparse_attention
 
 if TYPE_CHECKING:

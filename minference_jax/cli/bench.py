@@ -10,7 +10,8 @@ import typer
 
 from minference_jax.bench.cases import Case
 from minference_jax.cli.console import print_json, stderr, stdout, usage, usage_error
-from minference_jax.patterns.text import PATTERN_HELP, parse_pattern
+from minference_jax.patterns.resolve import resolve_patterns
+from minference_jax.patterns.text import PATTERN_HELP
 
 app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 
@@ -69,7 +70,7 @@ def prefill(
     network = _network(model, random_weights, dtype)
     if pattern:
         with usage("--pattern"):
-            mine = parse_pattern(pattern, network.config)
+            mine = resolve_patterns(pattern, network.config.num_layers, network.config.num_heads)
         chosen = {name: (mine if name.startswith("minference") else p, fp8) for name, (p, fp8) in chosen.items()}
     rows, name = [], random_weights or str(model)
     try:

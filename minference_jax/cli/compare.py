@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from minference_jax.cli.console import read_full_text, usage, usage_error
-from minference_jax.patterns.text import PATTERN_HELP, parse_pattern
+from minference_jax.patterns.resolve import resolve_patterns
+from minference_jax.patterns.text import PATTERN_HELP
 
 
 def compare(
@@ -50,7 +51,7 @@ def compare(
     words = read_full_text(text) if text else None
     config = LlamaConfig.from_hf(open_checkpoint(model).config)
     with usage("--pattern"):
-        patterns = parse_pattern(pattern, config)
+        patterns = resolve_patterns(pattern, config.num_layers, config.num_heads)
     options = {"as_json": json, "dtype": dtype, "patterns": patterns, "torch_python": torch_python}
     if task:
         with usage("--length"):

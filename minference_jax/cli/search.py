@@ -22,7 +22,8 @@ from minference_jax.cli.console import (
     usage,
     usage_error,
 )
-from minference_jax.patterns.text import parse_pattern, parse_uniform
+from minference_jax.patterns.resolve import resolve_patterns
+from minference_jax.patterns.text import parse_pattern
 
 TASK_SEED = 1
 """Of the prompts of `--tasks`; that of `eval` is 0 by default."""
@@ -93,11 +94,11 @@ def search(
     from minference_jax.checkpoints.convert import open_checkpoint
     from minference_jax.models.config import LlamaConfig
     from minference_jax.runs.files import check_output_file
-    from minference_jax.search import CANDIDATES, PAPER, Settings
+    from minference_jax.search import PAPER, Settings, default_candidates
     from minference_jax.text.tokenizer import load_tokenizer
 
     with usage("--candidate"):
-        chosen = tuple(map(parse_uniform, candidate)) if candidate else PAPER if paper else CANDIDATES
+        chosen = tuple(map(parse_pattern, candidate)) if candidate else PAPER if paper else default_candidates()
     wanted = _target(target)
     with usage("settings"):
         settings = Settings(wanted, chosen, cost, objective, budgets, query_tiles, end_tiles)  # pyright: ignore[reportArgumentType]
@@ -129,7 +130,7 @@ def search(
 
 def _patterns(name: str, config: Any) -> Any:
     with usage("--patterns"):
-        patterns = parse_pattern(name, config)
+        patterns = resolve_patterns(name, config.num_layers, config.num_heads)
     if patterns is None:
         raise usage_error("dense attention is what patterns are compared with: nothing to verify")
     return patterns
@@ -259,5 +260,5 @@ def _target(text: str) -> Any:
     except ValueError:
         if text[0].isalpha():
             with usage("--target"):
-                return parse_uniform(text)
+                return parse_pattern(text)
         raise usage_error(f"--target {text!r} is no density, no time in ms and no pattern") from None
