@@ -118,7 +118,7 @@ def test_inspect_counts_patterns(capsys, tmp_path):
         (("MODEL", "a", "--pattern", "a-shape:width=3"), "no field=value of a-shape"),
         (("MODEL", "a", "--pattern", "a-shape:sink=3,sink=4"), "gives sink twice"),
         (("MODEL", "a", "--pattern", "vertical-slash:threshold=nan"), "nan is not a number"),
-        (("MODEL", "a", "--pattern", "vertical-slash:probes=8,density=inf"), "inf is not a number"),
+        (("MODEL", "a", "--pattern", "shared-density:density=inf"), "inf is not a number"),
         (("MODEL", "a", "--pattern", "vertical-slash:coverage=.5x"), "'vertical-slash:coverage=.5x'"),
     ],
 )
