@@ -7,6 +7,7 @@ from pallas_kernels.attention import sparse_attention as sparse_attention
 from pallas_kernels.attention import vertical_slash_attention as vertical_slash_attention
 from pallas_kernels.dispatch import Choice as Choice
 from pallas_kernels.dispatch import choose_implementation as choose_implementation
+from pallas_kernels.index.masses import tile_masses as tile_masses
 from pallas_kernels.plan import SparsePlan as SparsePlan
 from pallas_kernels.sizes import KEY_TILE as KEY_TILE
 from pallas_kernels.sizes import QUERY_TILE as QUERY_TILE
