@@ -14,7 +14,10 @@ _HOME = {
     "VerticalSlash": "patterns",
     "BlockSparse": "patterns",
     "HeadPatterns": "patterns",
-    "PatternArrays": "patterns",
+    "PerTile": "patterns",
+    "SharedDensity": "patterns",
+    "PlanBuilder": "patterns",
+    "LayerPatterns": "patterns",
     "make_plan": "attention",
     "sparse_attention": "attention",
     "AttentionInfo": "attention",
@@ -23,6 +26,7 @@ _HOME = {
     "load_patterns": "patterns.files",
     "save_patterns": "patterns.files",
     "preset": "patterns.files",
+    "parse_pattern": "patterns.text",
     "Llama": "models.llama",
     "LlamaConfig": "models.config",
     "generate": "models.generate",
@@ -50,11 +54,15 @@ if TYPE_CHECKING:
     from minference_jax.patterns import BlockSparse as BlockSparse
     from minference_jax.patterns import Dense as Dense
     from minference_jax.patterns import HeadPatterns as HeadPatterns
-    from minference_jax.patterns import PatternArrays as PatternArrays
+    from minference_jax.patterns import LayerPatterns as LayerPatterns
+    from minference_jax.patterns import PerTile as PerTile
+    from minference_jax.patterns import PlanBuilder as PlanBuilder
+    from minference_jax.patterns import SharedDensity as SharedDensity
     from minference_jax.patterns import VerticalSlash as VerticalSlash
     from minference_jax.patterns.files import load_patterns as load_patterns
     from minference_jax.patterns.files import preset as preset
     from minference_jax.patterns.files import save_patterns as save_patterns
+    from minference_jax.patterns.text import parse_pattern as parse_pattern
     from minference_jax.text.tokenizer import load_tokenizer as load_tokenizer
 
 

@@ -1,23 +1,28 @@
-"""Sparse attention by pattern: index, plan and kernel under one jit."""
+"""Sparse attention by pattern: index → plan → kernel under one jit.
+
+`make_plan` is a loop: for each family of patterns that occurs, its index makes a plan for all heads, and each head
+takes the plan of its own family.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from minference_jax.index.build import make_plan as make_plan
 from minference_jax.index.recall import estimated_recall
-from minference_jax.patterns import DENSE, Pattern, PatternArrays, PlanBuilder, head_arrays
+from minference_jax.patterns.base import Pattern, Where
+from minference_jax.patterns.heads import LayerPatterns, layer_patterns
+from pallas_kernels.backends import Implementation, choose_implementation, find_backend
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
-from pallas_kernels.dispatch import choose_dense_implementation, choose_implementation
-from pallas_kernels.plan import kv_limit
+from pallas_kernels.plan import KEY_TILE, SparsePlan, kv_limit, num_query_tiles
 
 
 @partial(
@@ -40,16 +45,93 @@ class AttentionInfo:
     reason: str
 
 
-def sparse_attention(
+Patterns = Pattern | Sequence[Pattern] | LayerPatterns | str
+"""One layer's patterns: one (or a plan builder, or a pattern's text) for all heads, one per head, or as arrays."""
+
+
+def make_plan(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
-    v: Float[Array, "b s k h"],
-    pattern: Pattern | Sequence[Pattern] | PatternArrays | PlanBuilder,
+    pattern: Patterns,
     *,
     lengths: Int[Array, " b"] | None = None,
     q_offset: int | Int[Array, ""] = 0,
     scale: float | None = None,
-    implementation: Literal["hopper", "xla", "reference"] | None = None,
+    axis_name: str | None = None,
+) -> SparsePlan:
+    """The online index: which keys each head's queries visit.
+
+    **Arguments:**
+
+    - `q`: `[b, t, n, h]`, after position embedding; `k`: `[b, s, k, h]`, same dtype; n a multiple of k.
+    - `pattern`: one pattern or plan builder for all heads, one per head, or `LayerPatterns` with leaves `[n]` (budgets
+      may then be traced; which families occur, and the widths, are static).
+    - `lengths`: int32 `[b]`, keys of each sequence (right padding), clamped to [0, s]; default all s.
+    - `q_offset`: int32 scalar, position of the first query row, a multiple of 128; may be traced. In chunked prefill
+      and follow-up turns each chunk is estimated from its own last rows, over the keys up to them.
+    - `scale` (static): of the scores, by default 1/sqrt(h).
+    - `axis_name` (static): inside `jax.shard_map`, the mesh axis over which a layer's heads are divided.
+
+    **Returns:** a `SparsePlan` of static widths. A head's unused parts have count 0.
+
+    **Raises:** ValueError for shapes that do not fit, TypeError for something that is no pattern.
+
+    Works under jit, vmap, lax.scan over layers (with `LayerPatterns`) and shard_map over heads.
+    """
+    check_qkv(q, k, k)
+    check_lengths(lengths, q.shape[0])
+    offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
+    heads = layer_patterns(pattern, q.shape[2])
+    where = Where(kv_limit(lengths, q.shape[0], k.shape[1]), offset, check_scale(scale, q), axis_name)
+    return _plan(q, k, heads, where)
+
+
+@jax.jit
+def _plan(q: Array, k: Array, heads: LayerPatterns, where: Where) -> SparsePlan:
+    plans = [(chosen, budgets.index(q, k, where)) for chosen, budgets in heads.chosen()]
+    for _, plan in plans:
+        plan.validate(q.shape[0], q.shape[2], q.shape[1])
+    return _merged(plans, q.shape[0], q.shape[2], num_query_tiles(q.shape[1]))
+
+
+def _merged(plans: list[tuple[Array | None, SparsePlan]], b: int, n: int, tiles: int) -> SparsePlan:
+    """One plan in which each head has the parts of the plan that it takes, at common widths."""
+
+    def part(name: str, count: str, *lead: int) -> tuple[Array | None, Array | None]:
+        found = [(chosen, getattr(plan, name), getattr(plan, count)) for chosen, plan in plans]
+        found = [(chosen, entries, counts) for chosen, entries, counts in found if entries is not None]
+        if not found:
+            return None, None
+        width = max(entries.shape[-1] for _, entries, _ in found)
+        merged, total = jnp.zeros((*lead, width), jnp.int32), jnp.zeros(lead, jnp.int32)
+        for chosen, entries, counts in found:
+            entries = jnp.pad(entries, [(0, 0)] * (entries.ndim - 1) + [(0, width - entries.shape[-1])])
+            if chosen is None:  # of all heads
+                return jnp.broadcast_to(entries, merged.shape), jnp.broadcast_to(counts, total.shape)
+            own = chosen.reshape(n, *[1] * (len(lead) - 2))
+            merged = jnp.where(own[..., None], entries, merged)
+            total = jnp.where(own, counts, total)
+        return merged, total
+
+    return SparsePlan(
+        *part("columns", "column_count", b, n),
+        *part("bands", "band_count", b, n),
+        *part("blocks", "block_count", b, n, tiles),
+        band_multiple=math.gcd(*(plan.band_multiple for _, plan in plans if plan.bands is not None)) or KEY_TILE,
+        clean=all(plan.clean for _, plan in plans),
+    )
+
+
+def sparse_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    pattern: Patterns,
+    *,
+    lengths: Int[Array, " b"] | None = None,
+    q_offset: int | Int[Array, ""] = 0,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
     return_info: bool = False,
 ) -> Any:
     """Causal attention in which each head visits only the keys that its pattern names for this prompt.
@@ -57,7 +139,7 @@ def sparse_attention(
     **Arguments:**
 
     - `q`: `[b, t, n, h]`; `k`, `v`: `[b, s, k, h]`, after position embedding; n a multiple of k.
-    - `pattern`: as `make_plan`. Static, except for the leaves of `PatternArrays` and plan builders.
+    - `pattern`: as `make_plan`. Static, except for the leaves of `LayerPatterns` and plan builders.
     - `lengths`: int32 `[b]` (right padding). `q_offset`: int32 scalar, may be traced; a multiple of 128.
     - `scale`, `implementation`, `return_info`: static. `implementation` as in `pallas_kernels.sparse_attention`.
 
@@ -71,7 +153,7 @@ def sparse_attention(
     check_qkv(q, k, v)
     check_lengths(lengths, q.shape[0])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
-    heads = head_arrays(pattern, q.shape[2])
+    heads = layer_patterns(pattern, q.shape[2])
     out, info = _attend(q, k, v, heads, lengths, offset, check_scale(scale, q), implementation, return_info)
     return (out, info) if return_info else out
 
@@ -81,7 +163,7 @@ def _attend(
     q: Array,
     k: Array,
     v: Array,
-    heads: PatternArrays | PlanBuilder,
+    heads: LayerPatterns,
     lengths: Array | None,
     q_offset: Array,
     scale: float,
@@ -91,9 +173,10 @@ def _attend(
     b, n = q.shape[0], q.shape[2]
     where: dict[str, Any] = {"lengths": lengths, "q_offset": q_offset, "scale": scale}
     everything = jnp.ones((b, n), jnp.float32)
-    dense_name = None if implementation == "hopper" else implementation
-    if heads.limits.covers >= k.shape[1] and implementation != "hopper":
-        choice = choose_dense_implementation(q, k, implementation=dense_name)
+    keeps_to_plans = implementation is not None and find_backend(implementation).keeps_to_plans
+    dense_name = None if keeps_to_plans else implementation
+    if heads.covers >= k.shape[1] and not keeps_to_plans:
+        choice = choose_implementation(q, k, v, None, implementation=dense_name)
         out: Any = pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **where)
         reason = f"the budgets cover all {k.shape[1]} keys: dense attention; {choice.reason}"
         return out, AttentionInfo(everything, everything, choice.name, reason) if return_info else None
@@ -112,11 +195,9 @@ def _attend(
         out: Any = pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **where)
         return out, everything, everything
 
-    if isinstance(heads, PatternArrays) and DENSE in heads.limits.kinds:
-        # One scanned program serves all layers; those without a sparse head skip the index.
-        out, density, held = jax.lax.cond(jnp.all(heads.kind == DENSE), dense, sparse)
-    else:
-        out, density, held = sparse()
+    all_dense = heads.all_dense()
+    # One scanned program serves all layers; those without a sparse head skip the index.
+    out, density, held = sparse() if all_dense is None else jax.lax.cond(all_dense, dense, sparse)
     if not return_info:
         return out, None
     plan_shape = jax.eval_shape(lambda: make_plan(q, k, heads, **where))

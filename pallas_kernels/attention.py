@@ -4,24 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.backends import DenseImplementation, Implementation, choose_implementation
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
-from pallas_kernels.dispatch import (
-    DenseImplementation,
-    Implementation,
-    choose_dense_implementation,
-    choose_implementation,
-)
-from pallas_kernels.hopper.attention import hopper_attention
-from pallas_kernels.plan import SparsePlan, kv_limit
+from pallas_kernels.plan import SparsePlan
 from pallas_kernels.plan_builders import a_shape_plan, block_sparse_plan, vertical_slash_plan
-from pallas_kernels.reference import reference_attention
-from pallas_kernels.sizes import KEY_TILE, num_key_tiles
-from pallas_kernels.xla.attention import xla_attention
 
 # [b, t, n, h], or with return_lse=True the pair ([b, t, n, h], float32 [b, t, n]).
 Output = Any
@@ -66,9 +54,7 @@ def sparse_attention(
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
     arguments: dict[str, Any] = {"lengths": lengths, "q_offset": offset, "scale": check_scale(scale, q)}
     choice = choose_implementation(q, k, v, plan, implementation=implementation)
-    if choice.name == "hopper":
-        return hopper_attention(q, k, v, plan, **arguments, return_lse=return_lse)
-    out, lse = (xla_attention if choice.name == "xla" else reference_attention)(q, k, v, plan, **arguments)
+    out, lse = choice.backend.attend(q, k, v, plan, **arguments, return_lse=return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -92,45 +78,10 @@ def dense_attention(
     check_qkv(q, k, v)
     check_lengths(lengths, q.shape[0])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
-    scale = check_scale(scale, q)
-    choice = choose_dense_implementation(q, k, implementation=implementation)
-    if choice.name == "cudnn":
-        out, lse = _cudnn_attention(q, k, v, lengths, scale)
-    elif choice.name == "xla":
-        out, lse = xla_attention(q, k, v, None, lengths=lengths, q_offset=offset, scale=scale)
-    else:
-        plan = full_plan(q.shape[0], q.shape[2], k.shape[1])
-        arguments: dict[str, Any] = {"lengths": lengths, "q_offset": offset, "scale": scale}
-        if choice.name == "hopper":
-            return hopper_attention(q, k, v, plan, **arguments, return_lse=return_lse)
-        out, lse = reference_attention(q, k, v, plan, **arguments)
+    arguments: dict[str, Any] = {"lengths": lengths, "q_offset": offset, "scale": check_scale(scale, q)}
+    choice = choose_implementation(q, k, v, None, implementation=implementation)
+    out, lse = choice.backend.attend(q, k, v, None, **arguments, return_lse=return_lse)
     return (out, lse) if return_lse else out
-
-
-def full_plan(b: int, n: int, kv_len: int) -> SparsePlan:
-    """The plan that visits every causal key: a band at every distance."""
-    bands = KEY_TILE * jnp.arange(1, num_key_tiles(kv_len) + 1, dtype=jnp.int32)
-    return SparsePlan(
-        bands=jnp.broadcast_to(bands, (b, n, bands.size)),
-        band_count=jnp.full((b, n), bands.size, jnp.int32),
-        band_multiple=KEY_TILE,
-        clean=True,
-    )
-
-
-def _cudnn_attention(q, k, v, lengths, scale):
-    """cuDNN has q and k of one length here, so the causal mask alone keeps valid rows inside their sequence."""
-    out, lse = jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=True, implementation="cudnn", return_residual=True
-    )
-    lse = lse.astype(jnp.float32)  # already rounded to q's dtype inside JAX
-    if lengths is None:
-        return out, lse
-    valid = jnp.arange(q.shape[1]) < kv_limit(lengths, q.shape[0], k.shape[1])[:, None]
-    return (
-        lax.select(jnp.broadcast_to(valid[..., None, None], out.shape), out, jnp.zeros_like(out)),
-        jnp.where(valid[..., None], lse, -jnp.inf),
-    )
 
 
 def a_shape_attention(

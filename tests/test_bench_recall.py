@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minference_jax import Llama, LlamaConfig, VerticalSlash, capture_qkv, make_plan
+from minference_jax import Llama, LlamaConfig, PerTile, VerticalSlash, capture_qkv, make_plan
 from minference_jax.bench.recall import Row, as_dense, lines_as_dense, mean_density, measure, near_a_quarter
-from minference_jax.index import build
 from minference_jax.index import recall as recall_module
+from minference_jax.patterns import vertical_slash
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_rows_are_those_of_each_layer(model, tokens, monkeypatch):
 
 def test_lines_reach_the_density_with_one_program(model, tokens, monkeypatch):
     sample = [(q, k) for q, k, _ in capture_qkv(model, tokens)]
-    traced = counted(monkeypatch, build, "vertical_slash_index")
+    traced = counted(monkeypatch, vertical_slash, "vertical_slash_index")
     found = lines_as_dense(sample, 16, 0.9)
     assert len(traced) == 1
     assert abs(mean_density(sample, found) - 0.9) < 0.03  # a line is worth up to 0.025 here
@@ -59,14 +59,14 @@ def test_lines_reach_the_density_with_one_program(model, tokens, monkeypatch):
 def test_threshold_reaches_the_density_with_one_program(model, tokens, monkeypatch):
     sample = [(q, k) for q, k, _ in capture_qkv(model, tokens)]
     pattern = VerticalSlash(columns=8, tiles=1, probes="spread", threshold=2e-3)
-    traced = counted(monkeypatch, build, "vertical_slash_index")
+    traced = counted(monkeypatch, vertical_slash, "vertical_slash_index")
     found = as_dense(sample, pattern, 0.6)
     assert len(traced) == 1
     assert abs(mean_density(sample, found) - 0.6) < 0.003
 
 
 def test_our_rule_is_in_proportion():
-    assert near_a_quarter(4096) == VerticalSlash(1024, 111, probes=8, threshold=0.7 / 4096)
+    assert near_a_quarter(4096) == PerTile(8, 0.7 / 4096, 1024, 111)
     assert near_a_quarter(65536).columns == 3200
     assert near_a_quarter(65536).probes == "spread"
 

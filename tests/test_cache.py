@@ -13,9 +13,9 @@ from numpy_llama import numpy_llama, random_params
 from minference_jax.models import LlamaConfig, forward, part_attention
 from minference_jax.models.cache import KVCache, cache_dtype
 from minference_jax.models.llama import Llama
-from minference_jax.models.part_attention import part_budgets, prefix_extents
+from minference_jax.models.part_attention import prefix_extents
 from minference_jax.models.rounding import turned
-from minference_jax.patterns import AShape, VerticalSlash, head_arrays
+from minference_jax.patterns import AShape, VerticalSlash, layer_patterns
 
 CONFIG = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
 
@@ -179,7 +179,7 @@ def test_a_part_reads_a_prefix_of_a_long_cache_and_finds_the_same(model, pattern
         monkeypatch.setattr(part_attention, "EXTENTS", 2)
         lengths = jnp.asarray([128, 50]) + start
         rows = jax.lax.dynamic_slice_in_dim(tokens, start, 128, axis=1)
-        arguments = model.pattern_arrays, rows, lengths, lengths, cache, start
+        arguments = model.layer_patterns, rows, lengths, lengths, cache, start
         x, _, info = forward.prefill(CONFIG, model.params(), *arguments, keep=keep)
         return x, info
 
@@ -191,8 +191,11 @@ def test_a_part_reads_a_prefix_of_a_long_cache_and_finds_the_same(model, pattern
 
 
 def test_budgets_grow_with_the_root_of_what_a_part_has_seen():
-    patterns = head_arrays([VerticalSlash(columns=100, tiles=10), VerticalSlash(90, 600), AShape(sink=4, window=70)], 3)
-    got = part_budgets(patterns, jnp.asarray([256, 100]), jnp.asarray([1024, 100]))
-    np.testing.assert_array_equal(got.first, [[50, 45, 4], [100, 90, 4]])
-    np.testing.assert_array_equal(got.tiles, [[5, -1, -1], [10, -1, -1]])
-    np.testing.assert_array_equal(got.second[:, 1:], [[300, 70], [600, 70]])
+    patterns = layer_patterns(
+        [VerticalSlash(columns=100, tiles=10), VerticalSlash(90, 600), AShape(sink=4, window=70)], 3
+    )
+    got = patterns.for_part(jnp.asarray([256, 100]), jnp.asarray([1024, 100]))
+    _, vertical_slash = got.budgets
+    np.testing.assert_array_equal(vertical_slash.columns, [[50, 45, 0], [100, 90, 0]])
+    np.testing.assert_array_equal(vertical_slash.tiles, [[5, -1, -1], [10, -1, -1]])
+    np.testing.assert_array_equal(vertical_slash.slashes[:, 1], [300, 600])

@@ -10,9 +10,10 @@ import pytest
 from checkpoints import CONFIG, random_tensors, write_byte_model
 from helpers import run_command as run
 
-from minference_jax import AShape, HeadPatterns, VerticalSlash, save_patterns
+from minference_jax import AShape, HeadPatterns, PerTile, SharedDensity, VerticalSlash, save_patterns
 from minference_jax.cli import main
 from minference_jax.models.config import LlamaConfig
+from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import format_pattern, parse_pattern
 
 TEMPLATE = (
@@ -172,24 +173,39 @@ CONFIGURED = LlamaConfig.from_hf(CONFIG)
         ("a-shape", AShape()),
         ("a-shape:sink=64,window=256", AShape(64, 256)),
         ("vertical-slash:columns=8,tiles=3,probes=spread,coverage=0.5", VerticalSlash(8, 6096, 3, "spread", 0.5)),
-        ("vertical-slash:columns=0,slashes=0,probes=8,density=0.33", VerticalSlash(0, 0, probes=8, density=0.33)),
+        ("shared-density:density=0.33,every=8", SharedDensity(0.33, every=8)),
+        ("per-tile:every=8,threshold=1e-4", PerTile(8, 1e-4)),
     ],
 )
 def test_pattern_text_reads_back(text, pattern):
-    parsed = parse_pattern(text, CONFIGURED)
-    assert parsed == HeadPatterns.uniform(pattern, 2, 3)
-    assert parse_pattern(format_pattern(pattern), CONFIGURED) == parsed
+    assert parse_pattern(text) == pattern
+    assert parse_pattern(format_pattern(pattern)) == pattern
+    assert resolve_patterns(text, 2, 3) == HeadPatterns.uniform(pattern, 2, 3)
 
 
 def test_pattern_names_files_and_presets(tmp_path):
     heads = HeadPatterns.uniform(AShape(1, 2), 2, 3)
     save_patterns(heads, tmp_path / "patterns.json")
-    assert parse_pattern(str(tmp_path / "patterns.json"), CONFIGURED) == heads
-    assert parse_pattern("streaming-llm", CONFIGURED) == HeadPatterns.uniform(AShape(1024, 4096), 2, 3)
-    assert parse_pattern("dense", CONFIGURED) is None
+    assert resolve_patterns(str(tmp_path / "patterns.json"), 2, 3) == heads
+    assert resolve_patterns("streaming-llm", 2, 3) == HeadPatterns.uniform(AShape(1024, 4096), 2, 3)
+    assert resolve_patterns("dense", 2, 3) is None
 
 
-@pytest.mark.parametrize("text", ["a-shape:window=wide", "vertical-slash:coverage=2.0", "dense:sink=1", "a-shape:sink"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a-shape:window=wide",
+        "vertical-slash:coverage=2.0",
+        "dense:sink=1",
+        "a-shape:sink",
+        "a-shape:",
+        "a-shape:sink=1,sink=2",
+        "per-tile:every=8,threshold=nan",
+        "shared-density:density=inf",
+        "per-tile:every=8",
+        "nothing",
+    ],
+)
 def test_bad_pattern_text(text):
     with pytest.raises(ValueError):
-        parse_pattern(text, CONFIGURED)
+        resolve_patterns(text, 2, 3)

@@ -8,8 +8,8 @@ from helpers import assert_close, random_qkv
 
 import pallas_kernels
 from minference_jax import sparse_attention
-from minference_jax.index.antidiagonal import Antidiagonal
-from minference_jax.index.build import make_plan
+from minference_jax.attention import make_plan
+from minference_jax.patterns import Antidiagonal
 
 
 def tile_mass(q, k, length, offset, stride):

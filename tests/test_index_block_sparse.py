@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_index
 
+from minference_jax.attention import make_plan
 from minference_jax.index import block_sparse
-from minference_jax.index.build import make_plan
 from minference_jax.patterns import BlockSparse
 
 PLAN = jax.jit(make_plan, static_argnames=("pattern",))

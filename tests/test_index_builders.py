@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from helpers import random_qkv
 
-from minference_jax.index import Antidiagonal, QueryAware, make_plan
+from minference_jax.attention import make_plan
+from minference_jax.patterns import Antidiagonal, QueryAware
 from pallas_kernels.plan_check import lists_are_clean
 
 BUILDERS = [Antidiagonal(blocks=4, coverage=0.7), QueryAware(blocks=4, columns=20, tiles=2, divergence=0.25)]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minference_jax.index.build import make_plan
+from minference_jax.attention import make_plan
 from minference_jax.patterns import VerticalSlash
 from pallas_kernels.bands import band_bitmap, covered
 

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minference_jax.index import per_tile, worth
-from minference_jax.index.build import make_plan
+from minference_jax.attention import make_plan
+from minference_jax.index import tile_mass, worth
 from minference_jax.index.recall import recall
-from minference_jax.patterns import BlockSparse, HeadPatterns, VerticalSlash, head_arrays
+from minference_jax.patterns import BlockSparse, HeadPatterns, PerTile, SharedDensity, VerticalSlash, layer_patterns
 from pallas_kernels.plan_check import lists_are_clean
 
 PLAN = jax.jit(make_plan, static_argnames=("pattern",))
-RULE = VerticalSlash(columns=60, slashes=60, probes=8, threshold=0.004)
-SHARED = VerticalSlash(probes=8, density=0.6)
+RULE = PerTile(8, 0.004, floor_columns=60, floor_slashes=60)
+SHARED = SharedDensity(0.6, every=8)
 
 
 def heads(rng, b, t, s, n=4, kv=2, h=16):
@@ -103,7 +103,7 @@ def test_what_the_question_asks_for_is_part_of_the_density(rng):
     t = 1280
     q, k = heads(rng, 3, t, t)
     lengths = jnp.asarray([t, 1200, 100], jnp.int32)  # 1,200: the last 64 rows lie in two query tiles
-    plan = PLAN(q, k, VerticalSlash(probes=8, density=0.6, question=50), lengths=lengths)
+    plan = PLAN(q, k, SharedDensity(0.6, every=8, question=50), lengths=lengths)
     assert lists_are_clean(plan).all()
     mask = np.asarray(plan.to_mask(t, t, lengths=lengths))
     causal = np.tril(np.ones((t, t), bool))
@@ -127,7 +127,7 @@ def test_a_head_that_looks_at_the_token_before_sees_it_across_tiles():
     angles = np.arange(t)[:, None] * np.linspace(0.3, 3, 16)
     keys = np.concatenate([np.sin(angles), np.cos(angles)], -1)
     q, k = 8 * np.roll(keys, 1, 0)[None, :, None], keys[None, :, None]  # row i asks for key i - 1
-    plan = PLAN(jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32), VerticalSlash(probes=16, density=0.5))
+    plan = PLAN(jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32), SharedDensity(0.5, every=16))
     mask = np.asarray(plan.to_mask(t, t))[0, 0]
     assert all(mask[row, row - 1] for row in range(128, t, 128))
 
@@ -137,8 +137,12 @@ def test_no_head_keeps_less_than_the_original(rng):
     t, s = 200, 456  # the last rows: a chunk
     q, k = heads(rng, 2, t, s)
     where = {"lengths": jnp.asarray([s, s - 77], jnp.int32), "q_offset": s - t}
-    rule = head_arrays(VerticalSlash(60, 60, probes=1, threshold=0.1), 4)
-    plan = jax.jit(lambda threshold: make_plan(q, k, dataclasses.replace(rule, threshold=threshold), **where))
+    rule = layer_patterns(PerTile(1, 0.1, 60, 60), 4)
+
+    def at(threshold):
+        return dataclasses.replace(rule, budgets=(dataclasses.replace(rule.budgets[0], threshold=threshold),))
+
+    plan = jax.jit(lambda threshold: make_plan(q, k, at(threshold), **where))
     floor, more = (plan(jnp.full((4,), threshold, jnp.float32)) for threshold in (0.1, 2e-4))
     assert more.clean and lists_are_clean(more, q_offset=s - t).all()
     kept = recall(q, k, floor, **where)
@@ -185,24 +189,24 @@ def test_beside_another_kind(rng):
 
 def test_probe_rows_of_the_last_tile():
     valid = jnp.asarray([256, 129, 100, 0], jnp.int32)
-    rows, share = per_tile.tile_rows(valid, 2, 32, ends=False)
+    rows, share = tile_mass.tile_rows(valid, 2, 32, ends=False)
     np.testing.assert_array_equal(rows[0], [[16, 48, 80, 112], [144, 176, 208, 240]])
     np.testing.assert_allclose(share[0], 32.0)
     assert int(rows[1, 1, 0]) == 128  # the only row of its tile
     np.testing.assert_allclose(share[1, 1], [1, 0, 0, 0])
     np.testing.assert_allclose(share[2], [[100 / 3] * 3 + [0], [0] * 4], rtol=1e-6)
-    rows, ends = per_tile.tile_rows(valid, 2, 32, ends=True)
+    rows, ends = tile_mass.tile_rows(valid, 2, 32, ends=True)
     np.testing.assert_array_equal(rows[0], [[0, 32, 64, 127], [128, 160, 192, 255]])
     assert int(rows[1, 1, 0]) == 128
     np.testing.assert_array_equal(rows[2, 0], [0, 32, 64, 99])
     np.testing.assert_allclose(ends[:, :, 0], [[32, 32], [32, 1], [25, 0], [0, 0]])
-    every_row, _ = per_tile.tile_rows(valid, 2, 1, ends=True)
+    every_row, _ = tile_mass.tile_rows(valid, 2, 1, ends=True)
     np.testing.assert_array_equal(every_row[2, 0, :100], np.arange(100))
 
 
 def test_strides_must_agree():
-    other = VerticalSlash(60, 60, probes=16, threshold=0.004)
+    other = PerTile(16, 0.004, 60, 60)
     with pytest.raises(ValueError, match="agree"):
         HeadPatterns(((RULE, other),)).arrays()
-    with pytest.raises(ValueError, match="all have a threshold or all a density"):
-        HeadPatterns(((RULE, SHARED),)).arrays()
+    with pytest.raises(ValueError, match="agree"):
+        HeadPatterns(((SHARED, SharedDensity(0.3, every=32)),)).arrays()

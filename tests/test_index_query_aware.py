@@ -9,8 +9,9 @@ from helpers import assert_close, random_qkv
 
 import pallas_kernels
 from minference_jax import sparse_attention
-from minference_jax.index.build import make_plan
-from minference_jax.index.query_aware import QueryAware, divergence
+from minference_jax.attention import make_plan
+from minference_jax.index.query_aware import divergence
+from minference_jax.patterns import QueryAware
 
 
 def softmax(scores):

@@ -6,8 +6,8 @@ import numpy as np
 import numpy_index
 import pytest
 
+from minference_jax.attention import make_plan
 from minference_jax.index import probes, tile_budget, tiles, vertical_slash
-from minference_jax.index.build import make_plan
 from minference_jax.index.select import unpack
 from minference_jax.patterns import VerticalSlash
 

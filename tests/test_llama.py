@@ -145,7 +145,7 @@ def test_a_narrow_pattern_sees_less(rng):
     assert float(info.density.max()) < 0.7
     assert float(jnp.abs(logits - model.prefill(tokens)[0]).max()) > 1e-3
     assert int(cache.lengths[0]) == 500
-    assert model.with_patterns(Dense()).pattern_arrays is None
+    assert model.with_patterns(Dense()).layer_patterns is None
 
 
 def test_bad_arguments_are_named(rng):

@@ -13,7 +13,7 @@ from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
 from minference_jax.models.params import param_shapes
-from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, VerticalSlash
+from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, SharedDensity, VerticalSlash
 from minference_jax.planning import memory
 from minference_jax.planning.cost import AUTO_PATTERN, choose_attention, pairs
 from minference_jax.planning.memory import OutOfDeviceMemoryError, advice, advise, longest_prompt, memory_need
@@ -107,7 +107,7 @@ def test_short_prompts_are_dense_and_long_ones_sparse():
         mine = HeadPatterns.uniform(pattern, 1, 32)
         assert not choose_attention(LLAMA, mine, 1 << 18, 1 << 18, device="NVIDIA H100 80GB HBM3").dense
     for every in (8, 64):  # a probe's scores are stored, so they cost far more than dense attention's
-        mine = HeadPatterns.uniform(VerticalSlash(probes=every, density=0.3), 1, 32)
+        mine = HeadPatterns.uniform(SharedDensity(0.3, every), 1, 32)
         chosen = choose_attention(LLAMA, mine, 1 << 15, 1 << 15, device="NVIDIA H100 80GB HBM3")
         assert chosen.dense == (every == 8)
     assert choose_attention(LLAMA, HeadPatterns.uniform(Dense(), 1, 32), 1 << 18, 1 << 18, device="cpu").dense

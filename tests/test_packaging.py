@@ -17,8 +17,8 @@ LAYERS = (
     ("demo", "eval", "bench", "compare", "search", "viz"),
     ("checkpoints", "text", "planning", "models"),
     ("attention",),
-    ("index",),
     ("patterns",),
+    ("index",),
 )
 HEAVY = ("torch", "matplotlib", "transformers", "typer", "gguf", "rich")
 

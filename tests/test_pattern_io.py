@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minference_jax import Llama, LlamaConfig
-from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, VerticalSlash
+from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, PerTile, SharedDensity, VerticalSlash
 from minference_jax.patterns.files import MAX_FILE_BYTES, PRESETS, load_about, load_patterns, preset, save_patterns
 
 OFFICIAL = [
@@ -41,7 +41,7 @@ def test_ours_there_and_back(tmp_path):
         AShape(4, 64),
         VerticalSlash(8, tiles=3, probes="spread", coverage=0.9, threshold=0.01),
         BlockSparse(7),
-        VerticalSlash(8, 9, probes=16, threshold=0.01),
+        PerTile(16, 0.01, 8, 9),
     )
     table = ((0.5, 1, 0, 0.25, 0.5),) * 2
     for figures in ({}, {"scores": table}, {"scores": table, "densities": table, "recalls": table}):
@@ -52,7 +52,7 @@ def test_ours_there_and_back(tmp_path):
     save_patterns(patterns, tmp_path / "p.json")
     assert load_about(tmp_path / "p.json") == {}
     # A density that a layer's heads share is not the density that a head was found to have.
-    shared = HeadPatterns(((VerticalSlash(probes=4, density=0.3),),), densities=((0.25,),))
+    shared = HeadPatterns(((SharedDensity(0.3, every=4),),), densities=((0.25,),))
     save_patterns(shared, tmp_path / "shared.json")
     assert load_patterns(tmp_path / "shared.json") == shared
     with pytest.raises(ValueError, match="layer 0, head 0: Dense"):
@@ -70,6 +70,21 @@ def test_first_version_of_our_files_is_still_read(tmp_path):
     old = ours(version=1, layers=[[{"pattern": "a_shape", "sink": 4, "window": 64}]], scores=[[0.5]])
     (tmp_path / "p.json").write_text(old)
     assert load_patterns(tmp_path / "p.json") == HeadPatterns(((AShape(4, 64),),), ((0.5,),))
+
+
+def test_second_version_has_three_families_under_one_name(tmp_path):
+    fields = {"pattern": "vertical_slash", "columns": 8, "slashes": 9}
+    old = [
+        {**fields, "probes": "last"},
+        {**fields, "probes": 16, "threshold": 0.01},
+        {**fields, "probes": 4, "layer_density": 0.3, "question": 5, "density": 0.25},
+    ]
+    (tmp_path / "p.json").write_text(ours(version=2, layers=[[entry | {"density": 0.25} for entry in old]]))
+    expected = (VerticalSlash(8, 9), PerTile(16, 0.01, 8, 9), SharedDensity(0.3, 4, 5))
+    assert load_patterns(tmp_path / "p.json") == HeadPatterns((expected,), densities=((0.25,) * 3,))
+    (tmp_path / "p.json").write_text(ours(version=3, layers=[[old[1]]]))
+    with pytest.raises(ValueError, match="layer 0, head 0: VerticalSlash: probes"):
+        load_patterns(tmp_path / "p.json")
 
 
 def test_writing_replaces_a_file_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -135,7 +150,7 @@ BROKEN = {
     "list budget": ('[{"0": ["stream_llm", [1], 2, 3]}]', "sink must be an int"),
     "boolean budget": ('[{"0": ["stream_llm", true, 2, 3]}]', "sink must be an int"),
     "word as score": ('[{"0": ["stream_llm", 1, 2, "good"]}]', "score must be a finite number"),
-    "version": (ours(version=3), "version 3"),
+    "version": (ours(version=4), "version 4"),
     "version in words": (ours(version="two"), "version 'two'"),
     "about": (ours(about=[1]), '"about" must be'),
     "infinite score": (ours(layers=[[{"pattern": "dense", "score": float("inf")}]]), "Infinity"),

@@ -17,11 +17,11 @@ from minference_jax import AShape, BlockSparse, Dense, HeadPatterns, Llama, Llam
 from minference_jax.attention import make_plan
 from minference_jax.index.recall import recall
 from minference_jax.models.capture import capture_qkv
-from minference_jax.patterns import head_arrays
+from minference_jax.patterns import PerTile, SharedDensity, layer_patterns
 from minference_jax.patterns.files import load_about
-from minference_jax.search import CANDIDATES, Latency, Settings, search_patterns, search_to_file
+from minference_jax.search import Latency, Settings, search_patterns, search_to_file
 from minference_jax.search.adjust import adjust
-from minference_jax.search.candidates import arrays, scaled
+from minference_jax.search.candidates import arrays, default_candidates
 from minference_jax.search.choose import allocate, best_at_equal_cost
 from minference_jax.search.cost import CostModel, default_target
 from minference_jax.search.density import mean_density, scale_to_density
@@ -49,20 +49,20 @@ def samples():
 
 
 def test_budgets_scale_within_what_a_prompt_holds():
-    assert scaled(AShape(64, 512), 0.5, 4096) == AShape(32, 256)
-    assert scaled(AShape(64, 512), 1e-9, 4096) == AShape(0, 1)
-    assert scaled(AShape(64, 512), 1e9, 300) == AShape(300, 300)
-    assert scaled(VerticalSlash(100, 30), 2.0, 4096) == VerticalSlash(200, 60)
+    assert AShape(64, 512).scaled(0.5, 4096) == AShape(32, 256)
+    assert AShape(64, 512).scaled(1e-9, 4096) == AShape(0, 1)
+    assert AShape(64, 512).scaled(1e9, 300) == AShape(300, 300)
+    assert VerticalSlash(100, 30).scaled(2.0, 4096) == VerticalSlash(200, 60)
     tiles = VerticalSlash(100, tiles=4, probes="spread")
-    assert scaled(tiles, 2.0, 4096) == VerticalSlash(200, tiles=8, probes="spread")
-    assert scaled(tiles, 1e9, 300) == VerticalSlash(300, tiles=5, probes="spread")
-    assert scaled(BlockSparse(8), 0.01, 4096) == BlockSparse(1)
+    assert tiles.scaled(2.0, 4096) == VerticalSlash(200, tiles=8, probes="spread")
+    assert tiles.scaled(1e9, 300) == VerticalSlash(300, tiles=5, probes="spread")
+    assert BlockSparse(8).scaled(0.01, 4096) == BlockSparse(1)
 
 
 def test_one_program_serves_all_budgets_of_a_kind():
-    for candidate in CANDIDATES:
-        limits = {arrays([scaled(candidate, f, 1024)] * 3, 1024).limits for f in (0.01, 0.3, 7.0)}
-        assert len(limits) == 1
+    for candidate in (*default_candidates(), PerTile(4, 2e-5, 10, 10)):
+        static = {jax.tree.structure(arrays([candidate.f.scaled(1024)] * 3, 1024)) for f in (0.1, 0.3, 7.0)}
+        assert len(static) == 1
 
 
 def test_scored_tiles_are_spread_evenly():
@@ -82,7 +82,7 @@ def test_errors_are_those_of_the_real_attention(rng):
     """All scored rows of every head, sample and kind of pattern, against plan, kernel and recall."""
     q, k, v = (jnp.asarray(rng.normal(size=(2, 520, heads, 8)), jnp.float32) for heads in (4, 2, 2))
     lengths, tiles = jnp.asarray([520, 300]), jnp.asarray(scored_tiles(520, 99))
-    heads = head_arrays([AShape(20, 100), VerticalSlash(40, 60), VerticalSlash(30, tiles=2), BlockSparse(4)], 4)
+    heads = layer_patterns([AShape(20, 100), VerticalSlash(40, 60), VerticalSlash(30, tiles=2), BlockSparse(4)], 4)
     masks = plan_masks(q, k, heads, lengths, tiles)
     found = output_errors(q, k, v, masks.keys[None], tiles, lengths)
     plan = make_plan(q, k, heads, lengths=lengths)
@@ -156,8 +156,8 @@ def test_measured_cost_is_a_line_in_the_density():
         ({"candidates": (Dense(),)}, TypeError, "no pattern with budgets"),
         ({"candidates": (VerticalSlash(coverage=0.9),)}, ValueError, "coverage"),
         ({"candidates": (VerticalSlash(tiles=4, threshold=0.1),)}, ValueError, "threshold"),
-        ({"candidates": (VerticalSlash(probes=4, density=0.3),)}, ValueError, "shared by a layer's heads"),
-        ({"candidates": [VerticalSlash(probes=m, threshold=0.1) for m in (1, 2)]}, ValueError, "agree on it"),
+        ({"candidates": (SharedDensity(0.3, every=4),)}, ValueError, "shared by a layer's heads"),
+        ({"candidates": [PerTile(m, 0.1) for m in (1, 2)]}, ValueError, "agree on every"),
         ({"objective": "best"}, ValueError, "objective must be"),
         ({"budgets": "none"}, ValueError, "budgets must be"),
         ({"query_tiles": 0}, ValueError, "query_tiles"),
@@ -196,7 +196,7 @@ def test_search_meets_the_target_and_beats_every_uniform_candidate(model, sample
 
 
 def test_search_scales_the_threshold_of_a_probe_every_few_rows(model, samples):
-    candidate = VerticalSlash(columns=0, slashes=0, probes=4, threshold=2e-5)
+    candidate = PerTile(4, 2e-5)
     found = search_patterns(model, samples, target=0.6, candidates=[candidate])
     thresholds = [pattern.threshold for layer in found for pattern in layer]
     assert all(isinstance(p, VerticalSlash) and p.probes == 4 for layer in found for p in layer)
@@ -227,7 +227,7 @@ def test_a_short_sample_counts_as_much_as_a_long_one(model, samples):
     for at, length in enumerate((520, 140)):
         q, k, v = (x[at : at + 1, :length] for x in layers[1])
         tiles = jnp.asarray(scored_tiles(length, settings.query_tiles))
-        heads = arrays([scaled(SMALL[0], float(f), 520) for f in record.factors[0]], length)
+        heads = arrays([SMALL[0].scaled(float(f), 520) for f in record.factors[0]], length)
         masks = plan_masks(q, k, heads, jnp.asarray([length]), tiles)
         found = output_errors(q, k, v, masks.keys[None], tiles, jnp.asarray([length]))
         np.testing.assert_allclose(record.error[step, at], found.error[0, 0], atol=2e-6)
@@ -235,7 +235,7 @@ def test_a_short_sample_counts_as_much_as_a_long_one(model, samples):
         cells * np.asarray(m.density[0])
         for cells, m in zip(
             both.cells,
-            both.masks(both.samples(layers[1]), [scaled(SMALL[0], float(f), 520) for f in record.factors[0]]),
+            both.masks(both.samples(layers[1]), [SMALL[0].scaled(float(f), 520) for f in record.factors[0]]),
             strict=True,
         )
     ]
@@ -254,7 +254,7 @@ def test_the_ends_of_samples_are_scored_besides(model, samples):
     assert records[1].error.shape[1] == 4
     np.testing.assert_array_equal(records[0].error, records[1].error[:, :2])
     step = Settings().ladder.index(1.0)
-    heads = arrays([scaled(SMALL[0], float(f), 520) for f in records[1].factors[0]], 520)
+    heads = arrays([SMALL[0].scaled(float(f), 520) for f in records[1].factors[0]], 520)
     for at, last in enumerate((4, 2)):
         q, k, v = (x[at : at + 1] for x in layers[1])
         masks = plan_masks(q, k, heads, lengths[at : at + 1], jnp.asarray([last]))

@@ -10,14 +10,11 @@ from pallas_kernels import (
     SparsePlan,
     a_shape_attention,
     block_sparse_attention,
-    choose_implementation,
     dense_attention,
-    dispatch,
     sparse_attention,
     vertical_slash_attention,
 )
-from pallas_kernels.attention import full_plan
-from pallas_kernels.plan_builders import a_shape_plan, vertical_slash_plan
+from pallas_kernels.plan_builders import a_shape_plan, full_plan, vertical_slash_plan
 from tests.helpers import assert_close, random_qkv
 from tests.plans import int32, random_plan
 
@@ -212,27 +209,6 @@ def test_bad_arguments_name_themselves(rng):
     for call, error, message in cases:
         with pytest.raises(error, match=message):
             call()
-
-
-def test_the_choice_comes_with_a_reason(rng):
-    q, k, v = random_qkv(rng, 1, 128, 128, 2, 1, 64, "bfloat16")
-    plan = a_shape_plan(1, 2, sink=1, window=64)
-    choice = choose_implementation(q, k, v, plan)
-    if jax.default_backend() == "cpu":
-        assert choice.name == "xla" and "not a GPU" in choice.reason
-    assert choose_implementation(q, k, v, plan, implementation="hopper").name == "hopper"
-
-
-def test_dense_attention_at_an_offset_is_served_by_the_kernel_with_every_tile(rng, monkeypatch):
-    """cuDNN's causal mask cannot start at an offset; blockwise jnp is only for what neither kernel serves."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(dispatch.hopper, "unsupported_reason", lambda *_, **__: None)
-    q, k, _ = random_qkv(rng, 1, 128, 384, 2, 1, 64, "bfloat16")
-    part = dispatch.choose_dense_implementation(q, k)
-    assert part.name == "hopper" and "offset" in part.reason
-    assert dispatch.choose_dense_implementation(k[:, :, :1], k).name == "cudnn"
-    monkeypatch.setattr(dispatch.hopper, "unsupported_reason", lambda *_, **__: "for once")
-    assert dispatch.choose_dense_implementation(q, k).name == "xla"
 
 
 def test_dense_attention_of_the_kernel_lowers_for_cuda(rng):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import tile_masses
+from pallas_kernels.device import Device
 from pallas_kernels.index import xla
 from pallas_kernels.index.masses import unsupported_reason
 from pallas_kernels.index.tile_lse import MassConfig
@@ -119,12 +120,14 @@ def test_kernel_lowers_for_cuda_without_a_gpu(shapes):
 def test_says_what_it_cannot_serve():
     for change, reason in (({"dtype": "float32"}, "float32"), ({"h": 80}, "head_dim 64, 96, 128, 256; q has 80")):
         q, k, *rest = avals(**change)
-        assert reason in str(unsupported_reason(q, k, platform_check=False))
+        assert reason in str(unsupported_reason(q, k, device=None))
         with pytest.raises(ValueError, match=f'implementation="hopper" cannot serve this call.*{reason}'):
             jax.eval_shape(masses_on_hopper, q, k, *rest)
     q, k, *_ = avals()
-    if jax.default_backend() == "cpu":
-        assert "the default device is cpu" in str(unsupported_reason(q, k))
+    assert unsupported_reason(q, k, device=Device("gpu", "9.0")) is None
+    assert "needs compute capability 9.0; the default device has 8.0" in str(
+        unsupported_reason(q, k, device=Device("gpu", "8.0"))
+    )
 
 
 def test_errors_name_the_argument():

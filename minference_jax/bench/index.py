@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from minference_jax.index.build import make_plan
+from minference_jax.attention import make_plan
 from minference_jax.patterns import BlockSparse, Pattern, VerticalSlash
 
 PATTERNS: dict[str, Pattern] = {

@@ -18,15 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from minference_jax.attention import make_plan
 from minference_jax.bench import official
 from minference_jax.bench import peers as others
 from minference_jax.bench.cases import BUDGETS, Case
 from minference_jax.bench.shapes import exact_row, sample_rows
 from minference_jax.bench.timing import in_turns_ms, median_ms
-from minference_jax.index.build import make_plan
-from pallas_kernels import SparsePlan, sparse_attention
-from pallas_kernels import tables as hopper_tables
-from pallas_kernels.dispatch import choose_implementation
+from pallas_kernels import SparsePlan, choose_implementation, sparse_attention
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -182,8 +180,10 @@ def _row(checked: _Checked, layout, arrays, attend_ms, dense_ms, peers, repeats)
     q, k, v = arrays
     choice = choose_implementation(q, k, v, plan)
     estimate = jax.jit(lambda q, k: make_plan(q, k, case.estimator()))
-    tables = jax.jit(lambda q, k, v, p: hopper_tables.prepare(p, q, k, v, lengths=None, q_offset=jnp.int32(0)))
-    planned = median_ms(lambda: tables(*arrays, plan), repeats) if choice.name == "hopper" else float("nan")
+    planned = float("nan")
+    if (prepare := choice.backend.prepare) is not None:
+        tables = jax.jit(lambda q, k, v, p: prepare(p, q, k, v, lengths=None, q_offset=jnp.int32(0)))
+        planned = median_ms(lambda: tables(*arrays, plan), repeats)
     length = q.shape[1]
     density = float(jnp.mean(plan.density(length, length)))
     operations = 4 * layout.head_dim * layout.batch * layout.heads * length * (length + 1) / 2

@@ -140,7 +140,8 @@ def bench_prefill(
     for case in cases:
         say(f"{case.tokens:,} tokens, {case.method}")
         fp8 = case.network.fp8_projections
-        with advise(model.config, tokens=case.tokens, dtype=model.dtype.name, cache=None, fp8_projections=fp8):
+        options = {"dtype": model.dtype.name, "cache": None, "fp8_projections": fp8, "patterns": case.network.patterns}
+        with advise(model.config, tokens=case.tokens, **options):
             row = _time(case, next(programs), repeats, pieces=pieces or case.estimated)
         if case.method == "dense":
             dense_seconds[case.tokens] = row.seconds
@@ -150,7 +151,7 @@ def bench_prefill(
 def arguments(model: Llama, tokens: Any) -> tuple:
     """The traced arguments of a prefill without a cache."""
     lengths = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
-    return model.params(), model._arrays(tokens.shape[1]), tokens, lengths, lengths, None, None
+    return model.params(), model.patterns_for(tokens.shape[1]), tokens, lengths, lengths, None, None
 
 
 def compile_prefill(model: Llama, tokens: Any, **static: Any) -> tuple[Any, float]:

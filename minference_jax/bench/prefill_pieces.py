@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 import pallas_kernels
-from minference_jax.index.build import make_plan
+from minference_jax.attention import make_plan
 from minference_jax.models import forward
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.layers import finish_layer, map_chunks

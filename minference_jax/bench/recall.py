@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from minference_jax.index.build import make_plan
+from minference_jax.attention import make_plan
 from minference_jax.index.recall import recall
-from minference_jax.patterns import Pattern, PatternArrays, VerticalSlash, head_arrays
+from minference_jax.patterns import LayerPatterns, Pattern, PerTile, VerticalSlash, layer_patterns
 from minference_jax.search.candidates import arrays
 
 
@@ -54,27 +54,30 @@ HEADER = (
 )
 
 
-def near_a_quarter(tokens: int) -> VerticalSlash:
+def near_a_quarter(tokens: int) -> PerTile | VerticalSlash:
     """Our rule, in proportion to what visits about a quarter of the causal cells of text (where the diagonal tiles
     leave room for it: of 512 tokens, they alone are a quarter).
 
     Up to 16,384 tokens every eighth row is a probe, and no head keeps less than under the original's rule.
     """
     if tokens <= 1 << 14:
-        return VerticalSlash(columns=tokens // 4, slashes=round(tokens**0.8 / 7), probes=8, threshold=0.7 / tokens)
+        return PerTile(8, 0.7 / tokens, floor_columns=tokens // 4, floor_slashes=round(tokens**0.8 / 7))
     size = tokens / 4096
     return VerticalSlash(columns=round(200 * size), tiles=round(4 * size), probes="spread", threshold=1.5e-4 / size)
 
 
-def as_dense(layers: Sequence[tuple[Array, Array]], pattern: VerticalSlash, density: float) -> VerticalSlash:
+def as_dense(
+    layers: Sequence[tuple[Array, Array]], pattern: PerTile | VerticalSlash, density: float
+) -> PerTile | VerticalSlash:
     """The pattern with the threshold, within a factor of 4, at which it visits `density` of the cells."""
     assert pattern.threshold is not None
-    heads = head_arrays(pattern, layers[0][0].shape[2])
-    assert isinstance(heads, PatternArrays)
+    heads = layer_patterns(pattern, layers[0][0].shape[2])
+    budgets: Any = heads.budgets[0]
 
     def visited(threshold: float) -> float:
         # A traced argument, so that one program serves every step.
-        return mean_density(layers, dataclasses.replace(heads, threshold=jnp.full_like(heads.threshold, threshold)))
+        changed = dataclasses.replace(budgets, threshold=jnp.full_like(budgets.threshold, threshold))
+        return mean_density(layers, dataclasses.replace(heads, budgets=(changed,)))
 
     found = _reach(visited, pattern.threshold / 4, min(pattern.threshold * 4, 0.5), density)
     return dataclasses.replace(pattern, threshold=found)
@@ -108,7 +111,7 @@ def _reach(visited: Callable[[float], float], low: float, high: float, density: 
     return math.exp(x[0] if abs(y[0]) < abs(y[1]) else x[1])
 
 
-def mean_density(layers: Sequence[tuple[Array, Array]], pattern: Pattern | PatternArrays) -> float:
+def mean_density(layers: Sequence[tuple[Array, Array]], pattern: Pattern | LayerPatterns) -> float:
     """Visited share of the causal cells, over the heads of some layers' (q, k)."""
     density = [make_plan(q, k, pattern).density(q.shape[1], k.shape[1]).mean() for q, k in layers]
     return float(np.mean(density))

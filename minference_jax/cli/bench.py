@@ -10,7 +10,8 @@ import typer
 
 from minference_jax.bench.cases import Case
 from minference_jax.cli.console import print_json, stderr, stdout, usage_error
-from minference_jax.patterns.text import PATTERN_HELP, parse_pattern
+from minference_jax.patterns.resolve import resolve_patterns
+from minference_jax.patterns.text import PATTERN_HELP
 
 app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 
@@ -64,7 +65,7 @@ def prefill(
     sizes = [parse_length(text) for text in lengths.split(",")]
     network = _network(model, random_weights, dtype)
     if pattern:
-        mine = parse_pattern(pattern, network.config)
+        mine = resolve_patterns(pattern, network.config.num_layers, network.config.num_heads)
         chosen = {name: (mine if name.startswith("minference") else p, fp8) for name, (p, fp8) in chosen.items()}
     rows, name = [], random_weights or str(model)
     try:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from minference_jax.cli.console import read_text, usage_error
-from minference_jax.patterns.text import PATTERN_HELP, parse_pattern
+from minference_jax.patterns.resolve import resolve_patterns
+from minference_jax.patterns.text import PATTERN_HELP
 
 
 def compare(
@@ -37,7 +38,8 @@ def compare(
     from minference_jax.compare.task import run_compare_task
     from minference_jax.models.config import LlamaConfig
 
-    patterns = parse_pattern(pattern, LlamaConfig.from_hf(open_checkpoint(model).config))
+    config = LlamaConfig.from_hf(open_checkpoint(model).config)
+    patterns = resolve_patterns(pattern, config.num_layers, config.num_heads)
     options = {"as_json": json, "dtype": dtype, "patterns": patterns, "torch_python": torch_python}
     if task:
         haystack = read_text(text) if text else None

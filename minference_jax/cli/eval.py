@@ -10,7 +10,7 @@ import typer
 
 from minference_jax.cli.console import progress, read_text, stderr, stdout, usage_error
 from minference_jax.cli.generate import load_model
-from minference_jax.patterns.text import parse_pattern
+from minference_jax.patterns.resolve import resolve_patterns
 
 
 def evaluate(
@@ -83,7 +83,7 @@ def split_methods(text: str) -> list[str]:
 
 
 def _method(name: str, config: Any, tokenizer: Any) -> Any:
-    """A name of `METHODS`, `static`, `searched:<file or preset>`, or a pattern that `parse_pattern` reads.
+    """A name of `METHODS`, `static`, `searched:<file or preset>`, or a pattern that `resolve_patterns` reads.
 
     Budgets are brought to the density on the end of the package's text, of which prompts rarely begin.
     """
@@ -98,8 +98,8 @@ def _method(name: str, config: Any, tokenizer: Any) -> Any:
     if name in METHODS:
         return Method.measured(name, METHODS[name], other()) if name in ESTIMATED else Method(name, METHODS[name])
     if name.startswith("searched:"):
-        patterns = parse_pattern(name.removeprefix("searched:"), config)
+        patterns = resolve_patterns(name.removeprefix("searched:"), config.num_layers, config.num_heads)
         if patterns is None:
             raise ValueError(f"{name}: dense attention has no budgets to scale")
         return Method.measured(name, patterns, other())
-    return Method.fixed(name, parse_pattern(name, config))
+    return Method.fixed(name, resolve_patterns(name, config.num_layers, config.num_heads))

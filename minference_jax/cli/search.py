@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from minference_jax.cli.console import print_json, progress, read_text, stderr, stdout, usage_error
-from minference_jax.patterns.text import parse_pattern, parse_uniform
+from minference_jax.patterns.resolve import resolve_patterns
+from minference_jax.patterns.text import parse_pattern
 
 TASK_SEED = 1
 """Of the prompts of `--tasks`; that of `eval` is 0 by default."""
@@ -74,9 +75,9 @@ def search(
     if patterns and not verify:
         raise usage_error("--patterns is only verified here: give --verify FILES")
 
-    from minference_jax.search import CANDIDATES, PAPER, Settings
+    from minference_jax.search import PAPER, Settings, default_candidates
 
-    chosen = tuple(map(parse_uniform, candidate)) if candidate else PAPER if paper else CANDIDATES
+    chosen = tuple(map(parse_pattern, candidate)) if candidate else PAPER if paper else default_candidates()
     settings = Settings(_target(target), chosen, cost, objective, budgets, query_tiles, end_tiles)  # pyright: ignore[reportArgumentType]
     if out is not None and not out.absolute().parent.is_dir():
         raise ValueError(f"{out.absolute().parent} is no directory")
@@ -180,7 +181,7 @@ def _verify(
 
     from minference_jax.search.verify import format_table, verify
 
-    patterns = parse_pattern(name, network.config)
+    patterns = resolve_patterns(name, network.config.num_layers, network.config.num_heads)
     if patterns is None:
         raise ValueError("dense attention is what patterns are compared with: nothing to verify")
     tables = []
@@ -211,5 +212,5 @@ def _target(text: str) -> Any:
         return float(text)
     except ValueError:
         if text[0].isalpha():
-            return parse_uniform(text)
+            return parse_pattern(text)
         raise usage_error(f"--target {text!r} is no density, no time in ms and no pattern") from None

@@ -84,7 +84,7 @@ def run_jax(
     tell(f"JAX: compiling for {batch} x {t} tokens")
     device_tokens, device_lengths = jnp.asarray(tokens), jnp.asarray(lengths)
     cache = model.init_cache(batch, t + new_tokens) if new_tokens else None
-    given = (params, model.pattern_arrays, device_tokens, device_lengths, cache)
+    given = (params, model.layer_patterns, device_tokens, device_lengths, cache)
     prefill = compiled(_prefill, config, *given, keep="hidden" if layers else "nothing")
     tell(f"JAX: prefill of {int(lengths.sum())} tokens")
     started = time.perf_counter()

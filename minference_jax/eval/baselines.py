@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from minference_jax.attention import make_plan
 from minference_jax.index import probes, select
-from minference_jax.index.build import make_plan
 from minference_jax.patterns import Pattern, PlanBuilder
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, num_key_tiles, num_query_tiles
 from pallas_kernels.plan_builders import compact

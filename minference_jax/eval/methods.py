@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from minference_jax.eval.baselines import BigBird, Dilated, Longformer, StaticPlan, TopKOracle
-from minference_jax.models.checks import Patterns, resolve_patterns
 from minference_jax.models.llama import Llama
-from minference_jax.patterns import AShape, BlockSparse, HeadPatterns, VerticalSlash
+from minference_jax.patterns import AShape, BlockSparse, HeadPatterns, Pattern, SharedDensity, VerticalSlash
+from minference_jax.patterns.resolve import Patterns, resolve_patterns
 from minference_jax.search.density import scale_to_density, share_among_layers
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
 
@@ -49,10 +49,10 @@ class Method:
         def choose(model: Llama, length: int, density: float) -> Patterns:
             prompt = jnp.asarray(np.resize(np.asarray(tokens, np.int32), (1, length)))
             found = patterns if isinstance(patterns, HeadPatterns) else patterns(model, length, density)
-            if isinstance(found, VerticalSlash) and found.density is not None:
+            if isinstance(found, Pattern) and found.share() is not None:
                 return share_among_layers(model, prompt, found)
-            found = resolve_patterns(model.config, found)
-            if not isinstance(found, HeadPatterns):
+            found = resolve_patterns(found, model.config.num_layers, model.config.num_heads)
+            if found is None or found.builders:
                 raise TypeError(f"{name}: {found!r} has no budgets to scale")
             return scale_to_density(model, prompt, found, density)
 
@@ -117,23 +117,23 @@ def vertical_slash_for(length: int, density: float, *, columns: int | None = Non
     return VerticalSlash(columns=least, tiles=tiles, probes="spread")
 
 
-def per_tile_for(length: int, density: float) -> VerticalSlash:
+def per_tile_for(length: int, density: float) -> SharedDensity:
     """For short prompts: the keys most worth a visit, at one threshold a layer, by a probe in every row of up to 2,048
     tokens, in every second of up to 4,096, and so on up to every eighth. Every prompt has the density."""
     every = 1
     while every < 8 and every * 2048 < length:
         every *= 2
-    return VerticalSlash(columns=0, slashes=0, probes=every, density=density)
+    return SharedDensity(density, every)
 
 
-def question_for(length: int, density: float) -> VerticalSlash:
+def question_for(length: int, density: float) -> SharedDensity:
     """For long prompts that end in a question: a tenth of the keys by what its rows attend to, and for the rest one
     threshold a layer, by a probe in every row of less than 4,096 tokens, in every second of less than 8,192, and so on
     up to every sixteenth. Every prompt of nearly this length has the density, if that is well above a tenth."""
     every = 1
     while every < 16 and every * 4096 <= length:
         every *= 2
-    return VerticalSlash(columns=0, slashes=0, probes=every, density=density, question=length // 10)
+    return SharedDensity(density, every, question=length // 10)
 
 
 def _window(length: int, density: float, sink: int, question: int = 0, random: int = 0) -> int:

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minference_jax.index import probes, select, tiles
-from minference_jax.patterns import GROWTH, Limits, PatternArrays
-from pallas_kernels.plan import KEY_TILE, QUERY_TILE, num_key_tiles
+from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, num_key_tiles
 from pallas_kernels.plan_builders import slashes_to_bands
 
 SINK_COLUMNS, WINDOW_DISTANCES = 30, 100
@@ -31,6 +30,8 @@ MIN_COLUMNS, MIN_SLASHES = 30, 50
 TILE_SINK_COLUMNS = 4
 """Columns always taken when slashes are counted in tiles: the attention sink."""
 
+GROWTH = 8
+"""How many times its budget a head with a threshold may take: it decides static widths."""
 
 SURE_COLUMN = 3.0
 """A key with so many times the mean weight that is worth a visit (the threshold; where there is none, half of the mean
@@ -39,28 +40,38 @@ distance of its own, so that together such keys would pass for bands, and bands 
 nothing of the column. (On text, with a threshold, at equal density: 1 keeps 0.3 points less, no such rule 2 points.)"""
 
 
-class VerticalSlashIndex(NamedTuple):
-    """Parts of a SparsePlan: ascending positions and distances with counts; axes `[b, n]` first."""
+class Widths(NamedTuple):
+    """What occurs in any head of a model, static: upper bounds that decide shapes, and which estimates are compiled.
 
-    columns: Int[Array, "b n C"]
-    column_count: Int[Array, "b n"]
-    bands: Int[Array, "b n R"]
-    band_count: Int[Array, "b n"]
+    A width is 0 where no head uses that budget. `lines`: some heads count slashes as lines. `spread`, `coverage`,
+    `threshold`: some heads have spread probes, a coverage, a threshold.
+    """
+
+    columns: int
+    slashes: int = 0
+    tiles: int = 0
+    lines: bool = False
+    spread: bool = False
+    coverage: bool = False
+    threshold: bool = False
 
 
 def vertical_slash_index(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
-    patterns: PatternArrays,
+    budgets: dict[str, Array],
+    widths: Widths,
     *,
     lengths: Int[Array, " b"],
     q_offset: Int[Array, ""],
     scale: float,
-) -> VerticalSlashIndex:
-    """Columns and bands of every head, as if all heads were vertical-slash (budgets in `patterns`).
+) -> SparsePlan:
+    """Columns and bands of every head.
 
-    **Arguments:** `lengths`: int32 `[b]` in [0, s]. `q_offset`: position of the first query row. Only keys that the
-    last valid query of each sequence can see take part, so padding and a longer cache change nothing.
+    **Arguments:** `budgets`: arrays `[n]` or `[b, n]`: int32 `columns`, `slashes` and `tiles` (−1 where slashes are
+    counted as lines), bool `spread`, float32 `coverage` and `threshold` (inf for none). `lengths`: int32 `[b]` in
+    [0, s]. `q_offset`: position of the first query row. Only keys that the last valid query of each sequence can see
+    take part, so padding and a longer cache change nothing.
 
     Memory: the scores of a few KV heads at a time (`probes.SCORE_BYTES`). Cost: one product of 64 rows a head with
     all keys, and a few reads of its result.
@@ -68,26 +79,26 @@ def vertical_slash_index(
     b, t, n, _ = q.shape
     s, kv_heads = k.shape[1], k.shape[2]
     valid = jnp.clip(lengths - q_offset, 0, t)
-    rows = probes.probe_rows(valid, patterns.spread)
+    rows = probes.probe_rows(valid, budgets["spread"])
     per_head = {
         "probes": probes.gather_probes(q, rows),
         "positions": jnp.where(rows >= 0, rows + q_offset, -1),
-        "importance": probes.probe_importance(rows, patterns.spread),
+        "importance": probes.probe_importance(rows, budgets["spread"]),
     }
-    names = ("first", "second", "tiles", "spread", "coverage", "threshold")
-    budgets = {name: getattr(patterns, name) for name in names}
     per_head = probes.by_kv_head(per_head | budgets, b, n, kv_heads)
 
     def some_heads(k: Array, per_head: dict[str, Array], valid: Array) -> Any:
         scores, factor = probes.probe_scores(per_head["probes"], k, scale)
         weights = probes.lazy_weights(scores, factor, per_head["positions"], per_head["importance"])
-        return _select(weights, per_head, Rows(q_offset, valid[:, None, None]), patterns.limits)
+        return _select(weights, per_head, Rows(q_offset, valid[:, None, None]), widths)
 
     size = n // kv_heads * probes.PROBES * s * k.dtype.itemsize
     bitmaps = probes.map_heads(some_heads, k, per_head, valid, bytes_per_kv_head=size)
     column_words, line_words, band_words = (x.reshape(b, n, -1) for x in bitmaps)
-    columns, column_count = select.word_positions(column_words, column_width(patterns, s), s)
-    return VerticalSlashIndex(columns, column_count, *_bands(line_words, band_words, patterns, s))
+    columns, column_count = select.word_positions(column_words, column_width(widths, s), s)
+    bands, band_count = _bands(line_words, band_words, budgets["tiles"], widths, s)
+    multiple = 1 if widths.lines else KEY_TILE  # only lines are covered by tiles that start anywhere
+    return SparsePlan(columns, column_count, bands, band_count, band_multiple=multiple, clean=True)
 
 
 class Rows(NamedTuple):
@@ -104,36 +115,36 @@ class Rows(NamedTuple):
 
 
 def _select(
-    weights: probes.Weights, heads: dict[str, Array], rows: Rows, limits: Limits
+    weights: probes.Weights, heads: dict[str, Array], rows: Rows, widths: Widths
 ) -> tuple[UInt32[Array, "b k g w"], UInt32[Array, "b k g w"], UInt32[Array, "b k g w"]]:
     """Bitmaps of columns, of line distances and of bands (by number); one that no head needs has no words."""
     visible, mass = rows.start + rows.valid, heads["importance"].sum(-1)
-    target = heads["coverage"] * mass if limits.adaptive else None
+    target = heads["coverage"] * mass if widths.coverage else None
     columns, lines, bands = [], mass[..., :0].astype(jnp.uint32), mass[..., :0].astype(jnp.uint32)
-    if limits.lines:
-        lines = slash_lines(weights.by_distance(0).sum(-2), heads["second"], visible, target)
-        columns.append(column_words(weights.by_key().sum(-2), heads["first"], visible, target))
-    if limits.tiles or not limits.lines:
+    if widths.lines:
+        lines = slash_lines(weights.by_distance(0).sum(-2), heads["slashes"], visible, target)
+        columns.append(column_words(weights.by_key().sum(-2), heads["columns"], visible, target))
+    if widths.tiles or not widths.lines:
         sure, others = None, None
-        if limits.threshold:
+        if widths.threshold:
             sure = sure_columns(weights.by_key(), heads, rows)
             others = (sure == 0) | jnp.isinf(heads["threshold"])[..., None]
         # The sink belongs to the columns; at the probes' distances it would pass for a band.
         captured = tiles.band_scores(weights.by_distance(KEY_TILE, others).sum(-2))
         scores, budget = captured, heads["tiles"]
-        if limits.threshold:
+        if widths.threshold:
             distance = KEY_TILE * jnp.arange(captured.shape[-1], dtype=jnp.int32)
             mean = captured / (KEY_TILE * mass[..., None] * rows.share_past(distance))
             scores, budget = widened(captured, budget, mean, heads["threshold"])
         flags = best_bands(scores, budget, visible, captured, target)
         # Under the last rows alone a column looks like a band, and what the bands leave says nothing about it.
         rest = uncovered(weights.by_key(), heads["positions"], flags, heads["spread"])
-        if limits.spread and sure is None:
+        if widths.spread and sure is None:
             sure = sure_columns(weights.by_key(), heads, rows)
         # The barrier keeps this sum of sums from becoming a pass of its own over the weights.
         left = None if target is None else target - (mass - jax.lax.optimization_barrier(rest).sum(-1))
-        scores, budget = rest if sure is None else jnp.maximum(rest, sure), heads["first"]
-        if limits.threshold:
+        scores, budget = rest if sure is None else jnp.maximum(rest, sure), heads["columns"]
+        if widths.threshold:
             mean = scores / (mass[..., None] * rows.share_past(jnp.arange(rest.shape[-1], dtype=jnp.int32)))
             scores, budget = widened(scores, budget, mean, heads["threshold"])
         columns.append(uncovered_words(scores, budget, visible, rest, left))
@@ -143,15 +154,19 @@ def _select(
 
 
 def _bands(
-    line_words: UInt32[Array, "b n w"], band_words: UInt32[Array, "b n w"], patterns: PatternArrays, s: int
+    line_words: UInt32[Array, "b n w"],
+    band_words: UInt32[Array, "b n w"],
+    tiles: Int[Array, "*b n"],
+    widths: Widths,
+    s: int,
 ) -> tuple[Int[Array, "b n R"], Int[Array, "b n"]]:
     """Ascending distances of the bands that were chosen or that cover the lines, and their count."""
-    found, limits = [], patterns.limits
+    found = []
     if line_words.shape[-1]:
-        slashes, count = select.word_positions(line_words, min(s, max(limits.slashes, MIN_SLASHES)), s)
+        slashes, count = select.word_positions(line_words, min(s, max(widths.slashes, MIN_SLASHES)), s)
         found.append(slashes_to_bands(slashes, count, max_distance=s - 1))
     if band_words.shape[-1]:
-        numbers, count = select.word_positions(band_words, max(1, min(num_key_tiles(s), limits.tiles)), 0)
+        numbers, count = select.word_positions(band_words, max(1, min(num_key_tiles(s), widths.tiles)), 0)
         found.append((numbers * KEY_TILE, count))
     if len(found) == 1:
         return found[0]
@@ -159,14 +174,13 @@ def _bands(
     (bands, count), (other, other_count) = (
         (jnp.pad(bands, ((0, 0), (0, 0), (0, width - bands.shape[-1]))), count) for bands, count in found
     )
-    in_lines = jnp.broadcast_to(patterns.tiles < 0, count.shape)
+    in_lines = jnp.broadcast_to(tiles < 0, count.shape)
     return jnp.where(in_lines[..., None], bands, other), jnp.where(in_lines, count, other_count)
 
 
-def column_width(patterns: PatternArrays, s: int) -> int:
+def column_width(widths: Widths, s: int) -> int:
     """Static number of column slots."""
-    limits = patterns.limits
-    return min(s, max(limits.columns, MIN_COLUMNS if limits.lines else 0, 1))
+    return min(s, max(widths.columns, MIN_COLUMNS if widths.lines else 0, 1))
 
 
 def column_words(

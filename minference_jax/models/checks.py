@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,46 +13,22 @@ from minference_jax.models import fp8
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.params import param_shapes
-from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, Pattern, PlanBuilder, VerticalSlash
+from minference_jax.patterns.heads import HeadPatterns
+from minference_jax.patterns.resolve import resolve_patterns
 
-Patterns = Pattern | HeadPatterns | PlanBuilder | str | os.PathLike | None
 QUERY_TILE = 128
 _FLOATS = ("float32", "bfloat16", "float16")
 
 
-def resolve_patterns(config: LlamaConfig, patterns: Patterns) -> HeadPatterns | PlanBuilder | None:
-    """`patterns` in any accepted form as one pattern per head of this model, a plan builder, or None.
-
-    Raises `TypeError` for anything else, and what `load_patterns` raises for a file.
-    """
-    if patterns is None or isinstance(patterns, HeadPatterns | PlanBuilder):
-        return patterns
-    if isinstance(patterns, Dense | AShape | VerticalSlash | BlockSparse):
-        return HeadPatterns.uniform(patterns, config.num_layers, config.num_heads)
-    if isinstance(patterns, str | os.PathLike):
-        from minference_jax.patterns.files import PRESETS, load_patterns, preset
-
-        name = os.fspath(patterns)
-        if name in PRESETS:
-            return preset(name, config.num_layers, config.num_heads)
-        return load_patterns(name, heads=config.num_heads, layers=config.num_layers)
-    raise TypeError(f"patterns must be None, a pattern, HeadPatterns or the path of a pattern file, got {patterns!r}")
-
-
-def check_patterns(config: LlamaConfig, patterns: HeadPatterns | PlanBuilder | None) -> None:
-    """Raises `ValueError` when patterns are of another number of layers or heads."""
+def check_patterns(config: LlamaConfig, patterns: HeadPatterns | None) -> None:
+    """Raises `ValueError` when patterns, or the arrays of a plan builder, are of another number of layers or heads."""
     if patterns is None:
         return
-    if isinstance(patterns, PlanBuilder):
-        wrong = [leaf.shape for leaf in jax.tree.leaves(patterns) if jnp.shape(leaf)[:1] != (config.num_layers,)]
+    resolve_patterns(patterns, config.num_layers, config.num_heads)
+    for builder in patterns.builders:
+        wrong = [jnp.shape(leaf) for leaf in jax.tree.leaves(builder) if jnp.shape(leaf)[:1] != (config.num_layers,)]
         if wrong:
             raise ValueError(f"plan builder has arrays {wrong}; the model has {config.num_layers} layers")
-        return
-    have, want = (patterns.num_layers, patterns.num_heads), (config.num_layers, config.num_heads)
-    if have != want:
-        raise ValueError(
-            f"patterns are for {have[0]} layers of {have[1]} heads; the model has {want[0]} layers of {want[1]} heads"
-        )
 
 
 def check_params(config: LlamaConfig, params: Mapping[str, Array]) -> None:

@@ -148,6 +148,7 @@ def generate(
         dtype=model.dtype.name,
         cache=cache_dtype or "model",
         fp8_projections=model.fp8_projections,
+        patterns=model.patterns,
     ):
         logits, filled, cached_tokens = run(prompts, sizes, cache, room_for)
         token, done = _first_token(logits, filled.lengths, np.zeros(len(sizes), bool), **choose)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +24,18 @@ from jaxtyping import Array, Float, Int32
 from minference_jax.models import forward, fp8
 from minference_jax.models.cache import KVCache, cache_dtype
 from minference_jax.models.checks import (
-    Patterns,
     check_lengths,
     check_params,
     check_patterns,
     check_start,
     check_tokens,
-    resolve_patterns,
 )
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.params import param_shapes as param_shapes
 from minference_jax.models.parts import prefill_parts
 from minference_jax.models.random_weights import random_params
-from minference_jax.patterns import Dense, HeadPatterns, PatternArrays, PlanBuilder
+from minference_jax.patterns.heads import HeadPatterns, LayerPatterns
+from minference_jax.patterns.resolve import Patterns, resolve_patterns
 from minference_jax.planning.cost import AUTO_PATTERN, AttentionChoice, choose_attention
 
 AUTO = "auto"
@@ -55,8 +54,8 @@ class Llama(nnx.Module):
     """A decoder of the Llama family whose prefill can be sparse.
 
     - `config`: what it is (static).
-    - `patterns`: the pattern of each head in prefill, or None for dense attention (static), and where a `PlanBuilder`
-      takes the patterns' place. Decoding is dense.
+    - `patterns`: the pattern (or plan builder) of each head in prefill; None for dense attention (static). Decoding is
+      dense.
     - `auto`: dense attention wherever the patterns would not pay at a prompt's length (static); see `models.cost`.
     - `embed`, `layers`, `final_norm`, `lm_head`: parameters, named and shaped as in `param_shapes(config)`.
 
@@ -70,7 +69,7 @@ class Llama(nnx.Module):
         self,
         config: LlamaConfig,
         params: Mapping[str, Array],
-        patterns: HeadPatterns | PlanBuilder | None = None,
+        patterns: HeadPatterns | None = None,
         auto: bool = False,
     ):
         check_params(config, params)
@@ -81,25 +80,22 @@ class Llama(nnx.Module):
         if not config.tie_embeddings:
             self.lm_head = nnx.Param(params["lm_head"])
         check_patterns(config, patterns)
-        if isinstance(patterns, PlanBuilder):
-            self.patterns, self._pattern_arrays = None, nnx.data(patterns)
-            return
         self.patterns = patterns
-        dense = patterns is None or all(type(p) is Dense for layer in patterns.layers for p in layer)
-        self._pattern_arrays = nnx.data(None if dense else cast(HeadPatterns, patterns).arrays())
+        self._layer_patterns = nnx.data(None if patterns is None or patterns.dense else patterns.arrays())
 
     @classmethod
     def from_params(cls, config: LlamaConfig, params: Mapping[str, Array], patterns: Patterns = None) -> Llama:
         """A model of these parameters (not copied).
 
-        `patterns`: None for dense attention; one pattern for all heads; `HeadPatterns`; the path of a pattern file or
-        the name of a preset; or "auto": vertical-slash where it pays, dense attention where not. Raises `ValueError`
+        `patterns`: None for dense attention; one pattern or plan builder for all heads; `HeadPatterns`; a pattern's
+        text, such as "a-shape:sink=64"; the path of a pattern file or the name of a preset; or "auto": a sparse
+        pattern where it pays, dense attention where not. Raises `ValueError`
         listing every missing, unexpected or wrongly shaped parameter, or when the patterns are of another number of
         layers or heads.
         """
         if isinstance(patterns, str) and patterns == AUTO:
-            return cls(config, params, resolve_patterns(config, AUTO_PATTERN), auto=True)
-        return cls(config, params, resolve_patterns(config, patterns))
+            return cls(config, params, resolve_patterns(AUTO_PATTERN, config.num_layers, config.num_heads), auto=True)
+        return cls(config, params, resolve_patterns(patterns, config.num_layers, config.num_heads))
 
     @classmethod
     def random(cls, config: LlamaConfig, key: Array, dtype: Any = "float32", patterns: Patterns = None) -> Llama:
@@ -136,9 +132,7 @@ class Llama(nnx.Module):
 
         About half the time and half the memory of those weights on a Hopper GPU; elsewhere only the rounding.
         """
-        arrays = self._pattern_arrays
-        patterns = arrays if isinstance(arrays, PlanBuilder) else self.patterns
-        return Llama(self.config, fp8.quantize_params(self.params()), patterns, self.auto)
+        return Llama(self.config, fp8.quantize_params(self.params()), self.patterns, self.auto)
 
     @property
     def fp8_projections(self) -> bool:
@@ -158,9 +152,9 @@ class Llama(nnx.Module):
         return self.embed[...].dtype
 
     @property
-    def pattern_arrays(self) -> PatternArrays | PlanBuilder | None:
-        """The patterns as arrays with leading axes `[layers, heads]`, or the plan builder; None when all is dense."""
-        return self._pattern_arrays
+    def layer_patterns(self) -> LayerPatterns | None:
+        """The patterns as arrays with leading axes `[layers, heads]`; None when all is dense."""
+        return self._layer_patterns
 
     def attention_choice(self, rows: int, keys: int | None = None) -> AttentionChoice | None:
         """With `auto`, what prefill of `rows` tokens at the end of `keys` (default: as many) does; else None."""
@@ -168,9 +162,10 @@ class Llama(nnx.Module):
             return None
         return choose_attention(self.config, self.patterns, rows, rows if keys is None else keys)
 
-    def _arrays(self, rows: int, keys: int | None = None) -> PatternArrays | PlanBuilder | None:
+    def patterns_for(self, rows: int, keys: int | None = None) -> LayerPatterns | None:
+        """What prefill of `rows` tokens at the end of `keys` (default: as many) uses: None where dense attention."""
         choice = self.attention_choice(rows, keys)
-        return None if choice is not None and choice.dense else self._pattern_arrays
+        return None if choice is not None and choice.dense else self._layer_patterns
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
         """An empty KV cache for `batch` sequences of up to `length` tokens.
@@ -183,14 +178,14 @@ class Llama(nnx.Module):
         self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
     ) -> Float[Array, "b t vocab"]:
         """float32 logits of every position, `[b, t, vocab]`; those of padding mean nothing."""
-        arrays = self._arrays(jnp.shape(tokens)[-1])
+        arrays = self.patterns_for(jnp.shape(tokens)[-1])
         return _all_logits(self.config, self.params(), arrays, *check_tokens(tokens, lengths))
 
     def hidden_states(
         self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
     ) -> Float[Array, "levels b t d"]:
         """Embeddings, the output of each layer, and the output of the final norm: layers + 2 levels."""
-        arrays = self._arrays(jnp.shape(tokens)[-1])
+        arrays = self.patterns_for(jnp.shape(tokens)[-1])
         return _hidden_states(self.config, self.params(), arrays, *check_tokens(tokens, lengths))
 
     def token_log_likelihoods(
@@ -201,7 +196,7 @@ class Llama(nnx.Module):
         The logits of a few rows exist at a time, so this costs no more memory than a prefill. With `return_info`
         also what `prefill` returns then: the `AttentionInfo` of all layers, None for dense attention.
         """
-        arrays = self._arrays(jnp.shape(tokens)[-1])
+        arrays = self.patterns_for(jnp.shape(tokens)[-1])
         scores, info = _log_likelihoods(self.config, self.params(), arrays, *check_tokens(tokens, lengths))
         return (scores, info) if return_info else scores
 
@@ -262,7 +257,7 @@ class Llama(nnx.Module):
         result = prefill_program(self, tokens, lengths, rope_lengths, start)(
             self.config,
             self.params(),
-            self._arrays(tokens.shape[1], None if start is None or cache is None else cache.capacity),
+            self.patterns_for(tokens.shape[1], None if start is None or cache is None else cache.capacity),
             tokens,
             lengths,
             rope_lengths,

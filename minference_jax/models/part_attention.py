@@ -6,14 +6,13 @@ the part's end.
 
 A budget is meant for the whole prompt. In one call, rows near the start spend less of it: columns after them, and bands
 that reach back before the prompt, show them nothing. A part that ends at e of s tokens takes √(e / s) of the columns
-and slashes. On 4,096 tokens of text in eight parts (SmolLM2, 36 heads, 128 columns and 14 tiles) the eight then hold
-.99, .95, .93, .92, .92, .91, .92 and .92 of the softmax mass; one call holds 1.0, .98, .95, .93, .92, .92, .92 and .92
-of the same rows. With e / s an early part falls below the last one.
+and slashes (`LayerPatterns.for_part`). On 4,096 tokens of text in eight parts (SmolLM2, 36 heads, 128 columns and 14
+tiles) the eight then hold .99, .95, .93, .92, .92, .91, .92 and .92 of the softmax mass; one call holds 1.0, .98, .95,
+.93, .92, .92, .92 and .92 of the same rows. With e / s an early part falls below the last one.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from minference_jax.models.cache import KVCache
-from minference_jax.patterns import PER_TILE, VERTICAL_SLASH, PatternArrays
+from minference_jax.patterns.heads import LayerPatterns
 from pallas_kernels.sizes import QUERY_TILE
 
 EXTENTS = 4
@@ -52,7 +51,7 @@ def attend_to_cache(
     q: Float[Array, "b t n h"],
     cache: KVCache,
     layer: Int32[Array, ""],
-    patterns: Any,
+    patterns: LayerPatterns | None,
     *,
     start: Int32[Array, ""],
     lengths: Int32[Array, " b"],
@@ -64,8 +63,8 @@ def attend_to_cache(
     """
     end = start + q.shape[1]
     seen, q = jnp.minimum(lengths, end), cache.queries(q)
-    if isinstance(patterns, PatternArrays):
-        patterns = part_budgets(patterns, seen, lengths)
+    if patterns is not None:
+        patterns = patterns.for_part(seen, lengths)
 
     def whole_or_prefix(extent: int) -> tuple[Array, Any]:
         k, v = cache.read(layer, q.dtype, extent)
@@ -79,19 +78,3 @@ def attend_to_cache(
     # What is said of each prefix differs in words, and a switch wants branches of one structure.
     branches = [lambda extent=extent: jax.tree.leaves(whole_or_prefix(extent)) for extent in extents]
     return jax.tree.unflatten(structure, jax.lax.switch(which, branches))
-
-
-def part_budgets(patterns: PatternArrays, seen: Int32[Array, " b"], lengths: Int32[Array, " b"]) -> PatternArrays:
-    """One layer's patterns for a part that ends at `seen` of `lengths`: vertical-slash budgets times √(seen / lengths).
-
-    Budgets get a batch axis, `[b, n]`; those of a sequence that ends with the part stay.
-    """
-    share = jnp.sqrt(seen.astype(jnp.float32) / jnp.maximum(lengths, 1).astype(jnp.float32))[:, None]
-    scaled = (patterns.kind == VERTICAL_SLASH) | (patterns.kind == PER_TILE)
-
-    def part(budget: Int32[Array, " n"]) -> Int32[Array, "b n"]:
-        less = jnp.ceil(share * budget.astype(jnp.float32)).astype(jnp.int32)
-        return jnp.where(scaled & (budget > 0), less, budget)
-
-    names = ("first", "second", "tiles")
-    return dataclasses.replace(patterns, **{name: part(getattr(patterns, name)) for name in names})

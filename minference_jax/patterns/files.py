@@ -14,9 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, Pattern, VerticalSlash
+from minference_jax.patterns.a_shape import AShape
+from minference_jax.patterns.base import Pattern
+from minference_jax.patterns.heads import HeadPatterns
+from minference_jax.patterns.registry import FAMILIES, official_families
+from minference_jax.patterns.vertical_slash import VerticalSlash
 
-FORMAT, VERSION = "minference_jax.patterns", 2
+FORMAT, VERSION = "minference_jax.patterns", 3
 
 MAX_FILE_BYTES = 64 * 2**20
 """Largest accepted file; the largest official one (80 layers of 64 heads) has 0.3 MB."""
@@ -24,16 +28,9 @@ MAX_FILE_BYTES = 64 * 2**20
 MAX_LAYERS, MAX_HEADS, MAX_ALL_HEADS = 1024, 1024, 1 << 17
 """More than any model has: a small file must not ask for the memory of millions of heads."""
 
-_NAMES: dict[str, type] = {
-    "dense": Dense,
-    "a_shape": AShape,
-    "vertical_slash": VerticalSlash,
-    "block_sparse": BlockSparse,
-}
 _FILE_NAMES = {"density": "layer_density"}  # of a field; in files "density" is a figure of a head
 _FIGURES = {"score": "scores", "density": "densities", "recall": "recalls"}  # of a head → of HeadPatterns
-_OFFICIAL_DEFAULT = ("vertical_and_slash", 1000, 6096, 1)
-_OFFICIAL_BLOCKS = 100  # hard-coded in the original, whatever its files say
+_OFFICIAL_DEFAULT = (VerticalSlash.official_name, 1000, 6096, 1)
 
 PRESETS: dict[str, Pattern | Path] = {
     "llama-3.1-8b": VerticalSlash(columns=512, slashes=2048),
@@ -97,8 +94,8 @@ def save_patterns(
 
     `about`: what to remember of where they come from, of types that JSON has; not kept in the original's format.
 
-    Raises ValueError with `official=True` for a pattern that the original does not know: `Dense`, tile budgets,
-    spread probes, coverage, a density, or block budgets other than 100.
+    Raises ValueError for a plan builder, which no file can hold, and with `official=True` for a pattern that the
+    original does not know: `Dense`, tile budgets, spread probes, coverage, a density, or block budgets other than 100.
     """
     text = json.dumps(_to_official(patterns), allow_nan=False) if official else _lines(_to_ours(patterns, about))
     write_atomically(path, text)
@@ -143,11 +140,12 @@ def _parse(content: Any, heads: int | None, layers: int | None) -> HeadPatterns:
 
 
 def _to_ours(patterns: HeadPatterns, about: dict[str, Any] | None) -> dict[str, Any]:
-    names = {kind: name for name, kind in _NAMES.items()}
     layers = []
     for i, layer in enumerate(patterns.layers):
         row = []
         for j, pattern in enumerate(layer):
+            if FAMILIES.get(pattern.name) is not type(pattern):
+                raise ValueError(f"layer {i}, head {j}: {pattern!r} is of no registered family, so no file can hold it")
             fields = {
                 _FILE_NAMES.get(name, name): value
                 for name, value in dataclasses.asdict(pattern).items()
@@ -155,7 +153,7 @@ def _to_ours(patterns: HeadPatterns, about: dict[str, Any] | None) -> dict[str, 
             }
             tables = {name: getattr(patterns, table) for name, table in _FIGURES.items()}
             figures = {name: table[i][j] for name, table in tables.items() if table is not None}
-            row.append({"pattern": names[type(pattern)], **fields, **figures})
+            row.append({"pattern": _file_name(pattern.name), **fields, **figures})
         layers.append(row)
     return {"format": FORMAT, "version": VERSION, **({"about": about} if about else {}), "layers": layers}
 
@@ -208,8 +206,10 @@ def _entry(entry: Any, where: str, version: int) -> tuple[Pattern, dict[str, flo
         raise ValueError(f'{where}: expected an object with "pattern", got {_short(entry)}')
     fields = dict(entry)
     name = fields.pop("pattern")
-    if name not in _NAMES:
-        raise ValueError(f"{where}: unknown pattern {_short(name)}; known are {', '.join(_NAMES)}")
+    known_names = {_file_name(known): family for known, family in FAMILIES.items()}
+    if name not in known_names:
+        raise ValueError(f"{where}: unknown pattern {_short(name)}; known are {', '.join(known_names)}")
+    family = known_names[name]
     figures = {}
     for figure in _FIGURES if version > 1 else ():
         if figure in fields:
@@ -217,14 +217,27 @@ def _entry(entry: Any, where: str, version: int) -> tuple[Pattern, dict[str, flo
     for figure in ("density", "recall"):
         if not 0 <= figures.get(figure, 0) <= 1:
             raise ValueError(f"{where}: {figure} must be in [0, 1], got {figures[figure]}")
-    known = {_FILE_NAMES.get(field.name, field.name): field.name for field in dataclasses.fields(_NAMES[name])}
-    unknown = set(fields) - set(known)
-    if unknown:
-        raise ValueError(f"{where}: {name} has no {sorted(unknown)}")
+    # The file's name of a field is another where a figure has that name.
+    fields = {
+        next((own for own, other in _FILE_NAMES.items() if other == field), field): x for field, x in fields.items()
+    }
     try:
-        return _NAMES[name](**{known[field]: value for field, value in fields.items()}), figures
+        return family.from_fields(_known(family, fields, version), version), figures
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _known(family: type[Pattern], fields: dict[str, Any], version: int) -> dict[str, Any]:
+    known = {field.name for field in dataclasses.fields(family)} | family.former_fields(version)
+    unknown = {_FILE_NAMES.get(name, name) for name in set(fields) - known}
+    if unknown:
+        raise ValueError(f"{_file_name(family.name)} has no {sorted(unknown)}")
+    return fields
+
+
+def _file_name(name: str) -> str:
+    """A family's name in files: words joined by underscores, as in the original's."""
+    return name.replace("-", "_")
 
 
 def _to_official(patterns: HeadPatterns) -> list[dict[str, list[Any]]]:
@@ -233,14 +246,10 @@ def _to_official(patterns: HeadPatterns) -> list[dict[str, list[Any]]]:
         row = {}
         for j, p in enumerate(layer):
             score = 1 if patterns.scores is None else patterns.scores[i][j]
-            if isinstance(p, VerticalSlash) and (p.tiles, p.probes, p.coverage) == (None, "last", None):
-                row[str(j)] = ["vertical_and_slash", p.columns, p.slashes, score]
-            elif isinstance(p, AShape):
-                row[str(j)] = ["stream_llm", p.sink, p.window, score]
-            elif isinstance(p, BlockSparse) and p.blocks == _OFFICIAL_BLOCKS:
-                row[str(j)] = ["block_sparse", p.blocks, 0, score]
-            else:
+            numbers = p.official()
+            if numbers is None:
                 raise ValueError(f"layer {i}, head {j}: {p} has no form in the official format")
+            row[str(j)] = [p.official_name, *numbers, score]
         content.append(row)
     return content
 
@@ -271,14 +280,10 @@ def _official_entry(entry: Any, where: str) -> tuple[Pattern, float]:
         raise ValueError(f"{where}: expected [pattern, number, number, score], got {_short(entry)}")
     name, first, second, score = entry
     try:
-        if name == "vertical_and_slash":
-            pattern: Pattern = VerticalSlash(columns=first, slashes=second)
-        elif name == "stream_llm":
-            pattern = AShape(sink=first, window=second)
-        elif name == "block_sparse":
-            pattern = BlockSparse(_OFFICIAL_BLOCKS)
-        else:
-            raise ValueError(f"unknown pattern {_short(name)}; known are vertical_and_slash, stream_llm, block_sparse")
+        known = {family.official_name: family for family in official_families()}
+        if name not in known:
+            raise ValueError(f"unknown pattern {_short(name)}; known are {', '.join(map(str, known))}")
+        pattern = known[name].from_official(first, second)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
     return pattern, _number(score, f"{where}: the score")

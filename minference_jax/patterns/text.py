@@ -1,92 +1,95 @@
-"""The text form of patterns: `dense`, `vertical-slash:columns=64,tiles=16`, or a pattern file or preset."""
+"""The text form of patterns: `dense`, `vertical-slash:columns=64,tiles=16`."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
-from pathlib import Path
+from typing import Any
 
-from minference_jax.models.config import LlamaConfig
-from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, Pattern, VerticalSlash
-from minference_jax.patterns.files import load_patterns, preset
+from minference_jax.patterns.base import Pattern
+from minference_jax.patterns.heads import HeadPatterns
+from minference_jax.patterns.registry import FAMILIES
 
 PATTERN_HELP = (
-    "dense, a-shape, vertical-slash or block-sparse, with its fields as in "
-    "'vertical-slash:columns=64,tiles=16,probes=spread'; or a pattern file (.json); or the name of a preset."
+    f"one of {', '.join(FAMILIES)}, with its fields as in 'vertical-slash:columns=64,tiles=16,probes=spread'; or a"
+    " pattern file (.json); or the name of a preset."
 )
-_KINDS = {"dense": Dense, "a-shape": AShape, "vertical-slash": VerticalSlash, "block-sparse": BlockSparse}
+"""What a command line says of its pattern options."""
 
 
-def parse_pattern(text: str, config: LlamaConfig) -> HeadPatterns | None:
-    """One pattern for each head of a model; None for `dense`.
+def is_pattern_text(text: str) -> bool:
+    """Whether a text begins with the name of a family, and so is meant as a pattern."""
+    return text.partition(":")[0] in FAMILIES
 
-    Raises `ValueError` that says what was expected, and what `load_patterns` raises for a file.
+
+def parse_pattern(text: str) -> Pattern:
+    """One pattern, `name` or `name:field=value,field=value`, as in "a-shape:sink=64,window=1024".
+
+    Raises ValueError that says what was expected: an unknown name or field, a field that occurs twice, a value that is
+    no finite number or word, or out of range.
     """
-    if text.partition(":")[0] in _KINDS:
-        pattern = parse_uniform(text)
-        dense = isinstance(pattern, Dense)
-        return None if dense else HeadPatterns.uniform(pattern, config.num_layers, config.num_heads)
-    if Path(text).exists():
-        return load_patterns(text, heads=config.num_heads, layers=config.num_layers)
+    name, colon, fields = text.partition(":")
+    if name not in FAMILIES:
+        raise ValueError(f"{text!r} is no pattern ({', '.join(FAMILIES)})")
+    if colon and not fields.strip():
+        raise ValueError(f"{text!r} has a colon, but no field=value after it")
+    family = FAMILIES[name]
+    known = [field.name for field in dataclasses.fields(family)]
+    values: dict[str, Any] = {}
+    for part in fields.split(",") if fields else ():
+        key, equals, value = part.strip().partition("=")
+        if not equals or key not in known:
+            listed = f"; its fields: {', '.join(known)}" if known else ", which has no fields"
+            raise ValueError(f"{part!r} is no field=value of {name}{listed}")
+        if key in values:
+            raise ValueError(f"{text!r} gives {key} twice")
+        values[key] = _value(value, part)
     try:
-        return preset(text, config.num_layers, config.num_heads)
-    except ValueError as error:
-        raise ValueError(
-            f"{text!r} is neither a file nor a pattern ({', '.join(_KINDS)}) nor a preset: {error}"
-        ) from None
-
-
-def parse_uniform(text: str) -> Pattern:
-    """One pattern, for all heads, by kind and fields. Raises `ValueError` that says what was expected."""
-    name, _, fields = text.partition(":")
-    if name not in _KINDS:
-        raise ValueError(f"{text!r} is no pattern ({', '.join(_KINDS)})")
-    return _with_fields(_KINDS[name], name, fields)
-
-
-def count_kinds(patterns: HeadPatterns) -> list[tuple[str, int]]:
-    """How many heads follow each kind of pattern, the most frequent first."""
-    return Counter(format_pattern(p).partition(":")[0] for layer in patterns for p in layer).most_common()
+        return family(**values)
+    except TypeError as error:  # a word where a number belongs, or a field that is missing
+        raise ValueError(f"{text!r}: {error}") from None
 
 
 def format_pattern(pattern: Pattern) -> str:
-    """The text that `parse_pattern` reads back as `pattern`; fields that hold their default are left out."""
-    name = next(name for name, kind in _KINDS.items() if type(pattern) is kind)
+    """The text that `parse_pattern` reads back as `pattern`; fields that hold their default are left out.
+
+    A plan builder, which has no text, is named by its class.
+    """
+    if FAMILIES.get(pattern.name) is not type(pattern):
+        return type(pattern).__name__
     changed = [
         f"{field.name}={getattr(pattern, field.name)}"
         for field in dataclasses.fields(pattern)
         if getattr(pattern, field.name) != field.default
     ]
-    return f"{name}:{','.join(changed)}" if changed else name
+    return f"{pattern.name}:{','.join(changed)}" if changed else pattern.name
 
 
 def describe_patterns(patterns: HeadPatterns | None) -> str:
     """One short line for tables."""
     if patterns is None:
         return "dense"
-    kinds = {format_pattern(pattern) for layer in patterns for pattern in layer}
-    return kinds.pop() if len(kinds) == 1 else f"{len(kinds)} patterns, one per head"
+    texts = {format_pattern(pattern) for pattern in patterns.distinct()}
+    return texts.pop() if len(texts) == 1 else f"{len(texts)} patterns, one per head"
 
 
-def _with_fields(kind: type[Pattern], name: str, text: str) -> Pattern:
-    known = [field.name for field in dataclasses.fields(kind)]
-    values = {}
-    for part in filter(None, text.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals or key not in known:
-            fields = f"; its fields: {', '.join(known)}" if known else ", which has no fields"
-            raise ValueError(f"{part!r} is no field=value of {name}{fields}")
-        values[key] = _value(value)
-    try:
-        return kind(**values)
-    except TypeError as error:  # a word where a number belongs
-        raise ValueError(str(error)) from None
+def count_kinds(patterns: HeadPatterns) -> list[tuple[str, int]]:
+    """How many heads follow each family of patterns, the most frequent first."""
+    return Counter(pattern.name for layer in patterns for pattern in layer).most_common()
 
 
-def _value(text: str) -> int | float | str | None:
+def _value(text: str, part: str) -> int | float | str | None:
+    text = text.strip()
     if text == "None":
         return None
     if re.fullmatch(r"[+-]?\d+", text):
         return int(text)
-    return float(text) if re.fullmatch(r"[+-]?\d*\.\d*(e[+-]?\d+)?", text) and text.strip("+-.") else text
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    if not math.isfinite(number):
+        raise ValueError(f"{part!r}: {text} is not a number that patterns can hold")
+    return number

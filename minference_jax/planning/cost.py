@@ -6,15 +6,13 @@ With n heads of h, t query rows and pairs(…) visible (query, key) cells of a h
 - sparse: launch + index + 4 · n · h · pairs(budget) / sparse rate, where the index takes a constant and a share for
   each key, and a row at position p visits at most min(p, budget) keys.
 
-The budget counts what a kernel visits: columns, and whole 64-key tiles. Of a prompt in one call half of it is counted,
-since rows before a column, or nearer to the start than a band's distance, do not visit it. Sparse attention has to be
-5 % faster to be chosen.
+What a pattern visits, each says of itself (`Pattern.visited`). Sparse attention has to be 5 % faster to be chosen.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,7 +21,8 @@ import jax
 
 from minference_jax.index import tile_budget
 from minference_jax.models.config import LlamaConfig
-from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, Pattern, VerticalSlash
+from minference_jax.patterns import HeadPatterns, VerticalSlash
+from minference_jax.patterns.base import pairs
 
 AUTO_PATTERN = VerticalSlash(columns=1000, tiles=tile_budget(6096))
 """What `patterns="auto"` uses where sparse pays: the paper's largest budget, (1000, 6096), in tiles."""
@@ -106,44 +105,14 @@ def _choose(config_key: _Same, patterns_key: _Same, rows: int, keys: int, device
     config, patterns = config_key.value, patterns_key.value
     name = next((name for name in RATES if name in device), "")
     rates = RATES.get(name, OTHER)
-    operations, probe = 4 * config.head_dim * config.num_heads, rates.probe * 128 / config.head_dim
+    operations = 4 * config.head_dim * config.num_heads
+    of_head = dataclasses.replace(rates, probe=rates.probe * 128 / config.head_dim)
     heads = [pattern for layer in patterns.layers for pattern in layer]
     number = Counter(map(id, heads))
     distinct = {id(pattern): pattern for pattern in heads}
-    visited = sum(number[key] * _visited(p, rows, keys, probe) for key, p in distinct.items()) / len(heads)
+    visited = sum(number[key] * p.visited(rows, keys, of_head) for key, p in distinct.items()) / len(heads)
     dense = rates.launch + operations * pairs(rows, keys, keys) / rates.dense
-    index = rates.index + rates.index_key * keys * config.num_heads / 32 if _needs_index(distinct.values()) else 0.0
+    indexed = any(pattern.indexed for pattern in distinct.values())
+    index = rates.index + rates.index_key * keys * config.num_heads / 32 if indexed else 0.0
     sparse = rates.launch + index + operations * visited / rates.sparse
     return AttentionChoice(dense <= MARGIN * sparse, 1e3 * dense, 1e3 * sparse, name or f"no rates for {device}")
-
-
-def pairs(rows: int, keys: int, budget: float) -> float:
-    """Cells that the last `rows` of `keys` positions visit when each sees min(position + 1, budget) keys."""
-    first = keys - rows
-    short = max(0.0, min(keys, budget) - first)  # rows that see everything before them
-    return short * first + short * (short + 1) / 2 + (rows - short) * budget
-
-
-def _visited(pattern: Pattern, rows: int, keys: int, probe: float) -> float:
-    """Cells that a head visits; with a probe every m rows also those that its scores amount to, `probe` each."""
-    if not isinstance(pattern, VerticalSlash) or not isinstance(pattern.probes, int):
-        return pairs(rows, keys, _budget(pattern, rows, keys))
-    every = pairs(rows, keys, keys)
-    chosen = pairs(rows, keys, _budget(pattern, rows, keys)) if pattern.density is None else pattern.density * every
-    return chosen + probe * every / pattern.probes
-
-
-def _budget(pattern: Pattern, rows: int, keys: int) -> float:
-    """Keys that a query visits."""
-    if isinstance(pattern, Dense):
-        return keys
-    if isinstance(pattern, AShape):
-        return pattern.sink + pattern.window + 64
-    if isinstance(pattern, BlockSparse):
-        return 64 * pattern.blocks
-    tiles = tile_budget(pattern.slashes) if pattern.tiles is None else pattern.tiles
-    return (1 - 0.5 * rows / keys) * (pattern.columns + 64 * (tiles + 2))
-
-
-def _needs_index(patterns: Iterable[Pattern]) -> bool:
-    return any(isinstance(pattern, VerticalSlash | BlockSparse) for pattern in patterns)

@@ -6,9 +6,9 @@ and k KV heads of h, MLP width f:
 - weights: every parameter; with FP8 projections those in one byte, and four for each output channel's scale.
 - cache: 2 · layers · b · s · k · (h · bytes + 2 if quantized), and 4 · b · s for the tokens.
 - activations: the larger of what attention and what the MLP of a layer take, and a copy of one layer's weights.
-  Attention: residual stream, queries, its output, and keys and values, b · (r·(d + 2·n·h) + 2·s·k·h) · a; probe
-  scores, at most 512 MiB; 2 bytes for each column and query tile of every head. MLP: residual stream, attention's
-  output, and b · 3·f·a for each of the 16,384 rows that it has at once (of parts up to 32,768 rows for all of them).
+  Attention: residual stream, queries, its output, and keys and values, b · (r·(d + 2·n·h) + 2·s·k·h) · a; and what
+  the patterns' index and tables take (`Pattern.index_bytes`). MLP: residual stream, attention's output, and b · 3·f·a
+  for each of the 16,384 rows that it has at once (of parts up to 32,768 rows for all of them).
 
 The first two are exact. The last is checked against what XLA allocates when it compiles for an H100: it is 1 to 15 %
 above, and up to 40 % for one prompt in parts.
@@ -31,6 +31,8 @@ from minference_jax.models.forward import CHUNK, PART
 from minference_jax.models.fp8 import CONTRACTED, fp8_shapes
 from minference_jax.models.params import layer_shapes, param_shapes
 from minference_jax.models.rounding import QUANTIZED
+from minference_jax.patterns import HeadPatterns, Pattern
+from minference_jax.planning.cost import AUTO_PATTERN
 
 GPUS: dict[str, float] = {
     "24 GB": 24.0,
@@ -80,11 +82,13 @@ def memory_need(
     dtype: str = "bfloat16",
     cache: str | None = "model",
     fp8_projections: bool = False,
+    patterns: HeadPatterns | Pattern | None = AUTO_PATTERN,
 ) -> MemoryNeed:
     """What prefilling `batch` prompts of `tokens` takes; the formula is at the top of this file.
 
     **Arguments:** `tokens`: capacity of the cache, generated tokens included. `chunk`: rows of a part; None for one
     call. `cache`: "model" (in `dtype`), "fp8" or "int8"; None keeps no cache, which needs `chunk` None.
+    `patterns`: of the heads, or one for all of them, by default what "auto" uses; None for dense attention.
     """
     if chunk is not None and cache is None:
         raise ValueError("a prefill in parts needs a cache")
@@ -93,7 +97,7 @@ def memory_need(
     return MemoryNeed(
         weights=_weights(param_shapes(config), size, fp8_projections),
         cache=0 if cache is None else _cache(config, batch, tokens, cache, dtype),
-        activations=_activations(config, batch, rows, tokens, size, fp8_projections),
+        activations=_activations(config, batch, rows, tokens, size, fp8_projections, patterns),
     )
 
 
@@ -113,13 +117,31 @@ def _cache(config: LlamaConfig, batch: int, tokens: int, cache: str, dtype: str)
     return 2 * config.num_layers * batch * tokens * config.num_kv_heads * row + 4 * batch * (tokens + 1)
 
 
-def _activations(config: LlamaConfig, batch: int, rows: int, keys: int, size: int, fp8_projections: bool) -> int:
+def index_bytes(patterns: HeadPatterns | Pattern | None, rows: int, keys: int, heads: int, itemsize: int) -> int:
+    """Most that the index of one layer takes: every family that occurs is estimated for all heads."""
+    if patterns is None:
+        return 0
+    families: dict[type, int] = {}
+    for pattern in [patterns] if isinstance(patterns, Pattern) else patterns.distinct():
+        found = pattern.index_bytes(rows, keys, heads, itemsize)
+        families[type(pattern)] = max(found, families.get(type(pattern), 0))
+    return sum(families.values())
+
+
+def _activations(
+    config: LlamaConfig,
+    batch: int,
+    rows: int,
+    keys: int,
+    size: int,
+    fp8_projections: bool,
+    patterns: HeadPatterns | Pattern | None,
+) -> int:
     n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
     stream, queries = rows * config.hidden_size * size, rows * n * h * size
     keys_and_values = 2 * keys * k * h * size
-    scores = min(512 << 20, n * 64 * keys * size)
-    columns = 2 * n * -(-rows // 128) * (1000 + 192)
-    attention = batch * (stream + 2 * queries + keys_and_values + columns) + scores
+    index = index_bytes(patterns, rows, keys, batch * n, size)
+    attention = batch * (stream + 2 * queries + keys_and_values) + index
     at_once = rows if rows < keys and batch * rows <= PART else min(rows, CHUNK)
     mlp = batch * (stream + queries + 3 * at_once * config.intermediate_size * size)
     stacked = {f"layers.{name}": (1, *shape) for name, shape in layer_shapes(config).items()}
@@ -153,7 +175,7 @@ def advice(config: LlamaConfig, available: float, *, tokens: int, **options: Any
     """What was needed, and what would fit into `available` bytes instead."""
     need = memory_need(config, tokens=tokens, **options)
     lines = [f"{tokens:,} tokens need about {need}; {available / 2**30:.1f} GiB are available."]
-    kept = {name: value for name, value in options.items() if name in ("batch", "dtype")}
+    kept = {name: value for name, value in options.items() if name in ("batch", "dtype", "patterns")}
     ways = [(name, memory_need(config, tokens=tokens, **kept, **way)) for name, way in WAYS.items() if way["cache"]]
     fitting = [f"{name}: {other}" for name, other in ways if other.total <= available]
     if fitting:

@@ -1,7 +1,7 @@
 """Offline search for each head's pattern and budgets, by the error of the attention output at equal kernel cost."""
 
-from minference_jax.search.candidates import CANDIDATES as CANDIDATES
 from minference_jax.search.candidates import PAPER as PAPER
+from minference_jax.search.candidates import default_candidates as default_candidates
 from minference_jax.search.cost import Latency as Latency
 from minference_jax.search.density import scale_to_density as scale_to_density
 from minference_jax.search.density import share_among_layers as share_among_layers

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Array
 
 from minference_jax.attention import sparse_attention
-from minference_jax.patterns import AShape, Pattern, head_arrays
-from minference_jax.search.candidates import PAPER_TARGET, scaled
+from minference_jax.patterns import AShape, Pattern, layer_patterns
+from minference_jax.search.candidates import PAPER_TARGET
 
 PAPER_TOKENS = 32_768
 """About the length of the prompt that the original searched on (30K)."""
@@ -33,7 +33,7 @@ class Latency:
             raise ValueError(f"Latency: milliseconds must be positive, got {self.milliseconds}")
 
 
-Target = AShape | float | Latency | None
+Target = Pattern | float | Latency | None
 CostKind = Literal["visited", "measured"]
 
 
@@ -75,7 +75,7 @@ def check_target(target: Target, cost: str) -> None:
             raise ValueError(f"target: a density must lie between 0 and 1, got {target}")
         if cost == "measured":
             raise ValueError("with cost='measured' the target is a time: an AShape's, or a Latency")
-    elif target is not None and not isinstance(target, AShape):
+    elif target is not None and (not isinstance(target, Pattern) or target.indexed):
         raise TypeError(f"target must be an AShape, a density, a Latency or None, got {target!r}")
 
 
@@ -109,8 +109,7 @@ def measure(
     fixed, slope = [], []
     for c, (candidate, factor) in enumerate(zip(candidates, factors, strict=True)):
         (d1, t1), (d2, t2) = [
-            (densities(c, f), seconds(qkv, lengths, scaled(candidate, f, qkv[1].shape[1])))
-            for f in (factor, 2 * factor)
+            (densities(c, f), seconds(qkv, lengths, candidate.scaled(f, qkv[1].shape[1]))) for f in (factor, 2 * factor)
         ]
         per_density = max((t2 - t1) / max(d2 - d1, 1e-6), 1e-9)
         slope.append(per_density)
@@ -121,7 +120,7 @@ def measure(
 def seconds(qkv: tuple[Array, Array, Array], lengths: Array, pattern: Pattern) -> float:
     """Median time of one layer's attention, index included, with `pattern` in every head."""
     q, k, v = qkv
-    heads = head_arrays(pattern, q.shape[2])
+    heads = layer_patterns(pattern, q.shape[2])
     run: Any = jax.jit(lambda q, k, v, heads, lengths: sparse_attention(q, k, v, heads, lengths=lengths))
     jax.block_until_ready(run(q, k, v, heads, lengths))
     measured = []

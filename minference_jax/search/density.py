@@ -3,7 +3,6 @@ a density for each layer."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -11,12 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from minference_jax.index.build import make_plan
+from minference_jax.attention import make_plan
 from minference_jax.models.capture import capture_qkv
 from minference_jax.models.llama import Llama
-from minference_jax.patterns import Dense, HeadPatterns, PatternArrays, VerticalSlash
-from minference_jax.search.candidates import scaled
-from pallas_kernels.plan import num_key_tiles
+from minference_jax.patterns import HeadPatterns, LayerPatterns, Pattern
 
 STEPS, OCTAVES = 10, 10
 """Bisections, and the range of factors in powers of two, around 1: the factor is found to 0.7 %."""
@@ -48,7 +45,7 @@ def scale_to_density(
 def share_among_layers(
     model: Llama,
     tokens: Int[Array, "b t"],
-    pattern: VerticalSlash,
+    pattern: Pattern,
     *,
     lengths: Int[Array, " b"] | None = None,
 ) -> HeadPatterns:
@@ -59,18 +56,17 @@ def share_among_layers(
     these tokens at one threshold for all layers, found by that threshold's probes. On another prompt it visits that
     again, and where depends on the prompt.
 
-    Memory: queries and keys of all layers. Raises ValueError for a pattern without a density.
+    Memory: queries and keys of all layers. Raises TypeError for a pattern of another family.
     """
-    if pattern.density is None:
-        raise ValueError(f"pattern must be a VerticalSlash with a density, got {pattern}")
+    density = pattern.share()
+    if density is None:
+        raise TypeError(f"pattern must have a density, as SharedDensity has; got {pattern!r}")
     found, sizes, config = _captured(model, tokens, lengths), _sizes(tokens, lengths), model.config
-    one = VerticalSlash(columns=0, slashes=0, probes=pattern.probes, threshold=0.5 / tokens.shape[1])
+    one = pattern.at_threshold(0.5 / tokens.shape[1])
     common = HeadPatterns.uniform(one, config.num_layers, config.num_heads)
-    visited = densities(found, _times_factor(found, sizes, common, pattern.density), sizes).mean(axis=(1, 2))
-    shares = np.minimum(visited * (pattern.density / visited.mean()), 1.0)
-    return HeadPatterns(
-        tuple((dataclasses.replace(pattern, density=float(share)),) * config.num_heads for share in shares)
-    )
+    visited = densities(found, _times_factor(found, sizes, common, density), sizes).mean(axis=(1, 2))
+    shares = np.minimum(visited * (density / visited.mean()), 1.0)
+    return HeadPatterns(tuple((pattern.with_share(float(share)),) * config.num_heads for share in shares))
 
 
 def _captured(model: Llama, tokens: Int[Array, "b t"], lengths: Int[Array, " b"] | None) -> list[QKV]:
@@ -95,9 +91,7 @@ def _times_factor(
 
 def times(patterns: HeadPatterns, factor: float, keys: int) -> HeadPatterns:
     """All budgets multiplied, within what a prompt of `keys` tokens can hold; a search's figures are dropped."""
-    return HeadPatterns(
-        tuple(tuple(p if isinstance(p, Dense) else scaled(p, factor, keys) for p in layer) for layer in patterns)
-    )
+    return HeadPatterns(tuple(tuple(p if p.dense else p.scaled(factor, keys) for p in layer) for layer in patterns))
 
 
 def mean_density(layers: Sequence[QKV], patterns: HeadPatterns, lengths: Int[Array, " b"]) -> float:
@@ -107,29 +101,13 @@ def mean_density(layers: Sequence[QKV], patterns: HeadPatterns, lengths: Int[Arr
 
 def densities(layers: Sequence[QKV], patterns: HeadPatterns, lengths: Int[Array, " b"]) -> np.ndarray:
     """Visited / causal cells of every layer, sample and head."""
-    every = any_budget(patterns.arrays(), layers[0][1].shape[1])
+    every = patterns.arrays().widest(layers[0][1].shape[1])
     return np.stack([_density(q, k, every.layer(i), lengths) for i, (q, k, _) in enumerate(layers)])
-
-
-def any_budget(arrays: PatternArrays, keys: int) -> PatternArrays:
-    """The arrays with static widths that hold any budget for `keys` keys: one compiled program serves all factors."""
-    limits, tiles = arrays.limits, num_key_tiles(keys)
-    most = {
-        "sink": keys,
-        "window": keys,
-        "columns": keys,
-        "slashes": keys,
-        "tiles": tiles,
-        "blocks": tiles,
-        "floor": keys,
-    }
-    widths = {name: width if getattr(limits, name) else 0 for name, width in most.items()}
-    return dataclasses.replace(arrays, limits=dataclasses.replace(limits, covers=0, **widths))
 
 
 @jax.jit
 def _density(
-    q: Float[Array, "b t n h"], k: Float[Array, "b t k h"], heads: PatternArrays, lengths: Int[Array, " b"]
+    q: Float[Array, "b t n h"], k: Float[Array, "b t k h"], heads: LayerPatterns, lengths: Int[Array, " b"]
 ) -> Float[Array, "b n"]:
     plan = make_plan(q, k, heads, lengths=lengths)
     return plan.density(q.shape[1], k.shape[1], lengths=lengths)

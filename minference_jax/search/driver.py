@@ -19,7 +19,7 @@ from minference_jax.models.checks import check_tokens
 from minference_jax.models.llama import Llama
 from minference_jax.patterns import HeadPatterns, Pattern
 from minference_jax.patterns.files import save_patterns
-from minference_jax.search.candidates import CANDIDATES, scaled
+from minference_jax.search.candidates import default_candidates
 from minference_jax.search.choose import allocate, best_at_equal_cost
 from minference_jax.search.cost import CostKind, CostModel, Target
 from minference_jax.search.measure import LayerMeter, LayerRecord
@@ -36,7 +36,7 @@ def search_patterns(
     *,
     lengths: Int[Array, " b"] | None = None,
     target: Target = None,
-    candidates: Sequence[Pattern] = CANDIDATES,
+    candidates: Sequence[Pattern] | None = None,
     cost: CostKind = "visited",
     objective: Literal["mean", "worst"] = "mean",
     budgets: Literal["per-head", "equal"] = "per-head",
@@ -60,9 +60,9 @@ def search_patterns(
     - `target`: what a layer may cost. A density (visited / causal cells) in (0, 1); an `AShape`, for what that costs;
       a `Latency`, with `cost="measured"`; None for an A-shape of 1,024 sinks and a window of 4,096, in proportion for
       samples shorter than 32,768 tokens.
-    - `candidates`: patterns whose budgets have the proportions to try; their size does not matter. Of a
-      `VerticalSlash` with a probe every few rows the threshold is what is searched: give it about the size of the
-      original's budgets, 2e-5.
+    - `candidates`: patterns whose budgets have the proportions to try; their size does not matter. None: the
+      original's, and what each family adds. Of `PerTile` the threshold is what is searched: give it about the size
+      that goes with the original's budgets, 2e-5.
     - `cost`: `"visited"` counts the keys that the kernel visits; `"measured"` times each candidate on this device, in
       the first layer. Timings vary, so a measured search is not reproducible to the byte.
     - `objective`: the error of a head is its mean over the samples, or the worst.
@@ -83,7 +83,8 @@ def search_patterns(
 
     Source: MInference (arXiv 2407.02490) §3.2, Algorithm 1 and Table 7. Budgets per head are ours.
     """
-    settings = Settings(target, tuple(candidates), cost, objective, budgets, query_tiles, end_tiles)
+    tried = default_candidates() if candidates is None else tuple(candidates)
+    settings = Settings(target, tried, cost, objective, budgets, query_tiles, end_tiles)
     search = Search(model, samples, lengths, settings)
     kept = SearchState(None if state is None else Path(state), search.identity())
     return search.run(kept, progress)
@@ -187,7 +188,7 @@ def choose(
     for i, option in enumerate(chosen):
         candidate, step = divmod(int(option), steps)
         factor = records[i // heads].factors[candidate, i % heads] * settings.ladder[step]
-        patterns.append(scaled(settings.candidates[candidate], float(factor), tokens))
+        patterns.append(settings.candidates[candidate].scaled(float(factor), tokens))
 
     def table(values: Sequence[Any]) -> tuple[tuple[Any, ...], ...]:
         return tuple(tuple(values[i * heads : (i + 1) * heads]) for i in range(layers))

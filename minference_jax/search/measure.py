@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from minference_jax.patterns import Pattern
 from minference_jax.search import cost as costs
 from minference_jax.search.adjust import adjust
-from minference_jax.search.candidates import arrays, factor_at, scaled
+from minference_jax.search.candidates import arrays, factor_at
 from minference_jax.search.cost import CostModel, Latency
 from minference_jax.search.plans import PlanMasks, plan_masks, scored_tiles
 from minference_jax.search.score import HeadErrors, output_errors
@@ -91,7 +91,7 @@ class LayerMeter:
 
     def density(self, samples: list[QKV], candidate: Pattern, factors: np.ndarray) -> np.ndarray:
         """float64 `[n]`, pooled over samples, of a candidate with each head's own factor."""
-        return self.pooled(self.masks(samples, [scaled(candidate, float(f), self.tokens) for f in factors]))
+        return self.pooled(self.masks(samples, [candidate.scaled(float(f), self.tokens) for f in factors]))
 
     def calibrate(self, qkv: QKV) -> tuple[CostModel, float]:
         """How density turns into cost, and the target as a cost (of a layer whose heads are all like it)."""
@@ -139,7 +139,7 @@ class LayerMeter:
             found = adjust(lambda f, i=i, c=candidate: model.of(i, self.density(samples, c, f)), target, guess, heads)
             factors.append(found)
             for step in settings.ladder:
-                masks = self.masks(samples, [scaled(candidate, float(f), self.tokens) for f in found * step])
+                masks = self.masks(samples, [candidate.scaled(float(f), self.tokens) for f in found * step])
                 density.append(self.pooled(masks))
                 visited.append([m.keys for m in masks])
         parts = [slice(self.spread), slice(self.spread, None)] if settings.end_tiles else [slice(None)]

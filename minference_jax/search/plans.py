@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
+from minference_jax.attention import make_plan
 from minference_jax.index import select
-from minference_jax.index.build import make_plan
 from minference_jax.index.recall import column_flags
-from minference_jax.patterns import PatternArrays
+from minference_jax.patterns import LayerPatterns
 from pallas_kernels.plan import num_query_tiles, visited_keys
 
 
@@ -41,7 +41,7 @@ def scored_tiles(tokens: int, count: int) -> np.ndarray:
 def plan_masks(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b t k h"],
-    heads: PatternArrays,
+    heads: LayerPatterns,
     lengths: Int[Array, " b"],
     query_tiles: Int[Array, " i"],
     scale: float | None = None,

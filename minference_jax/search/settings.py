@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 from minference_jax.patterns import Pattern
-from minference_jax.search.candidates import CANDIDATES, check_candidates
+from minference_jax.search.candidates import check_candidates, default_candidates
 from minference_jax.search.cost import CostKind, Target, check_target
 
 LADDER = (1 / 4, 1 / 2, 3 / 4, 1.0, 3 / 2, 2.0, 3.0)
@@ -18,7 +18,7 @@ class Settings:
     """Of `search_patterns`, which documents them. Raises ValueError or TypeError naming what is wrong."""
 
     target: Target = None
-    candidates: tuple[Pattern, ...] = CANDIDATES
+    candidates: tuple[Pattern, ...] = dataclasses.field(default_factory=default_candidates)
     cost: CostKind = "visited"
     objective: Literal["mean", "worst"] = "mean"
     budgets: Literal["per-head", "equal"] = "per-head"

@@ -16,8 +16,8 @@ from minference_jax.models import forward
 from minference_jax.models.capture import capture_qkv
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
-from minference_jax.patterns import HeadPatterns, Pattern, PatternArrays
-from minference_jax.search.candidates import CANDIDATES, arrays, check_candidates, factor_at, scaled
+from minference_jax.patterns import HeadPatterns, LayerPatterns, Pattern
+from minference_jax.search.candidates import arrays, check_candidates, default_candidates, factor_at
 from minference_jax.search.density import mean_density
 from minference_jax.search.measure import QKV
 from minference_jax.search.plans import plan_masks, scored_tiles
@@ -46,7 +46,7 @@ def verify(
     tokens: Int[Array, "1 t"],
     patterns: Mapping[str, HeadPatterns],
     *,
-    candidates: Sequence[Pattern] = CANDIDATES,
+    candidates: Sequence[Pattern] | None = None,
     perplexity: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> list[Row]:
@@ -74,7 +74,7 @@ def verify(
     wanted = mean_density(layers, patterns[first], lengths)
     say(f"{first}: density {wanted:.4f}")
     every = {name: found.arrays() for name, found in patterns.items()}
-    for candidate in check_candidates(candidates):
+    for candidate in check_candidates(default_candidates() if candidates is None else candidates):
         pattern = _at_density(layers, candidate, wanted, lengths)
         # Arrays whose static side is the kind's, so that one program serves all candidates of a kind.
         one = arrays([pattern] * heads, t)
@@ -105,7 +105,7 @@ def verify(
 
 @partial(jax.jit, static_argnames="config")
 def _log_likelihoods(
-    config: LlamaConfig, params: Mapping[str, Array], patterns: PatternArrays | None, tokens: Array, lengths: Array
+    config: LlamaConfig, params: Mapping[str, Array], patterns: LayerPatterns | None, tokens: Array, lengths: Array
 ) -> Array:
     # Not the model's own method: arrays of the kind's widths let one program serve all candidates of a kind.
     x, _, _ = forward.prefill(config, params, patterns, tokens, lengths, lengths, None, None)
@@ -137,7 +137,7 @@ def _at_density(layers: Sequence[QKV], candidate: Pattern, wanted: float, length
     factor, low, high = factor_at(wanted, t), 0.0, math.inf  # density(low) < wanted <= density(high)
     best, best_density = candidate, math.inf
     for attempt in range(10 * TRIES):
-        pattern = scaled(candidate, factor, t)
+        pattern = candidate.scaled(factor, t)
         found = density(pattern)
         if found >= wanted:
             high = factor

@@ -8,17 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, Pattern, VerticalSlash
+from minference_jax.patterns import HeadPatterns
 from minference_jax.viz.figure import check_path, new_figure, save
-
-KINDS: dict[str, tuple[float, float, float]] = {
-    "dense": (0.35, 0.35, 0.35),
-    "A-shape": (0.85, 0.37, 0.01),
-    "vertical-slash, lines": (0.10, 0.62, 0.47),
-    "vertical-slash, tiles": (0.12, 0.39, 0.71),
-    "block-sparse": (0.58, 0.27, 0.65),
-}
-"""Names and colours (red, green, blue) of the map; told apart also with colour-blind eyes."""
 
 LIGHTEST = 0.25
 """Strength of the colour of the smallest budget; the largest one of all has 1."""
@@ -29,18 +20,20 @@ _TABLES = {"density": "densities", "recall": "recalls", "output error": "scores"
 def plot_patterns(patterns: HeadPatterns, path: str | Path, *, title: str = "") -> None:
     """Draws the map to a .png, .pdf or .svg file.
 
-    The shade is the head's density where the patterns carry it (a search writes it), else its budget in keys. Maps of
+    The shade is the head's density where the patterns carry it (a search writes it) or all ask for one, else its budget
+    in keys. Maps of
     density, recall and output error follow, those that the patterns carry.
 
     Raises ValueError for another suffix, RuntimeError without matplotlib.
     """
     check_path(path)
     tables = {name: np.asarray(getattr(patterns, field)) for name, field in _TABLES.items() if getattr(patterns, field)}
+    shade = tables.get("density", _asked(patterns))
     tall = max(3.0, 0.16 * patterns.num_layers + 1.6)
     wide = max(2.6, 0.16 * patterns.num_heads + 1.8)
     figure = new_figure(wide * (1 + len(tables)), tall)
     axes = np.atleast_1d(figure.subplots(1, 1 + len(tables), sharey=True))
-    _draw_kinds(axes[0], patterns, tables.get("density"))
+    _draw_kinds(axes[0], patterns, shade)
     for axis, (name, values) in zip(axes[1:], tables.items(), strict=True):
         limits = {"vmin": 0, "vmax": 1} if name != "output error" else {"vmin": 0}
         image = axis.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis", **limits)
@@ -52,31 +45,21 @@ def plot_patterns(patterns: HeadPatterns, path: str | Path, *, title: str = "") 
     save(figure, path)
 
 
-def kind_of(pattern: Pattern) -> str:
-    """The pattern's name in `KINDS`."""
-    if isinstance(pattern, VerticalSlash):
-        return "vertical-slash, lines" if pattern.tiles is None else "vertical-slash, tiles"
-    return {Dense: "dense", AShape: "A-shape", BlockSparse: "block-sparse"}[type(pattern)]
-
-
-def budget_of(pattern: Pattern) -> float:
-    """Keys that a row far into a prompt visits, about; infinity for dense attention."""
-    if isinstance(pattern, Dense):
-        return np.inf
-    if isinstance(pattern, AShape):
-        return pattern.sink + pattern.window
-    if isinstance(pattern, BlockSparse):
-        return 64 * pattern.blocks
-    return pattern.columns + (pattern.slashes if pattern.tiles is None else 64 * pattern.tiles)
+def _asked(patterns: HeadPatterns) -> Float[np.ndarray, "layers n"] | None:
+    """The densities that the heads ask for, if all do."""
+    shares = [[p.share() for p in layer] for layer in patterns]
+    if any(share is None for layer in shares for share in layer):
+        return None
+    return np.asarray(shares, float)
 
 
 def colours(patterns: HeadPatterns, density: Float[np.ndarray, "layers n"] | None = None) -> Float[np.ndarray, "l n 3"]:
     """Red, green and blue of each head's field."""
-    budgets = np.asarray([[budget_of(p) for p in layer] for layer in patterns]) if density is None else density
+    budgets = np.asarray([[p.budget() for p in layer] for layer in patterns]) if density is None else density
     largest = np.max(budgets, initial=0, where=np.isfinite(budgets))
     share = np.where(np.isfinite(budgets), budgets / (largest or 1), 1)
     strength = LIGHTEST + (1 - LIGHTEST) * np.clip(share, 0, 1)
-    full = np.asarray([[KINDS[kind_of(p)] for p in layer] for layer in patterns])
+    full = np.asarray([[p.colour() for p in layer] for layer in patterns])
     return 1 - strength[..., None] * (1 - full)
 
 
@@ -86,6 +69,6 @@ def _draw_kinds(axis: Any, patterns: HeadPatterns, density: np.ndarray | None) -
     axis.imshow(colours(patterns, density), aspect="auto", interpolation="nearest")
     shade = "density" if density is not None else "budget"
     axis.set(title=f"pattern (darker: more {shade})", xlabel="head")
-    used = [kind for kind in KINDS if any(kind_of(p) == kind for layer in patterns for p in layer)]
-    handles = [Patch(color=KINDS[kind], label=kind) for kind in used]
+    used = dict(sorted({pattern.label(): pattern.colour() for pattern in patterns.distinct()}.items()))
+    handles = [Patch(color=colour, label=label) for label, colour in used.items()]
     axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False, fontsize="small")

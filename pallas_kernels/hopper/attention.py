@@ -93,38 +93,36 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tables as hopper_tables
+from pallas_kernels.device import Device
 from pallas_kernels.hopper.assembler import ignores_setmaxnreg
 from pallas_kernels.hopper.config import HEAD_DIMS, KernelConfig
 from pallas_kernels.hopper.kernel import kernel_body
 from pallas_kernels.hopper.launch import Launch, Refs, scratch_types
 from pallas_kernels.plan import SparsePlan
+from pallas_kernels.plan_builders import full_plan
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_query_tiles
+
+CAPABILITIES = ("9.0",)
+"""Compute capabilities that the kernel is made for."""
 
 
 def unsupported_reason(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
     v: Float[Array, "b s k h"],
-    plan: SparsePlan,
+    plan: SparsePlan | None,
     *,
-    platform_check: bool = True,
+    device: Device | None,
 ) -> str | None:
-    """Why this kernel can't serve a call, in words for the caller; None if it can.
-
-    **Arguments:** `platform_check`: also ask whether the default device is a Hopper GPU.
-    """
-    if platform_check:
-        if jax.default_backend() != "gpu":
-            return f"the default device is {jax.default_backend()}, not a GPU"
-        capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
-        if capability != "9.0":
-            return f"the kernel needs compute capability 9.0; the default device has {capability}"
+    """Why this kernel can't serve a call, in words for the caller; None if it can. See `backends.UnsupportedReason`."""
+    if device is not None and (reason := device.reason_against("the Hopper kernel", CAPABILITIES)) is not None:
+        return reason
     if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"the kernel computes in bfloat16 or float16; q is {q.dtype}"
+        return f"the Hopper kernel computes in bfloat16 or float16; q is {q.dtype}"
     if k.dtype != q.dtype or v.dtype != q.dtype:
         return f"q, k and v must have one dtype; they are {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
-        return f"the kernel serves head_dim {', '.join(map(str, HEAD_DIMS))}; q has {q.shape[-1]}"
+        return f"the Hopper kernel serves head_dim {', '.join(map(str, HEAD_DIMS))}; q has {q.shape[-1]}"
     if 0 in q.shape or 0 in k.shape:
         return f"nothing to compute: q has shape {q.shape} and k {k.shape}"
     if not KernelConfig().fits(q.shape[-1]):
@@ -132,11 +130,17 @@ def unsupported_reason(
     return None
 
 
+def remark(device: Device) -> str:
+    """Why this kernel was chosen, and whether it runs slower here than it could."""
+    slower = "; in a slower form than with jax 0.11: nvJitLink ignores setmaxnreg"
+    return "a Hopper GPU is present" + (slower if ignores_setmaxnreg() else "")
+
+
 def hopper_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
     v: Float[Array, "b s k h"],
-    plan: SparsePlan,
+    plan: SparsePlan | None,
     *,
     lengths: Int[Array, " b"] | None = None,
     q_offset: int | Int[Array, ""] = 0,
@@ -144,14 +148,15 @@ def hopper_attention(
     return_lse: bool = False,
     config: KernelConfig | None = None,
     interpret: Any = None,
-) -> Float[Array, "b t n h"] | tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]:
+) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"] | None]:
     """Attention over the keys of a plan: softmax(scale · q kᵀ + mask) v, the mask being `plan.to_mask(...)`.
 
-    **Arguments:** as `pallas_kernels.sparse_attention`, and `config`: static tuning, by default the fastest measured;
-    `interpret`: parameters of the Mosaic GPU interpreter, to run on a CPU.
+    **Arguments:** as `pallas_kernels.sparse_attention`, but `plan` None stands for every causal key; and `config`:
+    static tuning, by default the fastest measured; `interpret`: parameters of the Mosaic GPU interpreter, to run on a
+    CPU.
 
-    **Returns:** the output in q's dtype; with `return_lse` also the log of the softmax denominators (natural log,
-    float32; -inf where the output is zero). Rows at or past a sequence's length are zero.
+    **Returns:** the output in q's dtype, zero at rows at or past a sequence's length; and with `return_lse` the
+    log-sum-exp (natural logarithm, float32 `[b, t, n]`, −inf where the output is zero), without it None.
 
     Padding rows of k and v may hold any finite values.
 
@@ -160,9 +165,10 @@ def hopper_attention(
     Should CUDA's assembler fail later, while a surrounding jit is compiled, that error reaches the caller: nothing
     inside a traced program can catch it. `implementation="xla"` is the way around.
     """
-    reason = unsupported_reason(q, k, v, plan, platform_check=False)
+    reason = unsupported_reason(q, k, v, plan, device=None)
     if reason is not None:
         raise ValueError(f"the Hopper kernel can't serve this call: {reason}")
+    plan = full_plan(q.shape[0], q.shape[2], k.shape[1]) if plan is None else plan
     if config is None:
         # Without bands neighbouring query tiles share no keys: nothing to keep them together for.
         config = KernelConfig(chain=1 if plan.bands is None else KernelConfig.chain, overlap=not ignores_setmaxnreg())
@@ -176,8 +182,7 @@ def hopper_attention(
         raise ValueError(f"scale must be positive; got {scale}")
     limits = None if lengths is None else lengths.astype(jnp.int32)
     offset = jnp.asarray(q_offset, jnp.int32)
-    outputs: Any = _attention(q, k, v, plan, limits, offset, scale, return_lse, config, interpret)
-    return outputs if return_lse else outputs[0]
+    return _attention(q, k, v, plan, limits, offset, scale, return_lse, config, interpret)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
@@ -185,10 +190,10 @@ def _attention(q, k, v, plan, lengths, q_offset, scale, return_lse, config, inte
     tables = hopper_tables.prepare(plan, q, k, v, lengths=lengths, q_offset=q_offset)
     aligned = plan.bands is None or plan.band_multiple % KEY_TILE == 0
     options = {"scale": scale, "return_lse": return_lse, "config": config, "interpret": interpret}
-    return attend(q, k, v, tables, aligned=aligned, **options)
+    return attend_prepared(q, k, v, tables, aligned=aligned, **options)
 
 
-def attend(
+def attend_prepared(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
     v: Float[Array, "b s k h"],

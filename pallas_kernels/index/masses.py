@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
+from pallas_kernels.device import Device
 from pallas_kernels.index.hopper import HEAD_DIMS, hopper_masses
 from pallas_kernels.index.xla import xla_masses
 from pallas_kernels.plan import kv_limit
@@ -70,7 +70,7 @@ def tile_masses(
             )
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
     factor = check_scale(scale, q)
-    reason = unsupported_reason(q, k, platform_check=implementation is None)
+    reason = unsupported_reason(q, k, device=Device.default() if implementation is None else None)
     if implementation not in (None, "hopper", "xla"):
         raise ValueError(f'implementation must be None, "hopper" or "xla", got {implementation!r}')
     if implementation == "hopper" and reason is not None:
@@ -86,20 +86,17 @@ def tile_masses(
 
 
 def unsupported_reason(
-    q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], *, platform_check: bool = True
+    q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], *, device: Device | None
 ) -> str | None:
     """Why the Hopper kernel cannot serve a call, in words for the caller; None if it can.
 
-    **Arguments:** `platform_check`: also ask whether the default device is a Hopper GPU.
+    **Arguments:** `device`: what the call will run on; None leaves the device out of the question.
     """
-    if platform_check:
-        if jax.default_backend() != "gpu":
-            return f"the default device is {jax.default_backend()}, not a GPU"
-        capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
-        if capability != "9.0":
-            return f"the kernel needs compute capability 9.0; the default device has {capability}"
+    against = None if device is None else device.reason_against("the kernel of tile masses", ("9.0",))
+    if against is not None:
+        return against
     if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"the kernel computes in bfloat16 or float16; q is {q.dtype}"
+        return f"the kernel of tile masses computes in bfloat16 or float16; q is {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
-        return f"the kernel serves head_dim {', '.join(map(str, HEAD_DIMS))}; q has {q.shape[-1]}"
+        return f"the kernel of tile masses serves head_dim {', '.join(map(str, HEAD_DIMS))}; q has {q.shape[-1]}"
     return None

@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.device import Device
 from pallas_kernels.plan import SparsePlan, kv_limit
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
 from pallas_kernels.xla.visits import STEP, UNITS, Visit, prepared, visit_of
@@ -32,6 +33,32 @@ from pallas_kernels.xla.visits import STEP, UNITS, Visit, prepared, visit_of
 _MASKED = -1e30
 """Score of a masked cell. Finite, so that a step without a single visible key stays free of NaN; such a step's
 garbage is scaled by exp(-1e30 - max) = 0 as soon as a real key is seen, and every valid row sees its own key."""
+
+
+def unsupported_reason(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    plan: SparsePlan | None,
+    *,
+    device: Device | None,
+) -> None:
+    """None: this backend serves every call. See `backends.UnsupportedReason`."""
+
+
+def attend(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    plan: SparsePlan | None,
+    *,
+    lengths: Int[Array, " b"] | None,
+    q_offset: Int[Array, ""],
+    scale: float,
+    return_lse: bool,
+) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]:
+    """`xla_attention`, as `backends.Attend` wants it."""
+    return xla_attention(q, k, v, plan, lengths=lengths, q_offset=q_offset, scale=scale)
 
 
 def xla_attention(

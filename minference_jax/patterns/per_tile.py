@@ -1,0 +1,149 @@
+"""Per tile: a probe every few rows, and whatever is worth a visit by a threshold on the mean attention weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from minference_jax.index.per_tile import per_tile_index
+from minference_jax.index.probes import SCORE_BYTES
+from minference_jax.index.tiles import tile_budget
+from minference_jax.patterns.base import (
+    Budgets,
+    Colour,
+    IndexRates,
+    Pattern,
+    Where,
+    check_budget,
+    check_share,
+    members,
+    pairs,
+    part_of,
+    scaled_budget,
+    table,
+)
+from pallas_kernels.plan import SparsePlan
+from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
+
+
+@dataclasses.dataclass(frozen=True)
+class PerTile(Pattern):
+    """Columns, and key tiles of each query tile, that are worth a visit by the estimate of a probe every few rows.
+
+    A key tile is worth a visit if its keys have at least the mean attention weight `threshold` in the rows of the query
+    tile; a column, if its key has it over all rows. For prompts of some thousand tokens: the estimate costs 1 / every
+    of dense attention's scores, and memory that grows with the length's square.
+
+    **Fields:**
+
+    - `every`: rows to a probe, a divisor of 128; the same in all heads of a model.
+    - `threshold`: in (0, 1). About 0.7 / N visits a quarter of the cells of an N-token text.
+    - `floor_columns`, `floor_slashes`: a floor. A head that would keep less of the softmax mass than
+      `VerticalSlash(floor_columns, floor_slashes)` (or than with more slashes for fewer columns, at about the same
+      cost) gets a lower threshold of its own. 0 and 0 leave next to no floor.
+
+    Source: ours.
+    """
+
+    name: ClassVar[str] = "per-tile"
+
+    every: int
+    threshold: float
+    floor_columns: int = 0
+    floor_slashes: int = 0
+
+    def __post_init__(self) -> None:
+        check_every("PerTile", self.every)
+        check_share("PerTile", "threshold", self.threshold, one=False)
+        if self.threshold is None:
+            raise TypeError("PerTile: threshold must be a number, got None")
+        check_budget("PerTile", "floor_columns", self.floor_columns, 0)
+        check_budget("PerTile", "floor_slashes", self.floor_slashes, 0)
+
+    @classmethod
+    def budgets(cls, heads: Sequence[Sequence[PerTile | None]]) -> Budgets:
+        own = members(heads)
+        return PerTileBudgets(
+            table(heads, lambda p: p.floor_columns, np.int32, 0),
+            table(heads, lambda p: p.floor_slashes, np.int32, 0),
+            table(heads, lambda p: p.threshold, np.float32, np.inf),
+            common_every("PerTile", own),
+            max(p.floor_slashes for p in own),
+        )
+
+    def visited(self, rows: int, keys: int, rates: IndexRates) -> float:
+        every = pairs(rows, keys, keys)
+        floor = self.floor_columns + KEY_TILE * (tile_budget(self.floor_slashes) + 2)
+        chosen = pairs(rows, keys, (1 - 0.5 * rows / keys) * floor)
+        return chosen + rates.probe * every / self.every
+
+    def index_bytes(self, rows: int, keys: int, heads: int, itemsize: int = 2) -> int:
+        tiles = -(-rows // QUERY_TILE)
+        sums = keys * (itemsize * (rows // self.every) + 12 * tiles)  # of one head: scores, and sums by query tile
+        return min(SCORE_BYTES, heads * sums) + 2 * heads * tiles * keys
+
+    def scaled(self, factor: float, keys: int) -> PerTile:
+        return PerTile(
+            self.every,
+            min(self.threshold / factor, 0.9),
+            scaled_budget(self.floor_columns, factor, keys),
+            scaled_budget(self.floor_slashes, factor, keys),
+        )
+
+    def budget(self) -> float:
+        return self.floor_columns + self.floor_slashes
+
+    def label(self) -> str:
+        return "per tile, threshold"
+
+    def colour(self) -> Colour:
+        return (0.65, 0.46, 0.11)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["columns", "slashes", "threshold"],
+    meta_fields=["every", "floor"],
+)
+@dataclasses.dataclass(frozen=True)
+class PerTileBudgets(Budgets):
+    """Floor and threshold of each head; rows to a probe and the largest number of slashes (static)."""
+
+    columns: Int[Array, "*layers n"]
+    slashes: Int[Array, "*layers n"]
+    threshold: Float[Array, "*layers n"]
+    every: int
+    floor: int
+
+    def index(self, q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], where: Where) -> SparsePlan:
+        arrays = {"columns": self.columns, "slashes": self.slashes, "threshold": self.threshold}
+        options: dict[str, Any] = {"every": self.every, "floor": self.floor, "scale": where.scale}
+        return per_tile_index(q, k, arrays, lengths=where.lengths, q_offset=where.q_offset, **options)
+
+    def for_part(self, share: Float[Array, "b 1"]) -> PerTileBudgets:
+        return dataclasses.replace(self, columns=part_of(self.columns, share), slashes=part_of(self.slashes, share))
+
+    def widest(self, keys: int) -> PerTileBudgets:
+        return dataclasses.replace(self, floor=keys if self.floor else 0)
+
+
+def check_every(owner: str, every: object) -> None:
+    """Raises TypeError or ValueError unless `every` is a divisor of 128."""
+    if isinstance(every, bool) or not isinstance(every, int):
+        raise TypeError(f"{owner}: every must be an int, got {every!r}")
+    if not 1 <= every <= QUERY_TILE or QUERY_TILE % every:
+        raise ValueError(f"{owner}: every must be a divisor of {QUERY_TILE}, got {every}")
+
+
+def common_every(owner: str, heads: Sequence[Any]) -> int:
+    """The `every` of all heads. Raises ValueError where they differ: their probes are the same rows."""
+    found = sorted({p.every for p in heads})
+    if len(found) > 1:
+        raise ValueError(f"{owner}: the heads of a model must agree on every, got {found}")
+    return found[0]
