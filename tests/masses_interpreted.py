@@ -38,7 +38,9 @@ def main(case: dict) -> None:
     )
     expected, expected_lse = xla_masses(*arguments, **options)
     total = np.maximum(np.where(positions >= 0, share, 0).sum(-1), 1)[:, None, :, None]
-    np.testing.assert_allclose(mass / total, expected / total, atol=1e-3 if case["config"].get("polynomial_tiles") else 1e-5)
+    np.testing.assert_allclose(
+        mass / total, expected / total, atol=1e-3 if case["config"].get("polynomial_tiles") else 1e-5
+    )
     np.testing.assert_allclose(lse, expected_lse, atol=1e-3, rtol=1e-5)
     print("agrees")
 

@@ -39,9 +39,7 @@ def hopper_masses(
     probes = packed(q, rows, kv_heads)
     of_rows = jnp.broadcast_to(positions[:, :, None], (*positions.shape[:2], heads // kv_heads, positions.shape[2]))
     config = config or MassConfig.of(positions.shape[0] * kv_heads, of_rows[0].size, keys)
-    lse = tile_lse(
-        probes, k, of_rows.reshape(positions.shape[0], -1), scale=scale, config=config, interpret=interpret
-    )
+    lse = tile_lse(probes, k, of_rows.reshape(positions.shape[0], -1), scale=scale, config=config, interpret=interpret)
     return normalised(*lse, positions, share, heads=heads, keys=keys, chunk=config.chunk)
 
 

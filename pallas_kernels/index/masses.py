@@ -85,9 +85,7 @@ def tile_masses(
     return (mass, lse) if return_lse else mass
 
 
-def unsupported_reason(
-    q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], *, device: Device | None
-) -> str | None:
+def unsupported_reason(q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], *, device: Device | None) -> str | None:
     """Why the Hopper kernel cannot serve a call, in words for the caller; None if it can.
 
     **Arguments:** `device`: what the call will run on; None leaves the device out of the question.
