@@ -212,7 +212,7 @@ def test_a_head_that_looks_at_the_token_before_sees_it_across_tiles():
     t = 1280
     angles = np.arange(t)[:, None] * np.linspace(0.3, 3, 16)
     keys = np.concatenate([np.sin(angles), np.cos(angles)], -1)
-    q, k = 8 * np.roll(keys, 1, 0)[None, :, None], keys[None, :, None]  # row i asks for key i - 1
+    q, k = 60 * np.roll(keys, 1, 0)[None, :, None], keys[None, :, None]  # row i asks for key i - 1
     plan = PLAN(jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32), SharedDensity(0.7, every=16))
     mask = np.asarray(plan.to_mask(t, t))[0, 0]
     assert all(mask[row, row - 1] for row in range(128, t, 128))
