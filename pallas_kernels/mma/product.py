@@ -23,9 +23,7 @@ _ROWS = 64  # of four warps
 LAYOUT = plgpu.Layout.WGMMA  # of results: the registers of mma's accumulators
 
 
-def scores(
-    queries: Any, keys: Any, rows: int, transforms: tuple[Any, Any], swizzle: int
-) -> Float[Array, "m s"]:
+def scores(queries: Any, keys: Any, rows: int, transforms: tuple[Any, Any], swizzle: int) -> Float[Array, "m s"]:
     """queries · keysᵀ in float32.
 
     **Arguments:** `queries`: shared memory `[parts, m, w]`, or the fragments of `query_fragments`; `keys`: shared memory
@@ -74,9 +72,7 @@ def weighted(
     dtype = values.dtype
     results = tuple(plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=LAYOUT) for x in accs)
 
-    @plgpu.inline_mgpu(
-        arg_types=((LAYOUT,) * len(accs), LAYOUT, plgpu.RefType(transforms)), return_type=results
-    )
+    @plgpu.inline_mgpu(arg_types=((LAYOUT,) * len(accs), LAYOUT, plgpu.RefType(transforms)), return_type=results)
     def product(_, accs, weights, values):
         parts, tiles, _, _, width = values.type.shape
         sums = [_Sums.of(acc, dtype) for acc in accs]
