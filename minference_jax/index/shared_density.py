@@ -7,18 +7,18 @@ is larger than query tiles times key tiles, and that is read as 16-bit integers.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from minference_jax.index import select
-from minference_jax.index.level import ALWAYS, NEVER, level_keys, reaching_words
+from minference_jax.index.level import ALWAYS, NEVER, level_keys, reaching
 from minference_jax.index.probes import PROBES
 from minference_jax.index.question import Columns, column_masses, open_keys, question_columns
 from minference_jax.index.tile_mass import tile_rows
-from pallas_kernels import tile_masses
+from pallas_kernels.index.masses import MassImplementation, choose_masses, tile_masses
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, num_key_tiles, num_query_tiles
 
 QUESTION_WIDTH = 1_024
@@ -31,7 +31,7 @@ class Tiles(NamedTuple):
     start: Int[Array, " i"]
     """Position of each one's first row."""
 
-    rows: Float[Array, "b i"]
+    rows: Int[Array, "b i"]
     """Its valid rows."""
 
     past: Bool[Array, "i j"]
@@ -54,6 +54,7 @@ def shared_density_index(
     q_offset: Int[Array, ""],
     scale: float,
     axis_name: str | None = None,
+    implementation: MassImplementation | None = None,
 ) -> SparsePlan:
     """Key tiles of every head at one level for the heads of a layer, and the columns that the question asks for.
 
@@ -72,11 +73,12 @@ def shared_density_index(
     - `lengths`, `q_offset`, `scale`: as `vertical_slash_index`.
     - `axis_name` (static): a mesh axis over which the heads of a layer are divided, inside `jax.shard_map`. The density
       is then that of the heads on all devices.
+    - `implementation` (static): as for `tile_masses`; "hopper" also chooses the tiles by kernels.
 
     **Returns:** blocks as wide as there are key tiles, with columns if `question` is given.
 
-    Cost: the scores of t / every rows with the keys before them, and six reads of a 16-bit number for each head, query
-    tile and key tile. Memory: what the kernel of `tile_masses` leaves, 4 · 128 / every bytes for each of them.
+    Cost: the scores of t / every rows with the keys before them, and a few reads of a 16-bit number for each head,
+    query tile and key tile. Memory: what the kernel of `tile_masses` leaves, 4 · 128 / every bytes for each of them.
     """
     t, s = q.shape[1], k.shape[1]
     valid = jnp.clip(lengths - q_offset, 0, t)
@@ -87,7 +89,9 @@ def shared_density_index(
         own = jnp.where(jnp.isfinite(density), question, 0)
         columns = question_columns(q, k, own, width, valid=valid, q_offset=q_offset, scale=scale)
 
-    weights = mean_weights(q, k, tiles, columns, every=every, lengths=lengths, q_offset=q_offset, scale=scale)
+    where: dict[str, Any] = {"lengths": lengths, "q_offset": q_offset, "scale": scale}
+    kernels = choose_masses(q, k, implementation).name == "hopper"
+    weights = mean_weights(q, k, tiles, columns, every=every, implementation=implementation, **where)
     eligible = tiles.past & (tiles.rows > 0)[:, None, :, None] & jnp.isfinite(density)[:, None, None]
     counted = None if columns is None else open_keys(columns)
     if counted is not None:
@@ -98,8 +102,7 @@ def shared_density_index(
     keys = jnp.where(eligible & kept, jnp.uint16(ALWAYS), keys)
 
     most = _most(tiles, density, columns, axis_name)
-    words = reaching_words(keys, counted, tiles.rows, most, axis_name)
-    blocks, block_count = select.word_positions(words, num_key_tiles(s), 0)
+    blocks, block_count = reaching(keys, counted, tiles.rows, most, axis_name=axis_name, kernels=kernels)
     if columns is None:
         return SparsePlan(blocks=blocks, block_count=block_count, band_multiple=KEY_TILE, clean=True)
     return SparsePlan(
@@ -117,6 +120,7 @@ def mean_weights(
     lengths: Int[Array, " b"],
     q_offset: Int[Array, ""],
     scale: float,
+    implementation: MassImplementation | None = None,
 ) -> Float[Array, "b n i j"]:
     """What decides which tiles are visited: the mean attention weight of the cells that a visit adds.
 
@@ -126,13 +130,14 @@ def mean_weights(
     # A head that looks at the token before needs the tile before in the first row of a query tile alone, and the last
     # row of a prompt asks for what comes next.
     rows, share = tile_rows(valid, tiles.start.shape[0], every, ends=True)
-    where = {"q_offset": q_offset, "scale": scale}
+    where: dict[str, Any] = {"q_offset": q_offset, "scale": scale}
+    masses = partial(tile_masses, q, k, rows, share, lengths=lengths, implementation=implementation, **where)
+    height = tiles.rows[:, None, :, None].astype(jnp.float32)
     if columns is None:
-        held = tile_masses(q, k, rows, share, lengths=lengths, **where)
-        return held / jnp.maximum(KEY_TILE * tiles.rows, 1)[:, None, :, None]
-    held, lse = tile_masses(q, k, rows, share, lengths=lengths, return_lse=True, **where)
+        return masses() / jnp.maximum(KEY_TILE * height, 1)
+    held, lse = masses(return_lse=True)
     held = jnp.maximum(held - column_masses(q, k, columns, rows, share, lse, **where), 0)
-    cells = open_keys(columns)[:, :, None].astype(jnp.float32) * tiles.rows[:, None, :, None]
+    cells = open_keys(columns)[:, :, None].astype(jnp.float32) * height
     return held / jnp.maximum(cells, 1)
 
 
@@ -140,16 +145,14 @@ def _tiles(valid: Int[Array, " b"], q_offset: Int[Array, ""], query_tiles: int, 
     first = QUERY_TILE * jnp.arange(query_tiles, dtype=jnp.int32)
     rows = jnp.clip(valid[:, None] - first, 0, QUERY_TILE)
     past = KEY_TILE * jnp.arange(key_tiles, dtype=jnp.int32) < (q_offset + first)[:, None]
-    return Tiles(
-        q_offset + first, rows.astype(jnp.float32), past, (rows > 0) & (first + QUERY_TILE > valid[:, None] - PROBES)
-    )
+    return Tiles(q_offset + first, rows, past, (rows > 0) & (first + QUERY_TILE > valid[:, None] - PROBES))
 
 
 def _most(
     tiles: Tiles, density: Float[Array, " n"], columns: Columns | None, axis_name: str | None
 ) -> Float[Array, " b"]:
     """Cells of each sequence that are left for tiles: the heads' shares less their diagonals and columns."""
-    rows = tiles.rows
+    rows = tiles.rows.astype(jnp.float32)
     takes_part = jnp.isfinite(density)
     diagonal = ((rows + 1) / 2 * rows).sum(-1)
     causal = (tiles.start.astype(jnp.float32) * rows).sum(-1) + diagonal

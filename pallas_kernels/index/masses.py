@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.backends import Choice
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
 from pallas_kernels.device import Device
 from pallas_kernels.index.hopper import HEAD_DIMS, hopper_masses
@@ -70,19 +71,32 @@ def tile_masses(
             )
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
     factor = check_scale(scale, q)
-    reason = unsupported_reason(q, k, device=Device.default() if implementation is None else None)
-    if implementation not in (None, "hopper", "xla"):
-        raise ValueError(f'implementation must be None, "hopper" or "xla", got {implementation!r}')
-    if implementation == "hopper" and reason is not None:
-        raise ValueError(f'implementation="hopper" cannot serve this call: {reason}')
+    choice = choose_masses(q, k, implementation)
 
     rows, share = jnp.clip(rows, -1, q.shape[1]), jnp.maximum(share, 0)
     limit = jnp.minimum(kv_limit(lengths, q.shape[0], k.shape[1]) - offset, q.shape[1])[:, None, None]
     probes = (share > 0) & (rows >= 0) & (rows < limit)
     positions = jnp.where(probes, rows + offset, -1)
-    masses = xla_masses if implementation == "xla" or reason is not None else hopper_masses
+    masses = hopper_masses if choice.name == "hopper" else xla_masses
     mass, lse = masses(q, k, rows, positions, share, scale=factor)
     return (mass, lse) if return_lse else mass
+
+
+def choose_masses(
+    q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], implementation: MassImplementation | None = None
+) -> Choice:
+    """What computes tile masses of these queries and keys (shapes and dtypes only), and why.
+
+    **Raises:** ValueError when `implementation` is unknown or cannot serve the call (with the reason).
+    """
+    if implementation not in (None, "hopper", "xla"):
+        raise ValueError(f'implementation must be None, "hopper" or "xla", got {implementation!r}')
+    if implementation == "xla":
+        return Choice("xla", "asked for")
+    reason = unsupported_reason(q, k, device=Device.default() if implementation is None else None)
+    if implementation == "hopper" and reason is not None:
+        raise ValueError(f'implementation="hopper" cannot serve this call: {reason}')
+    return Choice("hopper", "" if implementation is None else "asked for") if reason is None else Choice("xla", reason)
 
 
 def unsupported_reason(q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], *, device: Device | None) -> str | None:
