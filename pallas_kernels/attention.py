@@ -7,14 +7,16 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backends import DenseImplementation, Implementation, choose_implementation
-from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
+from pallas_kernels.checks import check_lengths, check_positions, check_q_offset, check_qkv, check_scale
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.plan_builders import a_shape_plan, block_sparse_plan, vertical_slash_plan
+from pallas_kernels.tracing import under_own_settings
 
 # [b, t, n, h], or with return_lse=True the pair ([b, t, n, h], float32 [b, t, n]).
 Output = Any
 
 
+@under_own_settings
 def sparse_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -46,18 +48,23 @@ def sparse_attention(
     **Raises:** TypeError and ValueError at trace time, naming the argument and the shapes. Nothing that depends on
     data raises: the plan's rules say what is ignored.
 
-    Works under jit, vmap, lax.scan and shard_map. Reverse-mode differentiable with `implementation="xla"`.
+    Works under jit, vmap, lax.scan, shard_map and jax.checkpoint, and whatever JAX's settings are. Reverse-mode
+    differentiable in q, k and v, with every implementation but "cudnn" for dense attention; forward mode is refused by
+    JAX. Arrays of 64 bits are no attention's: float64 is refused.
     """
     check_qkv(q, k, v)
     plan.validate(q.shape[0], q.shape[2], q.shape[1])
-    check_lengths(lengths, q.shape[0])
-    offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
-    arguments: dict[str, Any] = {"lengths": lengths, "q_offset": offset, "scale": check_scale(scale, q)}
+    arguments: dict[str, Any] = {
+        "lengths": check_lengths(lengths, q.shape[0], k.shape[1]),
+        "q_offset": check_q_offset(q_offset, q.shape[1], k.shape[1]),
+        "scale": check_scale(scale, q),
+    }
     choice = choose_implementation(q, k, v, plan, implementation=implementation)
     out, lse = choice.backend.attend(q, k, v, plan, **arguments, return_lse=return_lse)
     return (out, lse) if return_lse else out
 
 
+@under_own_settings
 def dense_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -76,14 +83,17 @@ def dense_attention(
     every key tile), "xla" (blockwise jnp) or "reference".
     """
     check_qkv(q, k, v)
-    check_lengths(lengths, q.shape[0])
-    offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
-    arguments: dict[str, Any] = {"lengths": lengths, "q_offset": offset, "scale": check_scale(scale, q)}
+    arguments: dict[str, Any] = {
+        "lengths": check_lengths(lengths, q.shape[0], k.shape[1]),
+        "q_offset": check_q_offset(q_offset, q.shape[1], k.shape[1]),
+        "scale": check_scale(scale, q),
+    }
     choice = choose_implementation(q, k, v, None, implementation=implementation)
     out, lse = choice.backend.attend(q, k, v, None, **arguments, return_lse=return_lse)
     return (out, lse) if return_lse else out
 
 
+@under_own_settings
 def a_shape_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -120,6 +130,7 @@ def a_shape_attention(
     )
 
 
+@under_own_settings
 def vertical_slash_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -142,9 +153,8 @@ def vertical_slash_attention(
     Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2; official `vertical_slash_sparse_attention`.
     """
     check_qkv(q, k, v)
-    for name, part in (("columns", columns), ("slashes", slashes)):
-        if part.ndim != 3 or part.shape[:2] != (q.shape[0], q.shape[2]):
-            raise ValueError(f"{name} has shape {part.shape}; expected [b, n, width] for q {q.shape}")
+    check_positions("columns", columns, q.shape[0], q.shape[2], 3)
+    check_positions("slashes", slashes, q.shape[0], q.shape[2], 3)
     plan = vertical_slash_plan(columns, slashes, kv_len=k.shape[1])
     return sparse_attention(
         q,
@@ -159,6 +169,7 @@ def vertical_slash_attention(
     )
 
 
+@under_own_settings
 def block_sparse_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -179,6 +190,7 @@ def block_sparse_attention(
     Source: MInference (arXiv 2407.02490) §3.2, Algorithm 3; official `block_sparse_attention` (64-query rows).
     """
     check_qkv(q, k, v)
+    check_positions("blocks", blocks, q.shape[0], q.shape[2], 4)
     return sparse_attention(
         q, k, v, block_sparse_plan(blocks), lengths=lengths, q_offset=q_offset, scale=scale,
         implementation=implementation, return_lse=return_lse,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.plan import KEY_TILE
+from pallas_kernels.tracing import vary_alike
 
 OCTAVES, STEPS = 32.0, 16
 """The threshold of a density lies within a factor of 2³² below 1, and is found to 1 / 2,048 of an octave: about what
@@ -133,7 +134,8 @@ def within(
             return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
 
         none = jnp.full(most.shape, -1.0, jnp.float32)  # no mean weight reaches 2
-        octaves, _ = jax.lax.fori_loop(0, STEPS, halve, (none, jnp.full_like(none, OCTAVES)))
+        ends = vary_alike((none, jnp.full_like(none, OCTAVES)), of_columns, of_blocks, most)
+        octaves, _ = jax.lax.fori_loop(0, STEPS, halve, ends)
         return chosen(of_columns, of_blocks, octaves)
 
     # To begin with, blocks are worth what they hold on all keys, columns or not.
