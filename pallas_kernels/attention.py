@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.backends import DenseImplementation, Implementation, choose_implementation
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
 from pallas_kernels.plan import SparsePlan
+from pallas_kernels.tracing import under_own_settings
 
 Output = Float[Array, "b t n h"]
 OutputAndLse = tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]
@@ -54,6 +55,7 @@ def sparse_attention(
     return_lse: Literal[True],
     **options: Unpack[Options],
 ) -> OutputAndLse: ...
+@under_own_settings
 def sparse_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -86,7 +88,9 @@ def sparse_attention(
     **Raises:** TypeError and ValueError at trace time, naming the argument and the shapes. Nothing that depends on
     data raises: the plan's rules say what is ignored.
 
-    Works under jit, vmap, lax.scan and shard_map. Reverse-mode differentiable with `implementation="xla"`.
+    Works under jit, vmap, lax.scan, shard_map and jax.checkpoint, and whatever JAX's settings are. Reverse-mode
+    differentiable in q, k and v, with every implementation but "cudnn" for dense attention; forward mode is refused by
+    JAX. Arrays of 64 bits are no attention's: float64 is refused.
 
     Source: MInference (arXiv 2407.02490) §3.2.
     """
@@ -113,6 +117,7 @@ def dense_attention(
     return_lse: Literal[True],
     **options: Unpack[DenseOptions],
 ) -> OutputAndLse: ...
+@under_own_settings
 def dense_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -148,7 +153,7 @@ def _attend(
     return_lse: bool,
 ) -> Any:
     """The rest of the checks, then the backend that serves the call."""
-    check_lengths(lengths, q.shape[0])
+    lengths = check_lengths(lengths, q.shape[0], k.shape[1])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
     scale = check_scale(scale, q)
     choice = choose_implementation(q, k, v, plan, implementation=implementation)

@@ -7,8 +7,9 @@ from typing import Literal, Unpack, overload
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import Options, Output, OutputAndLse, sparse_attention
-from pallas_kernels.checks import check_qkv
+from pallas_kernels.checks import check_positions, check_qkv
 from pallas_kernels.plan_builders import a_shape_plan, block_sparse_plan, vertical_slash_plan
+from pallas_kernels.tracing import under_own_settings
 
 
 @overload
@@ -33,6 +34,7 @@ def a_shape_attention(
     return_lse: Literal[True],
     **options: Unpack[Options],
 ) -> OutputAndLse: ...
+@under_own_settings
 def a_shape_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -83,6 +85,7 @@ def vertical_slash_attention(
     return_lse: Literal[True],
     **options: Unpack[Options],
 ) -> OutputAndLse: ...
+@under_own_settings
 def vertical_slash_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -108,9 +111,8 @@ def vertical_slash_attention(
     Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2; official `vertical_slash_sparse_attention`.
     """
     check_qkv(q, k, v)
-    for name, part in (("columns", columns), ("slashes", slashes)):
-        if part.ndim != 3 or part.shape[:2] != (q.shape[0], q.shape[2]):
-            raise ValueError(f"{name} has shape {part.shape}; expected [b, n, width] for q {q.shape}")
+    check_positions("columns", columns, q.shape[0], q.shape[2], 3)
+    check_positions("slashes", slashes, q.shape[0], q.shape[2], 3)
     plan = vertical_slash_plan(columns, slashes, kv_len=k.shape[1])
     return sparse_attention(q, k, v, plan, return_lse=return_lse, **options)
 
@@ -135,6 +137,7 @@ def block_sparse_attention(
     return_lse: Literal[True],
     **options: Unpack[Options],
 ) -> OutputAndLse: ...
+@under_own_settings
 def block_sparse_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -157,4 +160,5 @@ def block_sparse_attention(
     Source: MInference (arXiv 2407.02490) §3.2, Algorithm 3; official `block_sparse_attention` (64-query rows).
     """
     check_qkv(q, k, v)
+    check_positions("blocks", blocks, q.shape[0], q.shape[2], 4)
     return sparse_attention(q, k, v, block_sparse_plan(blocks), return_lse=return_lse, **options)

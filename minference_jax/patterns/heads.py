@@ -177,7 +177,8 @@ def layer_patterns(pattern: Pattern | Sequence[Pattern] | LayerPatterns, heads: 
     if len(pattern) != heads:
         raise ValueError(f"pattern has {len(pattern)} entries; q has {heads} heads")
     stacked = {id(p): jax.tree.map(lambda x: jnp.asarray(x)[None], p) for p in pattern if isinstance(p, PlanBuilder)}
-    return _arrays((tuple(stacked.get(id(p), p) for p in pattern),)).layer(0)
+    with jax.debug_infs(False):  # an infinite threshold stands for none
+        return _arrays((tuple(stacked.get(id(p), p) for p in pattern),)).layer(0)
 
 
 def _identity(pattern: Pattern) -> Any:
