@@ -60,7 +60,7 @@ def tile_masses(
     4 bytes for each probe, head and key tile; the twin works through a part of the probes at a time.
     """
     check_qkv(q, k, k)
-    check_lengths(lengths, q.shape[0])
+    lengths = check_lengths(lengths, q.shape[0], k.shape[1])
     for name, x, kind in (("rows", rows, jnp.int32), ("share", share, jnp.float32)):
         if x.dtype != kind:
             raise TypeError(f"{name} must be {jnp.dtype(kind).name}, got {x.dtype}")
