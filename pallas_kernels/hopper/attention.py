@@ -208,8 +208,8 @@ def _backward(scale, return_lse, config, interpret, saved, cotangents):
     d_out, d_lse = cotangents
     d_lse = d_lse if return_lse else jnp.zeros_like(lse)
     limit = kv_limit(lengths, q.shape[0], k.shape[1])
-    gradients = attention_backward(q, k, v, plan, limit, q_offset, out, lse, d_out, d_lse, scale=scale)
-    return *gradients, None, None, None
+    d_q, d_k, d_v = attention_backward(q, k, v, plan, limit, q_offset, out, lse, d_out, d_lse, scale=scale)
+    return d_q, d_k, d_v, None, None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -103,7 +103,8 @@ def _attention_fwd(q, k, v, plan, limit, q_offset, scale):
 
 @under_own_settings
 def _attention_bwd(scale, saved, cotangents):
-    return *attention_backward(*saved, *cotangents, scale=scale), None, None, None
+    d_q, d_k, d_v = attention_backward(*saved, *cotangents, scale=scale)
+    return d_q, d_k, d_v, None, None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
