@@ -203,7 +203,9 @@ def _forward(q, k, v, plan, lengths, q_offset, scale, return_lse, config, interp
 
 
 @under_own_settings
-def _backward(scale, return_lse, config, interpret, saved, cotangents):
+def _backward(
+    scale: float, return_lse: bool, config: KernelConfig, interpret: Any, saved: Any, cotangents: Any
+) -> tuple[Any, ...]:
     q, k, v, plan, lengths, q_offset, out, lse = saved
     d_out, d_lse = cotangents
     d_lse = d_lse if return_lse else jnp.zeros_like(lse)
