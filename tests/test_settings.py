@@ -3,6 +3,7 @@
 import contextlib
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -95,12 +96,21 @@ def test_shard_map_with_checked_axes(inputs, pattern):
 
     specs = {"in_specs": (heads, every, every), "out_specs": (heads, (heads, every, every))}
     sharded = jax.jit(jax.shard_map(both, mesh=mesh, **specs))
-    if not isinstance(pattern, AShape | VerticalSlash):
+    if pattern != PATTERNS[2]:  # compiling one is enough: the axes are checked while tracing
         sharded.trace(q, k, v)
         return
     found = sharded(q, k, v)
     want = jax.jit(both)(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, want)
+
+
+def test_an_exported_program_gives_a_plan(inputs):
+    pytest.importorskip("flatbuffers")  # what JAX writes exported programs with
+    q, k, _ = inputs
+    exported = jax.export.export(jax.jit(lambda q, k: make_plan(q, k, PATTERNS[2])))(q, k)
+    plan = jax.export.deserialize(exported.serialize()).call(q, k)
+    assert isinstance(plan, pk.SparsePlan)
+    jax.tree.map(np.testing.assert_array_equal, plan, make_plan(q, k, PATTERNS[2]))
 
 
 def test_export_checkpoint_and_forward_mode(inputs):
@@ -110,11 +120,6 @@ def test_export_checkpoint_and_forward_mode(inputs):
     def attend(q, k, v):
         return sparse_attention(q, k, v, pattern)
 
-    plan_of = jax.export.export(jax.jit(lambda q, k: make_plan(q, k, pattern)))(q, k)
-    again = jax.export.deserialize(plan_of.serialize())
-    plan = again.call(q, k)
-    assert isinstance(plan, pk.SparsePlan)
-    jax.tree.map(np.testing.assert_array_equal, plan, make_plan(q, k, pattern))
     symbols = jax.export.symbolic_shape("b, t, 2, 8")
     with pytest.raises(ValueError, match="symbolic axes"):
         jax.export.export(jax.jit(attend))(*[jax.ShapeDtypeStruct(symbols, q.dtype)] * 3)

@@ -135,13 +135,15 @@ def _forward(q, k, v, plan, lengths, q_offset, scale, return_lse, config, interp
 
 
 @under_own_settings
-def _backward(scale, return_lse, config, interpret, saved, cotangents):
+def _backward(
+    scale: float, return_lse: bool, config: KernelConfig, interpret: Any, saved: Any, cotangents: Any
+) -> tuple[Any, ...]:
     q, k, v, plan, lengths, q_offset, out, lse = saved
     d_out, d_lse = cotangents
     d_lse = d_lse if return_lse else jnp.zeros_like(lse)
     limit = kv_limit(lengths, q.shape[0], k.shape[1])
-    gradients = attention_backward(q, k, v, plan, limit, q_offset, out, lse, d_out, d_lse, scale=scale)
-    return *gradients, None, None, None
+    d_q, d_k, d_v = attention_backward(q, k, v, plan, limit, q_offset, out, lse, d_out, d_lse, scale=scale)
+    return d_q, d_k, d_v, None, None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,8 +103,9 @@ def _attention_fwd(q, k, v, plan, limit, q_offset, scale):
 
 
 @under_own_settings
-def _attention_bwd(scale, saved, cotangents):
-    return *attention_backward(*saved, *cotangents, scale=scale), None, None, None
+def _attention_bwd(scale: float, saved: Any, cotangents: Any) -> tuple[Any, ...]:
+    d_q, d_k, d_v = attention_backward(*saved, *cotangents, scale=scale)
+    return d_q, d_k, d_v, None, None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -112,7 +114,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 # One program even where the caller is not compiled: op by op it would be hundreds of small ones.
 @partial(jax.jit, static_argnums=(6, 7))
 def _compiled_attention(q, k, v, plan, limit, q_offset, scale, return_lse):
-    out, lse = _attention(q, k, v, plan, limit, q_offset, scale)
+    out, lse = _attention(q, k, v, plan, limit, q_offset, scale)  # pyright: ignore[reportGeneralTypeIssues]
     if not return_lse:
         return out, None
     # Padding rows have 0 until here: nothing that only this program sees is infinite (jax_debug_infs).

@@ -101,8 +101,8 @@ def attention_backward(
             def step(j, carry):
                 d_q, d_k, d_v = carry
                 position, visible = visit.positions(j), visit.visible(j)
-                rows = (only_visible(rows_at(x, position), visible) for x in (keys, values))
-                update = gradients(*rows, visible[..., None, :])
+                key_rows, value_rows = (only_visible(rows_at(x, position), visible) for x in (keys, values))
+                update = gradients(key_rows, value_rows, visible[..., None, :])
                 return d_q + update[0], add(d_k, update[1], position), add(d_v, update[2], position)
 
             d_k, d_v = carry
