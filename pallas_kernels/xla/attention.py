@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.device import Device
 from pallas_kernels.plan import SparsePlan, kv_limit
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
-from pallas_kernels.xla.visits import STEP, UNITS, Visit, prepared, visit_of
+from pallas_kernels.xla.visits import STEP, UNITS, Prepared, Visit, visit_of
 
 _MASKED = -1e30
 """Score of a masked cell. Finite, so that a step without a single visible key stays free of NaN; such a step's
@@ -216,15 +216,15 @@ def _padded_lengths(q: Array, k: Array) -> tuple[int, int]:
 
 def _forward(q, k, v, plan, limit, q_offset, scale):
     grid, (rows, padded), s = _Grid.of(q, k), _padded_lengths(q, k), k.shape[1]
-    plan, queries = prepared(plan), grid.queries(q, rows)
+    prepared, queries = None if plan is None else Prepared.of(plan, s), grid.queries(q, rows)
     k, v = (_without_padding(x, limit) for x in (k, v))
-    heads = (queries, grid.keys(k, padded), grid.keys(v, padded), grid.per_head(plan), grid.per_sequence(limit))
+    heads = (queries, grid.keys(k, padded), grid.keys(v, padded), grid.per_head(prepared), grid.per_sequence(limit))
 
     def query_tile(i, head, column_keys, column_values):
-        queries, keys, values, plan, limit = head
+        queries, keys, values, prepared, limit = head
         q0 = q_offset + i * QUERY_TILE
         q_tile = lax.dynamic_slice_in_dim(queries, i * QUERY_TILE, QUERY_TILE, axis=2)
-        visit = visit_of(plan, i, limit, q_offset, s, q_tile.shape[1])
+        visit = visit_of(prepared, i, limit, q_offset, s, q_tile.shape[1])
         diagonal_keys, diagonal_values, mask = _diagonal(keys, values, q0)
         scores = jnp.where(mask, _scores(q_tile, diagonal_keys, scale), _MASKED)
         top = scores.max(-1)
@@ -246,8 +246,8 @@ def _forward(q, k, v, plan, limit, q_offset, scale):
         return out, jnp.where(valid_row, top + jnp.log(total), -jnp.inf)
 
     def head_group(head):
-        _, keys, values, plan, _ = head
-        columns = None if plan is None else plan.columns  # gathered once here, read by every query tile
+        _, keys, values, prepared, _ = head
+        columns = None if prepared is None else prepared.columns  # gathered once here, read by every query tile
         column_rows = [None if columns is None else _gather(x, columns) for x in (keys, values)]
         # XLA runs independent loops on different CPU cores, where the matrix products of one step are too small for
         # two; lane j takes query tiles j, j + lanes, ...
@@ -268,23 +268,23 @@ def _forward(q, k, v, plan, limit, q_offset, scale):
 def _backward(q, k, v, plan, limit, q_offset, scale, out, lse, d_out, d_lse):
     """Gradients by recomputing the weights from the saved log-sum-exp, over the same visits as the forward pass."""
     grid, (rows, padded), s = _Grid.of(q, k), _padded_lengths(q, k), k.shape[1]
-    plan, f32 = prepared(plan), jnp.float32
+    prepared, f32 = None if plan is None else Prepared.of(plan, s), jnp.float32
     # d score = weight · (d weight − Σ out · d out + d lse): the bracket's row-wise part, once for all visits.
     shift = d_lse - (out.astype(f32) * d_out.astype(f32)).sum(-1)
     shift, lse = jnp.where(jnp.isfinite(lse), shift, f32(0)), jnp.where(jnp.isfinite(lse), lse, f32(0))
     per_row = tuple(grid.queries(x, rows) for x in (q, d_out.astype(f32), shift, lse))
     k, v = (_without_padding(x, limit) for x in (k, v))
-    heads = (per_row, grid.keys(k, padded), grid.keys(v, padded), grid.per_head(plan), grid.per_sequence(limit))
+    heads = (per_row, grid.keys(k, padded), grid.keys(v, padded), grid.per_head(prepared), grid.per_sequence(limit))
 
     def head_group(head):
-        per_row, keys, values, plan, limit = head
+        per_row, keys, values, prepared, limit = head
 
         def query_tile(carry, i):
             q0 = q_offset + i * QUERY_TILE
             tile = tuple(lax.dynamic_slice_in_dim(x, i * QUERY_TILE, QUERY_TILE, axis=2) for x in per_row)
             q_tile, d_out, shift, lse = tile
             valid_row = q0 + jnp.arange(QUERY_TILE, dtype=jnp.int32) < limit[:, None, None]
-            visit = visit_of(plan, i, limit, q_offset, s, q_tile.shape[1])
+            visit = visit_of(prepared, i, limit, q_offset, s, q_tile.shape[1])
 
             def gradients(key_rows, value_rows, visible):
                 weights = jnp.exp(_scores(q_tile, key_rows, scale) - lse[..., None])
