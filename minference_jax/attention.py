@@ -20,6 +20,7 @@ import pallas_kernels
 from minference_jax.index.recall import estimated_recall
 from minference_jax.patterns.base import Pattern, Where
 from minference_jax.patterns.heads import LayerPatterns, layer_patterns
+from minference_jax.patterns.text import parse_pattern
 from pallas_kernels.backends import Implementation, choose_implementation, find_backend
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
 from pallas_kernels.plan import KEY_TILE, SparsePlan, kv_limit, num_query_tiles
@@ -81,9 +82,13 @@ def make_plan(
     check_qkv(q, k, k)
     check_lengths(lengths, q.shape[0])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
-    heads = layer_patterns(pattern, q.shape[2])
+    heads = _heads(pattern, q.shape[2])
     where = Where(kv_limit(lengths, q.shape[0], k.shape[1]), offset, check_scale(scale, q), axis_name)
     return _plan(q, k, heads, where)
+
+
+def _heads(pattern: Patterns, heads: int) -> LayerPatterns:
+    return layer_patterns(parse_pattern(pattern) if isinstance(pattern, str) else pattern, heads)
 
 
 @jax.jit
@@ -153,7 +158,7 @@ def sparse_attention(
     check_qkv(q, k, v)
     check_lengths(lengths, q.shape[0])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
-    heads = layer_patterns(pattern, q.shape[2])
+    heads = _heads(pattern, q.shape[2])
     out, info = _attend(q, k, v, heads, lengths, offset, check_scale(scale, q), implementation, return_info)
     return (out, info) if return_info else out
 

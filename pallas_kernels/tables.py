@@ -26,6 +26,8 @@ BANDS = 2  # band tiles that hold a key at or after key 0
 TILES = 3  # band tiles and block tiles
 DIAGONAL = 4  # position of the query tile's first row
 ROWS_VALID = 5  # rows before the sequence's length
+TILES_NO_BIAS = 6  # band and block tiles but one that key 0 cuts
+ALL_TILES = 7  # band, block and column tiles
 WORK_FIELDS = 8  # padded to a power of two
 
 
@@ -97,8 +99,8 @@ def prepare(
         whole,
         jnp.broadcast_to(first, whole.shape),
         rows,
-        jnp.zeros_like(whole),
-        jnp.zeros_like(whole),
+        unbiased,
+        whole + column_tiles,
     ]
     bands = jnp.zeros((b * n, 1), jnp.int32) if bands is None else bands
     return KernelTables(jnp.stack(work, -1), bands, blocks, keys, values, bias)

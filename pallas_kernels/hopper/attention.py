@@ -30,9 +30,11 @@ from pallas_kernels.hopper.buffers import scratch_types
 from pallas_kernels.hopper.config import HEAD_DIMS, KernelConfig
 from pallas_kernels.hopper.kernel import kernel_body
 from pallas_kernels.hopper.launch import Launch, Refs
-from pallas_kernels.plan import SparsePlan
+from pallas_kernels.plan import SparsePlan, kv_limit
 from pallas_kernels.plan_builders import full_plan
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_query_tiles
+from pallas_kernels.tracing import under_own_settings
+from pallas_kernels.xla.backward import attention_backward
 
 CAPABILITIES = ("9.0",)
 """Compute capabilities that the kernel is made for."""
@@ -90,10 +92,11 @@ def hopper_attention(
     **Returns:** the output in q's dtype, zero at rows at or past a sequence's length; and with `return_lse` the
     log-sum-exp (natural logarithm, float32 `[b, t, n]`, −inf where the output is zero), without it None.
 
-    Padding rows of k and v may hold any finite values.
+    Padding rows of k and v may hold any finite values. Differentiable in q, k and v: the backward pass is
+    `xla.backward.attention_backward` over the same plan.
 
     **Raises:** ValueError for what the kernel can't serve (see `unsupported_reason`) or a scale that is not positive.
-    NotImplementedError when differentiated. Too much shared memory and too many registers are refused at trace time.
+    Too much shared memory and too many registers are refused at trace time.
     Should CUDA's assembler fail later, while a surrounding jit is compiled, that error reaches the caller: nothing
     inside a traced program can catch it. `implementation="xla"` is the way around.
     """
@@ -123,6 +126,25 @@ def _attention(q, k, v, plan, lengths, q_offset, scale, return_lse, config, inte
     aligned = plan.bands is None or plan.band_multiple % KEY_TILE == 0
     options = {"scale": scale, "return_lse": return_lse, "config": config, "interpret": interpret}
     return attend_prepared(q, k, v, tables, aligned=aligned, **options)
+
+
+@under_own_settings
+def _forward(q, k, v, plan, lengths, q_offset, scale, return_lse, config, interpret):
+    out, lse = _attention(q, k, v, plan, lengths, q_offset, scale, True, config, interpret)
+    return (out, lse if return_lse else None), (q, k, v, plan, lengths, q_offset, out, lse)
+
+
+@under_own_settings
+def _backward(scale, return_lse, config, interpret, saved, cotangents):
+    q, k, v, plan, lengths, q_offset, out, lse = saved
+    d_out, d_lse = cotangents
+    d_lse = d_lse if return_lse else jnp.zeros_like(lse)
+    limit = kv_limit(lengths, q.shape[0], k.shape[1])
+    gradients = attention_backward(q, k, v, plan, limit, q_offset, out, lse, d_out, d_lse, scale=scale)
+    return *gradients, None, None, None
+
+
+_attention.defvjp(_forward, _backward)
 
 
 def attend_prepared(
@@ -189,16 +211,3 @@ def attend_prepared(
 def _pad_rows(x: Float[Array, "b t n h"]) -> Float[Array, "b T n h"]:
     """Zero rows up to a multiple of 8, the row tiling of swizzled TMA copies. Free where there is nothing to pad."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
-
-
-def _forward(*args):
-    return _attention(*args), None
-
-
-def _backward(scale, return_lse, config, interpret, residuals, cotangents):
-    raise NotImplementedError(
-        "the Hopper kernel has no backward pass; differentiate with implementation='xla', the same function in jnp"
-    )
-
-
-_attention.defvjp(_forward, _backward)

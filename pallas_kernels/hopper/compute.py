@@ -114,7 +114,7 @@ def compute(group: Warpgroup) -> None:
                     first=lambda: release_queries(step == 1),
                     bias_of=(lambda: group.bias(slot_of(step))) if biased else lambda: None,
                 )
-                acc, total = rescaled(acc, total, m, m_new, emulate=launch.emulate)
+                acc, total = rescaled((acc, total), m, m_new, emulate=launch.emulate)
                 return acc, m_new, total + added, p.astype(launch.dtype)
 
             return body

@@ -59,7 +59,7 @@ def compute(group: Warpgroup) -> None:
                 acc, m, total = carry
                 slot = slot_of(step)
                 p, m_new, added = weigh(queries, slot, lambda s, bias: group.softmax(s, m, bias), biased)
-                acc, total = rescaled(acc, total, m, m_new, emulate=launch.emulate)
+                acc, total = rescaled((acc, total), m, m_new, emulate=launch.emulate)
                 return group.add_values(acc, p.astype(launch.dtype), slot), m_new, total + added
 
             return body

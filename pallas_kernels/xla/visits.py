@@ -40,7 +40,9 @@ class Prepared:
     bitmap: UInt32[Array, "b n w"] | None = None
 
     @staticmethod
-    def of(plan: SparsePlan, kv_len: int) -> Prepared:
+    def of(plan: SparsePlan | None, kv_len: int) -> Prepared | None:
+        if plan is None:
+            return None
         bands = columns = ascending = bitmap = None
         if plan.columns is not None and plan.column_count is not None:
             columns, ascending = rule.listed_columns(plan.columns, plan.column_count, kv_len, clean=plan.clean)
