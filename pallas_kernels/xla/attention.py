@@ -41,7 +41,7 @@ from pallas_kernels.xla.grid import (
     weighted_sum,
     without_padding,
 )
-from pallas_kernels.xla.visits import STEP, UNITS, Visit, prepared, visit_of
+from pallas_kernels.xla.visits import STEP, UNITS, Prepared, Visit, visit_of
 
 
 def unsupported_reason(
@@ -164,15 +164,15 @@ def _lanes(tiles: int) -> int:
 def _forward(q, k, v, plan, limit, q_offset, scale):
     q, k, v, plan, limit, q_offset = vary_alike((q, k, v, plan, limit, q_offset))
     grid, (rows, padded), s = Grid.of(q, k), padded_lengths(q, k), k.shape[1]
-    plan, queries = prepared(plan), grid.queries(q, rows)
+    prepared, queries = Prepared.of(plan, s), grid.queries(q, rows)
     k, v = (without_padding(x, limit) for x in (k, v))
-    heads = (queries, grid.keys(k, padded), grid.keys(v, padded), grid.per_head(plan), grid.per_sequence(limit))
+    heads = (queries, grid.keys(k, padded), grid.keys(v, padded), grid.per_head(prepared), grid.per_sequence(limit))
 
     def query_tile(i, head, column_keys, column_values):
-        queries, keys, values, plan, limit = head
+        queries, keys, values, prepared, limit = head
         q0 = q_offset + i * QUERY_TILE
         q_tile = lax.dynamic_slice_in_dim(queries, i * QUERY_TILE, QUERY_TILE, axis=2)
-        visit = visit_of(plan, i, limit, q_offset, s, q_tile.shape[1])
+        visit = visit_of(prepared, i, limit, q_offset, s, q_tile.shape[1])
         carry = _diagonal_step(q_tile, *diagonal_tiles(keys, values, q0), scale)
 
         def step(j, carry):
@@ -193,8 +193,8 @@ def _forward(q, k, v, plan, limit, q_offset, scale):
         return out, jnp.where(valid_row, top + jnp.log(total), jnp.float32(0))
 
     def head_group(head):
-        _, keys, values, plan, _ = head
-        columns = None if plan is None else plan.columns  # gathered once here, read by every query tile
+        _, keys, values, prepared, _ = head
+        columns = None if prepared is None else prepared.columns  # gathered once here, read by every query tile
         column_rows = [None if columns is None else gather(x, columns) for x in (keys, values)]
         # XLA runs independent loops on different CPU cores, where the matrix products of one step are too small for
         # two; lane j takes query tiles j, j + lanes, ...

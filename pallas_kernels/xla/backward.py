@@ -28,7 +28,7 @@ from pallas_kernels.xla.grid import (
     weighted_sum,
     without_padding,
 )
-from pallas_kernels.xla.visits import STEP, prepared, visit_of
+from pallas_kernels.xla.visits import STEP, Prepared, visit_of
 
 
 def attention_backward(
@@ -55,24 +55,24 @@ def attention_backward(
         (q, k, v, plan, limit, q_offset, out, lse, d_out, d_lse)
     )
     grid, (rows, padded), s = Grid.of(q, k), padded_lengths(q, k), k.shape[1]
-    plan, f32 = prepared(plan), jnp.float32
+    prepared, f32 = Prepared.of(plan, s), jnp.float32
     q, out, d_out = (without_padding(x, limit, q_offset) for x in (q, out, d_out))
     d_lse, lse = (without_padding(x[..., None], limit, q_offset)[..., 0] for x in (d_lse, lse))
     # d score = weight · (d weight − Σ out · d out + d lse): the bracket's row-wise part, once for all visits.
     shift = d_lse - (out.astype(f32) * d_out.astype(f32)).sum(-1)
     per_row = tuple(grid.queries(x, rows) for x in (q, d_out.astype(f32), shift, lse))
     k, v = (without_padding(x, limit) for x in (k, v))
-    heads = (per_row, grid.keys(k, padded), grid.keys(v, padded), grid.per_head(plan), grid.per_sequence(limit))
+    heads = (per_row, grid.keys(k, padded), grid.keys(v, padded), grid.per_head(prepared), grid.per_sequence(limit))
 
     def head_group(head):
-        per_row, keys, values, plan, limit = head
+        per_row, keys, values, prepared, limit = head
 
         def query_tile(carry, i):
             q0 = q_offset + i * QUERY_TILE
             tile = tuple(lax.dynamic_slice_in_dim(x, i * QUERY_TILE, QUERY_TILE, axis=2) for x in per_row)
             q_tile, d_out, shift, lse = tile
             valid_row = q0 + jnp.arange(QUERY_TILE, dtype=jnp.int32) < limit[:, None, None]
-            visit = visit_of(plan, i, limit, q_offset, s, q_tile.shape[1])
+            visit = visit_of(prepared, i, limit, q_offset, s, q_tile.shape[1])
 
             def gradients(key_rows, value_rows, visible):
                 visible = visible & valid_row[..., None]
