@@ -123,7 +123,7 @@ def _original(
     return jax.lax.map(keeps, jnp.asarray(SPLITS, jnp.float32)).max(0) + mass.diagonal
 
 
-def _covered(bands: Int[Array, "b n R"], count: Int[Array, "b n"], s: int) -> Bool[Array, "b n s+1"]:
+def _covered(bands: Int[Array, "b n R"], count: Int[Array, "b n"], s: int) -> Bool[Array, "b n {s}+1"]:
     """Whether the key at each distance 0 … s before a query tile lies in a band: [r − 63, r] for one at r."""
     at = jnp.where(jnp.arange(bands.shape[-1]) < count[..., None], bands, s + 2 * KEY_TILE)
     ends = jax.vmap(jax.vmap(lambda at: jnp.zeros((s + 2 * KEY_TILE,), jnp.int32).at[at].set(1, mode="drop")))(at)

@@ -76,8 +76,11 @@ class Visit:
     def steps(self) -> Int[Array, ""]:
         return (self.units.max() + UNITS - 1) // UNITS
 
-    def sources(self, step: Int[Array, ""]) -> tuple[Int[Array, "p g u"], Int[Array, "p g u"] | None]:
-        """First key of each unit of a step, and its tile of gathered columns (negative where the key tile counts)."""
+    def sources(self, step: Int[Array, ""]) -> tuple[Int[Array, "*heads u"], Int[Array, "*heads u"] | None]:
+        """First key of each unit of a step, and its tile of gathered columns (negative where the key tile counts).
+
+        Both are [p, g, u]; without a plan the keys are the same for all heads: [u].
+        """
         unit = step * UNITS + jnp.arange(UNITS, dtype=jnp.int32)
         if self.tiles is None or self.tile_count is None:
             return unit * KEY_TILE, None
