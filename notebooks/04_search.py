@@ -33,7 +33,7 @@ from minference_jax import AShape, Llama, VerticalSlash, load_tokenizer, preset
 from minference_jax.checkpoints.demo_model import fetch_demo_model
 from minference_jax.data import load_text
 from minference_jax.search import search_patterns
-from minference_jax.viz.patterns import KINDS, colours, kind_of
+from minference_jax.viz.patterns import colours
 
 TOKENS = int(os.environ.get("NOTEBOOK_TOKENS", "1024"))
 LAYERS = 2 if TOKENS < 512 else 4
@@ -96,11 +96,11 @@ density = None if shipped.densities is None else np.asarray(shipped.densities)
 figure, axes = plt.subplots(1, 2, figsize=(8, 6), layout="constrained")
 axes[0].imshow(colours(shipped, density), aspect="auto")
 axes[0].set(title="kind of each head", xlabel="head", ylabel="layer")
-for kind, colour in KINDS.items():
+for kind, colour in {p.label(): p.colour() for p in shipped.distinct()}.items():
     axes[0].plot([], [], "s", color=colour, label=kind)
 axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, fontsize=8)
 image = axes[1].imshow(np.asarray(shipped.recalls), aspect="auto", cmap="viridis")
 axes[1].set(title=f"recall, mean {np.mean(shipped.recalls):.3f}", xlabel="head")
 figure.colorbar(image, ax=axes[1])
 plt.show()
-print(Counter(kind_of(pattern) for layer in shipped for pattern in layer))
+print(Counter(pattern.label() for layer in shipped for pattern in layer))

@@ -18,7 +18,7 @@ from minference_jax.index.level import ALWAYS, NEVER, level_keys, reaching
 from minference_jax.index.probes import PROBES
 from minference_jax.index.question import Columns, column_masses, open_keys, question_columns
 from minference_jax.index.tile_mass import tile_rows
-from pallas_kernels.index.masses import MassImplementation, choose_masses, tile_masses
+from pallas_kernels.index.masses import FORMS, MassImplementation, choose_masses, tile_masses
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, num_key_tiles, num_query_tiles
 
 QUESTION_WIDTH = 1_024
@@ -90,7 +90,7 @@ def shared_density_index(
         columns = question_columns(q, k, own, width, valid=valid, q_offset=q_offset, scale=scale)
 
     where: dict[str, Any] = {"lengths": lengths, "q_offset": q_offset, "scale": scale}
-    kernels = choose_masses(q, k, implementation).name == "hopper"
+    kernels = FORMS[choose_masses(q, k, implementation).name].kernels
     weights = mean_weights(q, k, tiles, columns, every=every, implementation=implementation, **where)
     eligible = tiles.past & (tiles.rows > 0)[:, None, :, None] & jnp.isfinite(density)[:, None, None]
     counted = None if columns is None else open_keys(columns)

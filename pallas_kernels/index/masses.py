@@ -6,7 +6,8 @@ forms, which agree.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -19,6 +20,17 @@ from pallas_kernels.index.xla import xla_masses
 from pallas_kernels.plan import kv_limit
 
 MassImplementation = Literal["hopper", "xla"]
+
+
+class Form(NamedTuple):
+    """One way to compute tile masses; `kernels`: whether it, and so what follows it, runs as kernels of ours."""
+
+    masses: Callable[..., Any]
+    kernels: bool
+
+
+FORMS = {"hopper": Form(hopper_masses, kernels=True), "xla": Form(xla_masses, kernels=False)}
+"""The forms by name: the kernel, and the one that runs anywhere."""
 
 
 def tile_masses(
@@ -77,8 +89,7 @@ def tile_masses(
     limit = jnp.minimum(kv_limit(lengths, q.shape[0], k.shape[1]) - offset, q.shape[1])[:, None, None]
     probes = (share > 0) & (rows >= 0) & (rows < limit)
     positions = jnp.where(probes, rows + offset, -1)
-    masses = hopper_masses if choice.name == "hopper" else xla_masses
-    mass, lse = masses(q, k, rows, positions, share, scale=factor)
+    mass, lse = FORMS[choice.name].masses(q, k, rows, positions, share, scale=factor)
     return (mass, lse) if return_lse else mass
 
 
@@ -89,14 +100,18 @@ def choose_masses(
 
     **Raises:** ValueError when `implementation` is unknown or cannot serve the call (with the reason).
     """
-    if implementation not in (None, "hopper", "xla"):
-        raise ValueError(f'implementation must be None, "hopper" or "xla", got {implementation!r}')
-    if implementation == "xla":
-        return Choice("xla", "asked for")
+    if implementation is not None and implementation not in FORMS:
+        known = ", ".join(f'"{name}"' for name in FORMS)
+        raise ValueError(f"implementation must be None, {known}, got {implementation!r}")
+    if implementation is not None and not FORMS[implementation].kernels:
+        return Choice(implementation, "asked for")
     reason = unsupported_reason(q, k, device=Device.default() if implementation is None else None)
-    if implementation == "hopper" and reason is not None:
-        raise ValueError(f'implementation="hopper" cannot serve this call: {reason}')
-    return Choice("hopper", "" if implementation is None else "asked for") if reason is None else Choice("xla", reason)
+    if implementation is not None and reason is not None:
+        raise ValueError(f'implementation="{implementation}" cannot serve this call: {reason}')
+    kernel, anywhere = FORMS
+    if reason is not None:
+        return Choice(anywhere, reason)
+    return Choice(kernel, "" if implementation is None else "asked for")
 
 
 def unsupported_reason(q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], *, device: Device | None) -> str | None:
