@@ -115,6 +115,7 @@ SPARSE_BACKENDS = (
         hopper.unsupported_reason,
         hopper.hopper_attention,
         remark=hopper.remark,
+        differentiable=True,
         keeps_to_plans=True,
         prepare=tables.prepare,
     ),

@@ -232,17 +232,6 @@ def test_dense_gradients_equal_those_of_the_oracle(rng, name):
         np.testing.assert_allclose(actual, expected, atol=GRADIENT_ATOL)
 
 
-@pytest.mark.parametrize("name", [tested.name for tested in UNDER_TEST if not tested.backend.differentiable])
-def test_differentiating_a_kernel_names_one_that_can(name):
-    q, k, v = (x.astype(jnp.bfloat16) for x in (jnp.zeros((1, 128, 1, 64)),) * 3)
-
-    def loss(q):
-        return sparse_attention(q, k, v, SparsePlan(), implementation=name).sum()
-
-    with pytest.raises(NotImplementedError, match="implementation='xla'"):
-        jax.jit(jax.grad(loss)).trace(q).lower(lowering_platforms=("cuda",))
-
-
 def layers(name, q, k, v, plan):
     """Attention of each layer of stacked arrays, in a scan."""
     step = partial(sparse_attention, implementation=name)

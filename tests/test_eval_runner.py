@@ -21,7 +21,7 @@ from minference_jax.eval.samples import Sample
 from minference_jax.models import LlamaConfig
 from minference_jax.models.capture import capture_qkv
 from minference_jax.models.llama import Llama
-from minference_jax.patterns import AShape, HeadPatterns, VerticalSlash
+from minference_jax.patterns import AShape, HeadPatterns, Pattern, SharedDensity, VerticalSlash
 from minference_jax.search.density import mean_density, share_among_layers
 from tests.eval_tokenizer import WordTokenizer
 
@@ -204,7 +204,7 @@ def test_methods_keep_to_the_density(rng, model, name):
 
     found = np.asarray(visited(q, k))
     most = density
-    if isinstance(pattern, VerticalSlash) and pattern.density is not None:
+    if isinstance(pattern, Pattern) and pattern.share() is not None:
         found = found.mean()  # heads share it
     elif isinstance(pattern, VerticalSlash):
         # An estimate; columns are dearest at the start, tiles next to the diagonal.
@@ -218,13 +218,13 @@ def test_budgets_grow_with_length_and_density():
     small, large, loose = (vertical_slash_for(n, d) for n, d in ((4096, 0.3), (8192, 0.3), (8192, 0.5)))
     assert (small.tiles or 0) < (large.tiles or 0) < (loose.tiles or 0) and small.columns < large.columns
     found = [question_for(n, 0.2) for n in (1024, 4095, 8192, 32768, 1 << 20)]
-    assert [p.probes for p in found] == [1, 1, 4, 16, 16] and [p.question for p in found[:3]] == [102, 409, 819]
+    assert [p.every for p in found] == [1, 1, 4, 16, 16] and [p.question for p in found[:3]] == [102, 409, 819]
 
 
 def test_measured_budgets_keep_their_proportions_and_the_density(model):
     patterns = HeadPatterns(((AShape(64, 640), VerticalSlash(400, tiles=6)) * 2,) * model.config.num_layers)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 700)
-    named = [(name, METHODS[name]) for name in ("minference", "minference-per-tile")]
+    named = [("minference", METHODS["minference"])]
     for name, given in (("searched", patterns), *named):
         found = Method.measured(name, given, tokens).choose(model, 1024, 0.5)  # of a prompt that repeats the tokens
         assert isinstance(found, HeadPatterns)
@@ -234,9 +234,11 @@ def test_measured_budgets_keep_their_proportions_and_the_density(model):
             window, lines, *_ = found.layer(0)
             assert isinstance(window, AShape) and isinstance(lines, VerticalSlash)
             assert abs(window.window - 10 * window.sink) <= 10 and lines.columns < 400
-        if name == "minference-per-tile":  # layers differ in their share, heads of a layer do not
-            assert len({p.density for p in found.layer(0)}) == 1 and found.layer(0)[0] != found.layer(1)[0]
-    with pytest.raises(ValueError, match="with a density"):
+    # Layers differ in their share, heads of a layer do not.
+    shared = share_among_layers(model, jnp.asarray([tokens]), SharedDensity(0.6, every=4))
+    assert len(set(shared.layer(0))) == 1 and shared.layer(0)[0] != shared.layer(1)[0]
+    assert np.mean([p.share() for layer in shared for p in layer]) <= 0.6 + 1e-6
+    with pytest.raises(TypeError, match="must have a density"):
         share_among_layers(model, jnp.asarray([tokens]), VerticalSlash(400, tiles=6))
     with pytest.raises(TypeError, match="no budgets to scale"):
         Method.measured("dense", METHODS["dense"], tokens).choose(model, 1024, 0.5)
