@@ -179,5 +179,5 @@ def test_bad_arguments_are_named(rng):
 
 
 def test_patterns_by_preset_name():
-    patterns = resolve_patterns(BASE, "streaming-llm")
+    patterns = resolve_patterns("streaming-llm", BASE.num_layers, BASE.num_heads)
     assert patterns == HeadPatterns.uniform(AShape(sink=1024, window=4096), BASE.num_layers, BASE.num_heads)
