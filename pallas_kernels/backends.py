@@ -115,6 +115,7 @@ SPARSE_BACKENDS = (
         hopper.unsupported_reason,
         hopper.hopper_attention,
         remark=hopper.remark,
+        differentiable=True,
         keeps_to_plans=True,
         prepare=tables.prepare,
     ),
@@ -124,7 +125,7 @@ SPARSE_BACKENDS = (
 """What serves a plan, best first."""
 
 DENSE_BACKENDS = (
-    Backend("cudnn", cudnn.unsupported_reason, cudnn.attend, remark=cudnn.remark, differentiable=True),
+    Backend("cudnn", cudnn.unsupported_reason, cudnn.attend, remark=cudnn.remark),
     *SPARSE_BACKENDS,
 )
 """What serves dense attention, best first."""
