@@ -125,7 +125,7 @@ SPARSE_BACKENDS = (
 """What serves a plan, best first."""
 
 DENSE_BACKENDS = (
-    Backend("cudnn", cudnn.unsupported_reason, cudnn.attend, remark=cudnn.remark, differentiable=True),
+    Backend("cudnn", cudnn.unsupported_reason, cudnn.attend, remark=cudnn.remark),
     *SPARSE_BACKENDS,
 )
 """What serves dense attention, best first."""

@@ -38,17 +38,28 @@ WORK_FIELDS = 8  # padded to a power of two
 )
 @dataclasses.dataclass(frozen=True)
 class KernelTables:
-    """The plan as the kernel reads it; `z` = b·n, heads of all sequences, `i` query tiles.
+    """The plan as a kernel reads it; `z` = b·n, heads of all sequences, `i` query tiles.
 
-    - `work`: int32 `[z, i, 8]`, the counts of each query tile (fields above).
+    The Hopper kernel takes two key tiles a step: the diagonal, then bands, blocks and columns as one list. From the
+    first tile that needs one, a bias is added to the scores. For three bands, of which key 0 cuts the last, and 100
+    columns:
+
+        step          0           1         2                  3
+        key tiles     diagonal    B1   B2   B3       c0        c1        none
+        their bias    none                  64..127  128..191  192..255  256..319    places in the row of `bias`
+        holds                               B3's cut, seen columns       -inf
+
+    Fields:
+
+    - `work`: int32 `[z, i, 8]`, the counts of each query tile (constants above).
     - `bands`: int32 `[z, R]`, distances in keys, ascending, no gaps or repeats, then `NO_BAND` (R = 1 without bands).
-    - `blocks`: int32 `[z, i, M]`, key tiles, without gaps, repeats and tiles of a band up to the count in `work`. None
-      without blocks.
+    - `blocks`: int32 `[z, i, M]`, key tiles: as many as `work` counts are in order and in no band. None without blocks.
     - `keys`, `values`: `[z, C, h]`, the keys and values of the columns, gathered. None without columns.
-    - `bias`: bf16 `[z, i, 128 + C' + 64]` with C' = C rounded up to 64: 128 entries for the last two whole tiles, where
-      they share a step with columns or need its bias (0, or -inf for what a band cut at key 0 does not hold), then 0 or
-      -inf for each column (-inf where the query tile sees that key elsewhere, or not at all), then -inf. A step whose
-      second half is missing ends in the last 64. `[1, 1, 256]` with neither columns nor bands.
+    - `bias`: bf16 `[z, i, 128 + C' + 64]`, C' being C rounded up to 64: 0 for what is seen and -inf for what is not.
+      The first 128 entries are for the last two whole tiles, for when one of them shares a step with columns: -inf for
+      keys that a band cut at key 0 does not hold. The next C' are for the columns: -inf where the query tile sees that
+      key elsewhere, or not at all. The last 64 are -inf, for a step whose second half is missing. With neither columns
+      nor bands all query tiles share one row: `[1, 1, 256]`.
     """
 
     work: Int[Array, "z i 8"]

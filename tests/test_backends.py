@@ -232,6 +232,18 @@ def test_dense_gradients_equal_those_of_the_oracle(rng, name):
         np.testing.assert_allclose(actual, expected, atol=GRADIENT_ATOL)
 
 
+@pytest.mark.parametrize("name", [tested.name for tested in KERNELS if tested.backend.differentiable])
+def test_gradients_of_a_kernel_lower_for_cuda(name):
+    q, k, v = (jax.ShapeDtypeStruct((1, 256, n, 64), jnp.bfloat16) for n in (2, 1, 1))
+
+    def loss(q, k, v):
+        return sparse_attention(q, k, v, SparsePlan(), implementation=name).astype(jnp.float32).sum()
+
+    gradient = jax.grad(loss, (0, 1, 2))
+    assert [(x.shape, x.dtype) for x in jax.eval_shape(gradient, q, k, v)] == [(x.shape, x.dtype) for x in (q, k, v)]
+    assert "mosaic_gpu" in jax.jit(gradient).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+
+
 def layers(name, q, k, v, plan):
     """Attention of each layer of stacked arrays, in a scan."""
     step = partial(sparse_attention, implementation=name)

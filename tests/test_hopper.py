@@ -65,17 +65,6 @@ def test_says_what_it_cannot_serve(change, reason):
         lowered(lambda q, k, v, plan: hopper_attention(q, k, v, plan), q, k, v, plan)
 
 
-def test_gradients_of_the_kernel_are_lowered_with_the_inputs_shapes():
-    q, k, v, *_ = avals(1, 256, 256, 2, 1, 64)
-
-    def loss(q, k, v):
-        return hopper_attention(q, k, v, SparsePlan())[0].astype(jnp.float32).sum()
-
-    gradient = jax.grad(loss, (0, 1, 2))
-    assert [(x.shape, x.dtype) for x in jax.eval_shape(gradient, q, k, v)] == [(x.shape, x.dtype) for x in (q, k, v)]
-    lowered(gradient, q, k, v)
-
-
 def test_scale_must_be_positive():
     q, k, v, *_ = avals(1, 128, 128, 1, 1, 64)
     with pytest.raises(ValueError, match="scale must be positive"):
