@@ -7,14 +7,20 @@ a dense boolean array; the kernels never build that array.
 from __future__ import annotations
 
 import dataclasses
+import json
 from functools import partial
+from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.bands import kept_bands
+from pallas_kernels.checks import check_lengths
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
+from pallas_kernels.tracing import under_own_settings
 
 _PARTS = {"columns": "column_count", "bands": "band_count", "blocks": "block_count"}
 
@@ -96,6 +102,7 @@ class SparsePlan:
         return None
 
     @partial(jax.jit, static_argnames=("q_len", "kv_len"))
+    @under_own_settings
     def to_mask(
         self,
         q_len: int,
@@ -113,6 +120,7 @@ class SparsePlan:
 
         Memory: b·n·q_len·kv_len bytes. For tests and pictures, not for long sequences.
         """
+        lengths = self._lengths(lengths, kv_len)
         b, n = self.shape() or (1 if lengths is None else lengths.shape[0], 1)
         self.validate(b, n, q_len)
         q_offset = jnp.asarray(q_offset, jnp.int32)
@@ -121,7 +129,7 @@ class SparsePlan:
         tiles = jax.vmap(lambda i: visited_keys(self, i, kv_len, q_offset, (b, n)), out_axes=2)(
             jnp.arange(num_query_tiles(q_len), dtype=jnp.int32)
         )
-        mask = tiles[:, :, jnp.arange(q_len) // QUERY_TILE]
+        mask = tiles[:, :, jnp.arange(q_len, dtype=jnp.int32) // QUERY_TILE]
         if self.columns is not None and self.column_count is not None:
             is_column = jax.vmap(jax.vmap(partial(_members, size=kv_len)))(self.columns, self.column_count)
             mask = mask | is_column[:, :, None, :]
@@ -129,7 +137,7 @@ class SparsePlan:
         limit = kv_limit(lengths, b, kv_len)[:, None, None, None]
         return mask & causal & (keys < limit) & (rows[:, None] < limit)
 
-    @partial(jax.jit, static_argnames=("q_len", "kv_len"))
+    @under_own_settings
     def density(
         self,
         q_len: int,
@@ -144,9 +152,21 @@ class SparsePlan:
 
         Cost: one pass over query tiles, each over the lists of every head.
         """
+        return self._density(q_len, kv_len, jnp.asarray(q_offset, jnp.int32), self._lengths(lengths, kv_len))
+
+    def _lengths(self, lengths: Any, kv_len: int) -> Int[Array, " b"] | None:
+        shape = self.shape()
+        if lengths is None:
+            return None
+        batch = np.shape(lengths)[0] if shape is None and np.ndim(lengths) else (shape or (1, 1))[0]
+        return check_lengths(lengths, batch, kv_len)
+
+    @partial(jax.jit, static_argnums=(1, 2))
+    def _density(
+        self, q_len: int, kv_len: int, q_offset: Int[Array, ""], lengths: Int[Array, " b"] | None
+    ) -> Float[Array, "b n"]:
         b, n = self.shape() or (1 if lengths is None else lengths.shape[0], 1)
         self.validate(b, n, q_len)
-        q_offset = jnp.asarray(q_offset, jnp.int32)
         limit = kv_limit(lengths, b, kv_len)[:, None]
         tile_keys = num_key_tiles(kv_len) * KEY_TILE
         columns_before = None  # number of columns before each key, [b, n, keys + 1]
@@ -185,6 +205,15 @@ class SparsePlan:
 
         visited, causal = jax.lax.map(cells, jnp.arange(num_query_tiles(q_len), dtype=jnp.int32), batch_size=16)
         return visited.sum(0) / jnp.maximum(causal.sum(0), 1)
+
+
+# Programs that take or give plans can be exported (`jax.export`), their static fields as JSON.
+jax.export.register_pytree_node_serialization(
+    SparsePlan,
+    serialized_name="pallas_kernels.SparsePlan",
+    serialize_auxdata=lambda fields: json.dumps(fields).encode(),
+    deserialize_auxdata=lambda raw: tuple(json.loads(raw)),
+)
 
 
 def kv_limit(lengths: Int[Array, " b"] | None, batch: int, kv_len: int) -> Int[Array, " b"]:

@@ -103,10 +103,15 @@ def test_names_the_device_that_is_missing():
     assert "the default device is cpu" in str(unsupported_reason(q, k, v, plan, device=Device("cpu")))
 
 
-def test_differentiating_names_the_path_that_can():
-    q, *_ = avals(1, 128, 128, 1, 1, 64)
-    with pytest.raises(NotImplementedError, match="implementation='xla'"):
-        lowered(jax.grad(lambda q: hopper_attention(q, q, q, SparsePlan())[0].astype(jnp.float32).sum()), q)
+def test_gradients_of_the_kernel_are_lowered_with_the_inputs_shapes():
+    q, k, v, *_ = avals(1, 256, 256, 2, 1, 64)
+
+    def loss(q, k, v):
+        return hopper_attention(q, k, v, SparsePlan())[0].astype(jnp.float32).sum()
+
+    gradient = jax.grad(loss, (0, 1, 2))
+    assert [(x.shape, x.dtype) for x in jax.eval_shape(gradient, q, k, v)] == [(x.shape, x.dtype) for x in (q, k, v)]
+    lowered(gradient, q, k, v)
 
 
 def test_scale_must_be_positive():

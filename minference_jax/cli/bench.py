@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from minference_jax.bench.cases import Case
-from minference_jax.cli.console import print_json, stderr, stdout, usage_error
+from minference_jax.cli.console import print_json, stderr, stdout, usage, usage_error
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP, parse_pattern
 
@@ -51,7 +51,11 @@ def prefill(
     if [model is not None, bool(random_weights), rows_of is not None].count(True) != 1:
         raise usage_error("give a model, --random-weights or --rows")
     from minference_jax.bench import prefill as bench
+    from minference_jax.runs.files import check_output_file
 
+    if plot is not None:
+        with usage("--plot"):
+            check_output_file(plot)
     if rows_of is not None:
         before = loads(rows_of.read_text())
         if json:
@@ -65,7 +69,8 @@ def prefill(
     sizes = [parse_length(text) for text in lengths.split(",")]
     network = _network(model, random_weights, dtype)
     if pattern:
-        mine = resolve_patterns(pattern, network.config.num_layers, network.config.num_heads)
+        with usage("--pattern"):
+            mine = resolve_patterns(pattern, network.config.num_layers, network.config.num_heads)
         chosen = {name: (mine if name.startswith("minference") else p, fp8) for name, (p, fp8) in chosen.items()}
     rows, name = [], random_weights or str(model)
     try:

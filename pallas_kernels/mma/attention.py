@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tables as kernel_tables
-from pallas_kernels.mma.config import BLOCK_SHARED_MEMORY, HEAD_DIMS, TMA_CAPABILITY, KernelConfig, default_config
+from pallas_kernels.mma.config import TMA_CAPABILITY, KernelConfig, default_config
 from pallas_kernels.mma.kernel import kernel_body
 from pallas_kernels.mma.launch import Launch, Refs, scratch_types
 from pallas_kernels.plan import SparsePlan

@@ -31,9 +31,7 @@ def copy_rows(source: Any, target: Any, transforms: tuple[Any, Any], swizzle: in
         at_once = _THREADS // pieces  # rows
         thread = mgpu.utils.thread_idx()
         row, piece = (op(thread, mgpu.c(pieces, thread.type)) for op in (arith.divui, arith.remui))
-        start = arith.addi(
-            arith.muli(row, mgpu.c(stride, row.type)), arith.muli(piece, mgpu.c(_PIECE, row.type))
-        )
+        start = arith.addi(arith.muli(row, mgpu.c(stride, row.type)), arith.muli(piece, mgpu.c(_PIECE, row.type)))
         first = arith.addi(arith.muli(row, mgpu.c(width, row.type)), arith.muli(piece, mgpu.c(_PIECE, row.type)))
         first = _swizzled(first, swizzle)
         from_pointer = _offset(_global(mgpu.utils.memref_ptr(source)), start)

@@ -107,7 +107,11 @@ class Rows:
         launch = self.launch
         if not launch.emulate:
             return product.scores(
-                queries or self.loader.q_smem, self.k_smem.at[slot], launch.config.rows, launch.transforms, launch.swizzle
+                queries or self.loader.q_smem,
+                self.k_smem.at[slot],
+                launch.config.rows,
+                launch.transforms,
+                launch.swizzle,
             )
         s = jnp.zeros((launch.config.rows, launch.config.step_keys), jnp.float32)
         for part in range(launch.parts):

@@ -23,13 +23,11 @@ _ROWS = 64  # of four warps
 LAYOUT = plgpu.Layout.WGMMA  # of results: the registers of mma's accumulators
 
 
-def scores(
-    queries: Any, keys: Any, rows: int, transforms: tuple[Any, Any], swizzle: int
-) -> Float[Array, "m s"]:
+def scores(queries: Any, keys: Any, rows: int, transforms: tuple[Any, Any], swizzle: int) -> Float[Array, "m s"]:
     """queries · keysᵀ in float32.
 
-    **Arguments:** `queries`: shared memory `[parts, m, w]`, or the fragments of `query_fragments`; `keys`: shared memory
-    `[parts, s, w]`; `transforms`: of the shared memory, tiles of [8, w] with rows of `swizzle` bytes.
+    **Arguments:** `queries`: shared memory `[parts, m, w]`, or the fragments of `query_fragments`; `keys`: shared
+    memory `[parts, s, w]`; `transforms`: of the shared memory, tiles of [8, w] with rows of `swizzle` bytes.
     """
     held = isinstance(queries, tuple)
     step, dtype = keys.shape[1], keys.dtype
@@ -49,6 +47,7 @@ def scores(
                 if held:
                     a = _operands(queries[part], depth)
                 else:
+                    assert query_tile is not None
                     a = [query_tile.load(part, m, depth, warps=True) for m in range(0, rows, _ROWS)]
                 for key in range(0, 8 * tiles, 16):
                     b = key_tile.load(part, key, depth)
@@ -74,9 +73,7 @@ def weighted(
     dtype = values.dtype
     results = tuple(plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=LAYOUT) for x in accs)
 
-    @plgpu.inline_mgpu(
-        arg_types=((LAYOUT,) * len(accs), LAYOUT, plgpu.RefType(transforms)), return_type=results
-    )
+    @plgpu.inline_mgpu(arg_types=((LAYOUT,) * len(accs), LAYOUT, plgpu.RefType(transforms)), return_type=results)
     def product(_, accs, weights, values):
         parts, tiles, _, _, width = values.type.shape
         sums = [_Sums.of(acc, dtype) for acc in accs]

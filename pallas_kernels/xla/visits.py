@@ -98,7 +98,11 @@ def visit_of(
         tile_count = tile_count + block_count
     if plan.columns is None or plan.column_count is None:
         return Visit(tile_count, tiles, tile_count, cut)
-    before = (jnp.arange(plan.columns.shape[-1]) < plan.column_count[..., None]) & (plan.columns < q0) & live[..., None]
+    before = (
+        (jnp.arange(plan.columns.shape[-1], dtype=jnp.int32) < plan.column_count[..., None])
+        & (plan.columns < q0)
+        & live[..., None]
+    )
     keep = before & (plan.columns >= 0)
     if in_block is not None:
         keep &= ~jnp.take_along_axis(in_block, plan.columns // KEY_TILE, axis=-1, mode="clip")
