@@ -138,7 +138,7 @@ def _operands(x: mgpu.FragmentedArray, depth: int) -> list[list[ir.Value]]:
 class _Sums:
     """Accumulators in float32: two registers of two for each tile of 16 x 8."""
 
-    def __init__(self, registers: np.ndarray, shape: tuple[int, int], dtype: Any) -> None:
+    def __init__(self, registers: np.ndarray, shape: tuple[int, ...], dtype: Any) -> None:
         self.registers, self.shape = registers, shape
         self.kind = "bf16" if dtype == jnp.bfloat16 else "f16"
 
@@ -153,7 +153,7 @@ class _Sums:
         return cls(flat, x.shape, dtype)
 
     @classmethod
-    def zeros(cls, shape: tuple[int, int], dtype: Any) -> _Sums:
+    def zeros(cls, shape: tuple[int, ...], dtype: Any) -> _Sums:
         zero = mgpu.c(0.0, ir.F32Type.get())
         return cls(np.full((shape[0] // _ROWS, shape[1] // 8, 4), zero, object), shape, dtype)
 
