@@ -67,4 +67,6 @@ def default_config(head_dim: int, capability: tuple[int, int]) -> KernelConfig:
         return KernelConfig(rows=64, step_keys=32)
     if head_dim > 96 and capability == (8, 0):
         return KernelConfig(step_keys=32)  # two thread blocks share a multiprocessor's 164 KiB
+    if head_dim > 96 and capability >= (10, 0):
+        return KernelConfig(step_keys=32, stages=3)  # 64 keys spill 200 to 400 bytes there
     return KernelConfig()
