@@ -15,11 +15,12 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import cudnn, reference, tables
 from pallas_kernels.device import Device
 from pallas_kernels.hopper import attention as hopper
+from pallas_kernels.mma import attention as mma
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.xla import attention as xla
 
-Implementation = Literal["hopper", "xla", "reference"]
-DenseImplementation = Literal["cudnn", "hopper", "xla", "reference"]
+Implementation = Literal["hopper", "mma", "xla", "reference"]
+DenseImplementation = Literal["cudnn", "hopper", "mma", "xla", "reference"]
 
 
 class UnsupportedReason(Protocol):
@@ -116,6 +117,14 @@ SPARSE_BACKENDS = (
         hopper.hopper_attention,
         remark=hopper.remark,
         differentiable=True,
+        keeps_to_plans=True,
+        prepare=tables.prepare,
+    ),
+    Backend(
+        "mma",
+        mma.unsupported_reason,
+        mma.mma_attention,
+        remark=mma.remark,
         keeps_to_plans=True,
         prepare=tables.prepare,
     ),

@@ -56,11 +56,17 @@ class KernelConfig:
 
     def fits(self, head_dim: int, capability: tuple[int, int]) -> bool:
         """Whether a thread block gets that much shared memory on GPUs of a compute capability."""
-        return self.shared_memory_bytes(head_dim) <= BLOCK_SHARED_MEMORY[capability]
+        return self.shared_memory_bytes(head_dim) <= BLOCK_SHARED_MEMORY.get(
+            capability, min(BLOCK_SHARED_MEMORY.values())
+        )
 
 
 def default_config(head_dim: int, capability: tuple[int, int]) -> KernelConfig:
     """The configuration that serves a head_dim on GPUs of a compute capability."""
     if head_dim > 128:
         return KernelConfig(rows=64, step_keys=32)
+    if head_dim > 96 and capability == (8, 0):
+        return KernelConfig(step_keys=32)  # two thread blocks share a multiprocessor's 164 KiB
+    if head_dim > 96 and capability >= (10, 0):
+        return KernelConfig(step_keys=32, stages=3)  # 64 keys spill 200 to 400 bytes there
     return KernelConfig()

@@ -17,10 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tables
-from pallas_kernels.hopper.registers import SUM_COLUMNS, folded, raised, rescaled
+from pallas_kernels.hopper.registers import SUM_COLUMNS, raised, rescaled
 from pallas_kernels.mma import product
 from pallas_kernels.mma.launch import Launch, Refs, views
 from pallas_kernels.mma.load import Loader, Steps
+from pallas_kernels.mma.softmax import probabilities
 
 
 def kernel_body(launch: Launch, refs: Refs, scratch: dict[str, Any]) -> None:
@@ -35,7 +36,7 @@ def kernel_body(launch: Launch, refs: Refs, scratch: dict[str, Any]) -> None:
     rows_valid = steps.counts[tables.ROWS_VALID] - part * launch.config.rows
     rows = Rows(launch, Loader(steps, **scratch))
     pl.when(rows_valid > 0)(lambda: rows.attend(rows_valid))
-    pl.when(rows_valid <= 0)(lambda: rows.store(*rows.nothing(), rows_valid))
+    pl.when(rows_valid <= 0)(lambda: rows.store_nothing(rows_valid))
 
 
 class Rows:
@@ -49,62 +50,48 @@ class Rows:
     def attend(self, rows_valid: jax.Array) -> None:
         """All steps, and the results."""
         loader, steps, stages = self.loader, self.loader.steps, self.launch.config.stages
-        plain, end = steps.ends()
-
-        def fetch(step, start):
-            """Of a step known to be of the diagonal if `step` is a Python int."""
-            if isinstance(step, int) and step < steps.masked:
-                own = steps.counts[tables.DIAGONAL] + steps.part * self.launch.config.rows
-                loader.fetch(jnp.int32(step), own + step * self.launch.config.step_keys, None, end)
-            else:
-                loader.fetch(jnp.int32(step), start, plain, end)
-
+        plain, _, end = steps.ends
         loader.fetch_queries()
         for step in range(stages - 1):
-            fetch(step, None if step < steps.masked else steps.position(jnp.int32(step)))
-        if loader.q_full is not None:
-            plgpu.barrier_wait(loader.q_full)
-        queries: Any = None
+            loader.fetch(jnp.int32(step), steps.position(jnp.int32(step)))
+        loader.wait_queries()
+        queries = self.queries()
 
-        m, total, *accs = self.nothing()
-        start = steps.position(jnp.int32(max(stages - 1, steps.masked)))
-        for step in range(steps.masked):
-            slot = jnp.int32(step % stages)
-            loader.wait(slot)
-            if step == 0:
-                queries = self.queries()
-            ahead = step + stages - 1
-            fetch(ahead, start)
-            if ahead >= steps.masked:
-                start = steps.position(jnp.int32(ahead + 1))
-            s = self.diagonal(self.scores(queries, slot), step)
-            before, m = m, s.max(axis=1) * self.log2_scale if step == 0 else self.raised(m, s)
-            m, total, accs = self.weigh(s, before if step else None, m, total, accs, slot)
-
-        def next_step(biased: bool):
+        def next_step(kind: str):
             def body(step, carry):
                 start, m, total, *accs = carry
                 slot = lax.rem(step, jnp.int32(stages))
                 loader.wait(slot)
-                fetch(step + (stages - 1), start)
+                loader.fetch(step + (stages - 1), start)
                 start = steps.position(step + stages)  # read the lists one step ahead of their use
                 s = self.scores(queries, slot)
-                if biased:
+                if kind == "masked":
+                    s = self.masked(s, step * self.launch.config.step_keys)
+                if kind == "biased":
                     bias = loader.bias(step, self.acc.reduce(0))
                     s = s + lax.broadcast_in_dim(bias.astype(jnp.float32), s.shape, [1])
-                m, total, accs = self.weigh(s, m, self.raised(m, s), total, accs, slot)
-                return start, m, total, *accs
+                before, m = m, raised(m, s, self.log2_scale, emulate=self.launch.emulate)
+                total, *accs = rescaled((total, *accs), before, m, emulate=self.launch.emulate)
+                p, total = probabilities(s, m, total, self.log2_scale, self.launch.dtype, emulate=self.launch.emulate)
+                return start, m, total, *self.weighted(p, accs, slot)
 
             return body
 
-        carry = lax.fori_loop(jnp.int32(steps.masked), plain, next_step(biased=False), (start, m, total, *accs))
-        _, m, total, *accs = lax.fori_loop(plain, end, next_step(biased=True), carry)
-        self.store(m, total, *accs, rows_valid)
+        carry = (steps.position(jnp.int32(stages - 1)), *self.nothing())
+        first = jnp.int32(steps.masked)
+        carry = lax.fori_loop(jnp.int32(0), first, next_step("masked"), carry)
+        carry = lax.fori_loop(first, plain, next_step("plain"), carry)
+        _, m, total, *accs = lax.fori_loop(plain, end, next_step("biased"), carry)
+        self.store(m, total, accs, rows_valid)
+
+    def store_nothing(self, rows_valid: jax.Array) -> None:
+        m, total, *accs = self.nothing()
+        self.store(m, total, accs, rows_valid)
 
     def nothing(self) -> tuple[Any, ...]:
         """Running maxima, sums and weighted values (one array for each part of head_dim) of no keys."""
         rows = self.launch.config.rows
-        m = plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), self.acc.reduce(1))
+        m = plgpu.layout_cast(jnp.full((rows,), -1e30, jnp.float32), self.acc.reduce(1))
         widths = [SUM_COLUMNS] + [self.launch.part_width] * self.launch.parts
         return m, *(plgpu.layout_cast(jnp.zeros((rows, width), jnp.float32), self.acc) for width in widths)
 
@@ -132,38 +119,27 @@ class Rows:
             s = s + jnp.dot(q, k.T, preferred_element_type=jnp.float32)
         return s
 
-    def diagonal(self, s: jax.Array, step: int) -> jax.Array:
-        """The scores of a step of the diagonal under the causal mask. Each row sees its first key in step 0."""
-        first_key = step * self.launch.config.step_keys
+    def masked(self, s: jax.Array, first_key: jax.Array) -> jax.Array:
+        """The scores of a step of the diagonal under the causal mask. Each row sees a key of the first of them."""
         if not self.launch.emulate:
             return product.causal(s, first_key)
         row, key = (lax.broadcasted_iota(jnp.int32, s.shape, axis) for axis in (0, 1))
         return jnp.where(row >= key + first_key, s, -jnp.inf)
 
-    def raised(self, m: jax.Array, s: jax.Array) -> jax.Array:
-        return raised(m, s, self.log2_scale, emulate=self.launch.emulate)
-
-    def weigh(self, s, before, m, total, accs, slot):
-        """Sums with those of one step: its scores `s`, the running maxima `before` (None: no sums yet) and now."""
-        p = jnp.exp2(s * self.log2_scale - lax.broadcast_in_dim(m, s.shape, [0]))
-        if before is not None:
-            total, *accs = rescaled((total, *accs), before, m, emulate=self.launch.emulate)
-        total = total + folded(p, emulate=self.launch.emulate)
-        p = p.astype(self.launch.dtype)
+    def weighted(self, p: jax.Array, accs: list[jax.Array], slot: jax.Array) -> Any:
+        """Weighted values with those of one step."""
         launch = self.launch
         if not launch.emulate:
-            values = self.v_smem.at[slot]
-            return m, total, product.weighted(tuple(accs), p, values, launch.transforms, launch.swizzle)
+            return product.weighted(tuple(accs), p, self.v_smem.at[slot], launch.transforms, launch.swizzle)
         dots = [jnp.dot(p, self.v_smem[slot, i], preferred_element_type=jnp.float32) for i in range(launch.parts)]
-        return m, total, [acc + dot for acc, dot in zip(accs, dots, strict=True)]
+        return [acc + dot for acc, dot in zip(accs, dots, strict=True)]
 
     @property
     def log2_scale(self) -> float:
         return self.launch.scale * math.log2(math.e)
 
-    def store(self, m, total, *accs_and_valid) -> None:
-        """Writes weighted values over sums, and zero from row `rows_valid` on (the last argument)."""
-        *accs, rows_valid = accs_and_valid
+    def store(self, m: jax.Array, total: jax.Array, accs: list[jax.Array], rows_valid: jax.Array) -> None:
+        """Writes weighted values over sums, and zero from row `rows_valid` on."""
         steps, refs, launch = self.loader.steps, self.loader.steps.refs, self.launch
         total = total.sum(axis=1)
         for part, acc in enumerate(accs):

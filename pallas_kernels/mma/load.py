@@ -58,10 +58,12 @@ class Steps:
         """Key tiles of the diagonal that this thread block's rows see whole: all that hold earlier rows of the tile."""
         return self.part * (self.launch.config.rows // KEY_TILE)
 
-    def ends(self) -> tuple[jax.Array, jax.Array]:
-        """Where the steps without a bias end, and where all do."""
-        plain, every = (self.counts[field] + self.before for field in (tables.TILES_NO_BIAS, tables.ALL_TILES))
-        return self.masked + plain * self.per_tile, self.masked + every * self.per_tile
+    @functools.cached_property
+    def ends(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Where the steps without a bias end, those of whole tiles, and all."""
+        fields = (tables.TILES_NO_BIAS, tables.TILES, tables.ALL_TILES)
+        plain, whole, every = (self.masked + (self.counts[field] + self.before) * self.per_tile for field in fields)
+        return plain, whole, every
 
     def rows(self) -> Any:
         """The query rows of this thread block."""
@@ -75,7 +77,7 @@ class Steps:
         return place, lax.rem(after, jnp.int32(self.per_tile)) * self.launch.config.step_keys
 
     def position(self, step: jax.Array) -> jax.Array:
-        """First key of a step that is not masked: its position, or its place among the columns."""
+        """First key of a step: its position, or its place among the columns."""
         refs = self.refs
         place, inside = self.place(jnp.maximum(step, self.masked))
         diagonal, whole = self.counts[tables.DIAGONAL], self.counts[tables.TILES]
@@ -86,8 +88,11 @@ class Steps:
             bands = self.counts[tables.BANDS]
             block = refs.blocks[self.z, self.tile, jnp.clip(place - bands, 0, refs.blocks.shape[2] - 1)]
             start = jnp.where(place >= bands, block * KEY_TILE, start)
-        start = jnp.where(place < 0, diagonal + (self.before + place) * KEY_TILE, start)
-        return jnp.where(place >= whole, (place - whole) * KEY_TILE, start) + inside
+        if self.launch.blocks_per_tile > 1:
+            start = jnp.where(place < 0, diagonal + (self.before + place) * KEY_TILE, start)
+        start = jnp.where(place >= whole, (place - whole) * KEY_TILE, start) + inside
+        own = diagonal + self.part * self.launch.config.rows + step * self.launch.config.step_keys
+        return jnp.where(step < self.masked, own, start)
 
     def bias_row(self, step: jax.Array) -> Any:
         """The bias of a step's key tile, in device memory."""
@@ -129,42 +134,43 @@ class Loader:
         steps = self.steps
         self._copy(steps.refs.q.at[steps.sequence, steps.rows(), steps.head], self.q_smem, self.q_full)
 
-    def fetch(self, step: jax.Array, start: jax.Array, plain: jax.Array | None, end: jax.Array) -> None:
+    def wait_queries(self) -> None:
+        """Waits for the queries. cp.async brings them in the first step's group."""
+        if self.q_full is not None:
+            plgpu.barrier_wait(self.q_full)
+        elif self.launch.config.queries_in_registers:
+            plgpu.wait_gmem_to_smem(self.launch.config.stages - 2)
+
+    def fetch(self, step: jax.Array, start: jax.Array) -> None:
         """Starts the copies of a step, if there is one: keys, values and where it needs one its bias.
 
-        **Arguments:** `start`: its first key, as `Steps.position`; `plain`: where the steps without a bias end, None
-        for a step of the diagonal; `end`: where all steps end.
+        **Arguments:** `start`: its first key, as `Steps.position`.
         """
         steps, refs, launch = self.steps, self.steps.refs, self.launch
+        plain, whole, end = steps.ends
         slot = lax.rem(step, jnp.int32(launch.config.stages))
         full = None if self.kv_full is None else self.kv_full.at[slot]
         rows = pl.ds(start, launch.config.step_keys)
         buffers = [views(smem, launch)[0].at[slot] for smem in (self.k_smem, self.v_smem)]
 
-        def keys() -> None:
+        @pl.when(step < whole)
+        def _():
             for source, smem in zip((refs.k, refs.v), buffers, strict=True):
                 self._copy(source.at[steps.sequence, rows, steps.kv_head], smem, full)
 
-        def columns() -> None:
-            for source, smem in zip((refs.keys, refs.values), buffers, strict=True):
-                self._copy(source.at[steps.z, rows], smem, full)
+        if refs.keys is not None:
 
-        if plain is None:
-            keys()
-        elif refs.keys is None:
-            pl.when(step < end)(keys)
-        else:
-            gathered = steps.place(step)[0] >= steps.counts[tables.TILES]
-            pl.when((step < end) & ~gathered)(keys)
-            pl.when((step < end) & gathered)(columns)
-        if plain is not None:
-
-            @pl.when((step >= plain) & (step < end))
+            @pl.when((step >= whole) & (step < end))
             def _():
-                if launch.tma:
-                    plgpu.copy_gmem_to_smem(steps.bias_row(step), self.bias_smem.at[slot], self.bias_full.at[slot])
-                else:
-                    copies.copy_bias(steps.bias_row(step), self.bias_smem.at[slot])
+                for source, smem in zip((refs.keys, refs.values), buffers, strict=True):
+                    self._copy(source.at[steps.z, rows], smem, full)
+
+        @pl.when((step >= plain) & (step < end))
+        def _():
+            if launch.tma:
+                plgpu.copy_gmem_to_smem(steps.bias_row(step), self.bias_smem.at[slot], self.bias_full.at[slot])
+            else:
+                copies.copy_bias(steps.bias_row(step), self.bias_smem.at[slot])
 
         if not launch.tma:
             copies.end_group()

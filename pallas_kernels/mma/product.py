@@ -17,7 +17,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 _ROWS = 64  # of four warps
 LAYOUT = plgpu.Layout.WGMMA  # of results: the registers of mma's accumulators
@@ -91,15 +91,17 @@ def weighted(
     return product(accs, weights, values)  # pyright: ignore[reportCallIssue]
 
 
-def causal(s: Float[Array, "m s"], first_key: int) -> Float[Array, "m s"]:
+def causal(s: Float[Array, "m s"], first_key: Int[Array, ""]) -> Float[Array, "m s"]:
     """Scores of rows 0 to m - 1 and keys `first_key` and on, -inf where the key comes after the row.
 
     A thread compares one number, its first row less its first key, with constants: a number for each score would take
     as many registers as the scores.
     """
 
-    @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=plgpu.ShapeDtypeStruct(s.shape, jnp.float32, layout=LAYOUT))
-    def mask(_, s):
+    result = plgpu.ShapeDtypeStruct(s.shape, jnp.float32, layout=LAYOUT)
+
+    @plgpu.inline_mgpu(arg_types=(LAYOUT, plgpu.Layout.WG_SPLAT(())), return_type=result)
+    def mask(_, s, first_key):
         thread = mgpu.utils.thread_idx()
 
         def number(value: int) -> ir.Value:
@@ -109,16 +111,18 @@ def causal(s: Float[Array, "m s"], first_key: int) -> Float[Array, "m s"]:
             arith.muli(arith.shrui(thread, number(5)), number(16)),
             arith.andi(arith.shrui(thread, number(2)), number(7)),
         )
-        ahead = arith.subi(row, arith.muli(arith.andi(thread, number(3)), number(2)))
+        (before,) = first_key.registers.flat
+        key = arith.addi(before, arith.muli(arith.andi(thread, number(3)), number(2)))
+        ahead = arith.subi(row, key)
         nothing = mgpu.c(float("-inf"), ir.F32Type.get())
         sums = _Sums.of(s, jnp.float32)
         for (m, column, i), score in np.ndenumerate(sums.registers):
-            first = first_key + 8 * column + i % 2 - _ROWS * m - 8 * (i // 2)
+            first = 8 * column + i % 2 - _ROWS * m - 8 * (i // 2)
             seen = arith.cmpi(arith.CmpIPredicate.sge, ahead, number(first))
             sums.registers[m, column, i] = arith.select(seen, score, nothing)
         return sums.array()
 
-    return mask(s)  # pyright: ignore[reportCallIssue]
+    return mask(s, first_key)  # pyright: ignore[reportCallIssue]
 
 
 def _operands(x: mgpu.FragmentedArray, depth: int) -> list[list[ir.Value]]:
@@ -149,7 +153,7 @@ class _Sums:
         return cls(flat, x.shape, dtype)
 
     @classmethod
-    def zeros(cls, shape: tuple[int, int], dtype: Any) -> _Sums:
+    def zeros(cls, shape: tuple[int, ...], dtype: Any) -> _Sums:
         zero = mgpu.c(0.0, ir.F32Type.get())
         return cls(np.full((shape[0] // _ROWS, shape[1] // 8, 4), zero, object), shape, dtype)
 
