@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close, random_qkv
 from jax.sharding import AxisType, PartitionSpec
+from plans import int32, random_plan
 
 from pallas_kernels import (
     SparsePlan,
@@ -15,8 +17,6 @@ from pallas_kernels import (
     vertical_slash_attention,
 )
 from pallas_kernels.plan_builders import a_shape_plan, full_plan, vertical_slash_plan
-from tests.helpers import assert_close, random_qkv
-from tests.plans import int32, random_plan
 
 # b, t, s, n, k, h, q_offset, lengths, dtype
 CASES = [
