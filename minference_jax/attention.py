@@ -20,9 +20,11 @@ import pallas_kernels
 from minference_jax.index.recall import estimated_recall
 from minference_jax.patterns.base import Pattern, Where
 from minference_jax.patterns.heads import LayerPatterns, layer_patterns
+from minference_jax.patterns.text import parse_pattern
 from pallas_kernels.backends import Implementation, choose_implementation, find_backend
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
 from pallas_kernels.plan import KEY_TILE, SparsePlan, kv_limit, num_query_tiles
+from pallas_kernels.tracing import under_own_settings, vary_alike
 
 
 @partial(
@@ -49,6 +51,7 @@ Patterns = Pattern | Sequence[Pattern] | LayerPatterns | str
 """One layer's patterns: one (or a plan builder, or a pattern's text) for all heads, one per head, or as arrays."""
 
 
+@under_own_settings
 def make_plan(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -79,15 +82,21 @@ def make_plan(
     Works under jit, vmap, lax.scan over layers (with `LayerPatterns`) and shard_map over heads.
     """
     check_qkv(q, k, k)
-    check_lengths(lengths, q.shape[0])
+    q, k = jax.lax.stop_gradient((q, k))  # a plan is integers
+    lengths = check_lengths(lengths, q.shape[0], k.shape[1])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
-    heads = layer_patterns(pattern, q.shape[2])
+    heads = _heads(pattern, q.shape[2])
     where = Where(kv_limit(lengths, q.shape[0], k.shape[1]), offset, check_scale(scale, q), axis_name)
     return _plan(q, k, heads, where)
 
 
+def _heads(pattern: Patterns, heads: int) -> LayerPatterns:
+    return layer_patterns(parse_pattern(pattern) if isinstance(pattern, str) else pattern, heads)
+
+
 @jax.jit
 def _plan(q: Array, k: Array, heads: LayerPatterns, where: Where) -> SparsePlan:
+    q, k, heads, where = vary_alike((q, k, heads, where))
     plans = [(chosen, budgets.index(q, k, where)) for chosen, budgets in heads.chosen()]
     for _, plan in plans:
         plan.validate(q.shape[0], q.shape[2], q.shape[1])
@@ -122,6 +131,7 @@ def _merged(plans: list[tuple[Array | None, SparsePlan]], b: int, n: int, tiles:
     )
 
 
+@under_own_settings
 def sparse_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -151,9 +161,9 @@ def sparse_attention(
     **Raises:** ValueError and TypeError at trace time, naming the argument and the shapes.
     """
     check_qkv(q, k, v)
-    check_lengths(lengths, q.shape[0])
+    lengths = check_lengths(lengths, q.shape[0], k.shape[1])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
-    heads = layer_patterns(pattern, q.shape[2])
+    heads = _heads(pattern, q.shape[2])
     out, info = _attend(q, k, v, heads, lengths, offset, check_scale(scale, q), implementation, return_info)
     return (out, info) if return_info else out
 

@@ -42,7 +42,7 @@ LONGEST = (
     "test_eval_runner.py",
     "test_attention.py",
     "test_search.py",
-    "test_hopper_interpreted.py",
+    "test_backends.py",
     "test_index_per_tile.py",
     "test_hopper_tables.py",
     "test_eval_baselines.py",

@@ -114,7 +114,7 @@ def bench_kernels(
     """
     for layout in layouts:
         for length in lengths:
-            arrays = _arrays(layout, length)
+            arrays = random_arrays(layout, length)
             checked = [_checked(case, layout, length, arrays) for case in cases]
             runs = [c.attend for c in checked]
             with_dense = length <= dense_limit and jax.default_backend() == "gpu"
@@ -126,7 +126,8 @@ def bench_kernels(
                 yield _row(one, layout, arrays, attend_ms, dense, extra | sparse, repeats)
 
 
-def _arrays(layout: Layout, length: int) -> others.Arrays:
+def random_arrays(layout: Layout, length: int) -> others.Arrays:
+    """Normal q, k and v of a layout, bfloat16."""
     keys = jax.random.split(jax.random.key(0), 3)
     heads = (layout.heads, layout.kv_heads, layout.kv_heads)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from minference_jax.cli.console import print_json, progress, read_text, stderr, stdout, usage_error
+from minference_jax.cli.console import print_json, progress, read_text, stderr, stdout, usage, usage_error
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP, describe_patterns
 
@@ -109,7 +109,8 @@ def load_model(path: Path, pattern: str, dtype: str, fp8: bool = False) -> tuple
     from minference_jax.models.llama import Llama
 
     config = LlamaConfig.from_hf(open_checkpoint(path).config)
-    patterns = pattern if pattern == "auto" else resolve_patterns(pattern, config.num_layers, config.num_heads)
+    with usage("--pattern"):
+        patterns = pattern if pattern == "auto" else resolve_patterns(pattern, config.num_layers, config.num_heads)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with progress("Loading weights") as update:
         network = Llama.from_pretrained(path, dtype=dtype, patterns=patterns, fp8_projections=fp8, progress=update)
@@ -136,7 +137,8 @@ def _random(
     from minference_jax.models.llama import Llama
 
     config = known_config(name)
-    patterns = pattern if pattern == "auto" else resolve_patterns(pattern, config.num_layers, config.num_heads)
+    with usage("--pattern"):
+        patterns = pattern if pattern == "auto" else resolve_patterns(pattern, config.num_layers, config.num_heads)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     network = Llama.random(config, jax.random.key(0), dtype, patterns)
     network = network.with_fp8_projections() if fp8 else network
