@@ -6,7 +6,7 @@ which the workers of pytest-xdist, the child processes and the next run share. P
 where PYTHONDONTWRITEBYTECODE is set: a child process that parses the sources of JAX and transformers anew takes five
 to ten seconds longer to start.
 
-Annotated shapes and dtypes are checked at every call (jaxtyping and beartype), in this process only.
+With CHECK_ARRAYS=1, annotated shapes and dtypes are checked at every call (jaxtyping and beartype), in this process.
 """
 
 import gc
@@ -30,7 +30,8 @@ sys.dont_write_bytecode = False
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "float32")
 
-jaxtyping.install_import_hook(["minference_jax", "pallas_kernels"], "array_annotations.check_arrays")
+if os.environ.get("CHECK_ARRAYS") == "1":
+    jaxtyping.install_import_hook(["minference_jax", "pallas_kernels"], "array_annotations.check_arrays")
 
 # Traces are millions of small objects that stay: collecting garbage as rarely as this saves a twentieth of the time.
 gc.set_threshold(100_000, 20, 20)

@@ -100,7 +100,7 @@ def test_mistakes_are_named(rng):
     q, k, v = random_qkv(rng, 1, 128, 128, 2, 1, 16)
     with pytest.raises(ValueError, match="3 entries; q has 2 heads"):
         sparse_attention(q, k, v, [Dense()] * 3)
-    with pytest.raises(ValueError, match="more rows than k"):
+    with pytest.raises(ValueError, match="more positions than k"):
         make_plan(q, k[:, :64], Dense())
     with pytest.raises(ValueError, match="lengths has shape"):
         make_plan(q, k, Dense(), lengths=jnp.zeros((2,), jnp.int32))
