@@ -57,7 +57,7 @@ def reaching(
     **Returns:** tiles of each query tile, ascending, whatever it may be from the count on, and the counts.
     """
 
-    def total(cells: Float[Array, b * d]) -> Float[Array, b * d]:
+    def total(cells: Array) -> Array:
         return cells if axis_name is None else jax.lax.psum(cells, axis_name)
 
     unit = KEY_TILE if open_keys is None else 1  # cells of what is counted

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,9 @@ from minference_jax.index.tile_mass import last_rows
 from pallas_kernels.plan import KEY_TILE, num_key_tiles
 
 
-class Columns(NamedTuple):
+@partial(jax.tree_util.register_dataclass, data_fields=["positions", "count", "in_tile"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Columns:
     """Key positions of each head, and how many lie in each key tile."""
 
     positions: Int[Array, "b n C"]

@@ -130,7 +130,8 @@ def _attention(q, k, v, plan, lengths, q_offset, scale, return_lse, config, inte
 
 @under_own_settings
 def _forward(q, k, v, plan, lengths, q_offset, scale, return_lse, config, interpret):
-    out, lse = _attention(q, k, v, plan, lengths, q_offset, scale, True, config, interpret)
+    outputs: Any = _attention(q, k, v, plan, lengths, q_offset, scale, True, config, interpret)
+    out, lse = outputs
     return (out, lse if return_lse else None), (q, k, v, plan, lengths, q_offset, out, lse)
 
 

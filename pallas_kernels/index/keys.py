@@ -54,9 +54,9 @@ def digit_counts(
     arrays += [x for x in (None if open_keys is None else open_keys.reshape(b, -1), prefix) if x is not None]
 
     def emit(_: Any, keys: Any, rows: Any, *rest: Any) -> None:
-        *rest, counts, sums = rest
-        opens = rest.pop(0) if open_keys is not None else None
-        wanted = rest.pop(0) if prefix is not None else None
+        *optional, counts, sums = rest
+        opens = optional.pop(0) if open_keys is not None else None
+        wanted = optional.pop(0) if prefix is not None else None
         batch, block = (f(_block(), _int(blocks)) for f in (arith.divui, arith.remui))
         thread = _thread()
         for first in range(0, 1 << bits, _LANES * _WARPS):
@@ -241,7 +241,7 @@ def _load_words(source: ir.Value, batch: ir.Value, place: ir.Value, total: int) 
     return [llvm.extractelement(loaded, _int(i)) for i in range(_VECTOR // 2)]
 
 
-def _where(flag: ir.Value, function: Callable[[], None]) -> None:
+def _where(flag: ir.Value, function: Callable[[], Any]) -> None:
     branch = scf.IfOp(flag)
     with ir.InsertionPoint(branch.then_block):
         function()

@@ -134,7 +134,7 @@ def _operands(x: mgpu.FragmentedArray, depth: int) -> list[list[ir.Value]]:
 class _Sums:
     """Accumulators in float32: two registers of two for each tile of 16 x 8."""
 
-    def __init__(self, registers: np.ndarray, shape: tuple[int, int], dtype: Any) -> None:
+    def __init__(self, registers: np.ndarray, shape: tuple[int, ...], dtype: Any) -> None:
         self.registers, self.shape = registers, shape
         self.kind = "bf16" if dtype == jnp.bfloat16 else "f16"
 
