@@ -102,7 +102,7 @@ def test_mistakes_are_named(rng):
         sparse_attention(q, k, v, [Dense()] * 3)
     with pytest.raises(ValueError, match="more positions than k"):
         make_plan(q, k[:, :64], Dense())
-    with pytest.raises(ValueError, match="lengths has shape"):
+    with pytest.raises(ValueError, match="lengths must have shape"):
         make_plan(q, k, Dense(), lengths=jnp.zeros((2,), jnp.int32))
 
 
