@@ -6,6 +6,9 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 BIN := .venv/bin
+# Bytecode is written when a module is first imported, whatever the environment says: JAX and transformers take seconds
+# to parse.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 
 # Stamps of an environment that was moved here, half built, or whose Python is gone say nothing: build it anew.
@@ -26,9 +29,10 @@ help:
 demo: .venv/.runtime
 	$(BIN)/minference-jax demo
 
-# Two processes: the suite is mostly compilation, which uses one core, and each process holds about 2 GB.
+# Two processes: the suite is mostly compilation, which uses one core, and each process holds about 2 GB. Whole files go
+# to a process, the longest first (tests/conftest.py orders them).
 test: .venv/.dev torch-env
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20 $(PYTEST_ARGS)
 
 check: lint
 	$(BIN)/pyright

@@ -35,17 +35,17 @@ def rising(values: Int[Array, "*lead w"], valid: Bool[Array, "*lead w"]) -> Bool
     return value > jnp.pad(before, [(0, 0)] * (value.ndim - 1) + [(1, 0)], constant_values=-1)
 
 
-def reach(q0: Int[Array, "*z"]) -> Int[Array, "*z"]:
+def reach(q0: Int[Array, "*#z"]) -> Int[Array, "*#z"]:
     """Bands at distances less than this hold a key at or after key 0."""
     return q0 + KEY_TILE
 
 
-def band_start(bands: Int[Array, "*z"], q0: Int[Array, "*z"]) -> Int[Array, "*z"]:
+def band_start(bands: Int[Array, "*#z"], q0: Int[Array, "*#z"]) -> Int[Array, "*#z"]:
     """First key of a band that reaches its query tile."""
     return jnp.maximum(q0 - bands, 0)
 
 
-def band_cut(bands: Int[Array, "*z"], q0: Int[Array, "*z"]) -> Int[Array, "*z"]:
+def band_cut(bands: Int[Array, "*#z"], q0: Int[Array, "*#z"]) -> Int[Array, "*#z"]:
     """Keys of a band that lie before key 0. A copy of 64 keys from `band_start` has so many too many at its end."""
     return jnp.maximum(bands - q0, 0)
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from helpers import random_qkv
+from plans import int32, random_plan
 
 from pallas_kernels.backends import Backend, find_backend
 from pallas_kernels.hopper.attention import hopper_attention
 from pallas_kernels.hopper.config import KernelConfig
-from tests.helpers import random_qkv
-from tests.plans import int32, random_plan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,20 +1,63 @@
 """Test-wide settings: strict dtype promotion, two CPU devices, full-precision matrix products. Warnings are errors.
 
-Programs are compiled without most optimizations, here and in child processes: tests run small ones once or twice, and
-compiling them takes most of the time. Tests that compute for long ask for the fixture `optimized`.
+Most of the suite's time goes into compilation. Programs are compiled without most optimizations, here and in child
+processes; tests that compute for long ask for the fixture `optimized`. What was compiled is kept in .pytest_cache/jax,
+which the workers of pytest-xdist, the child processes and the next run share. Python's own bytecode is kept too, also
+where PYTHONDONTWRITEBYTECODE is set: a child process that parses the sources of JAX and transformers anew takes five
+to ten seconds longer to start.
+
+With CHECK_ARRAYS=1, annotated shapes and dtypes are checked at every call (jaxtyping and beartype), in this process.
 """
 
+import gc
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA warns at length about programs that come from the cache
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 
 import jax
+import jaxtyping
 import pytest
 
+sys.dont_write_bytecode = False
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "float32")
+
+if os.environ.get("CHECK_ARRAYS") == "1":
+    jaxtyping.install_import_hook(["minference_jax", "pallas_kernels"], "array_annotations.check_arrays")
+
+# Traces are millions of small objects that stay: collecting garbage as rarely as this saves a twentieth of the time.
+gc.set_threshold(100_000, 20, 20)
+
+LONGEST = (
+    "test_notebooks.py",
+    "test_eval_compare.py",
+    "test_cache.py",
+    "test_eval_runner.py",
+    "test_attention.py",
+    "test_search.py",
+    "test_backends.py",
+    "test_index_per_tile.py",
+    "test_hopper_tables.py",
+    "test_eval_baselines.py",
+    "test_generate.py",
+    "test_hopper.py",
+    "test_index_builders.py",
+)
+"""Files whose tests take more than half a minute on one core, the longest first (`--durations=0` tells)."""
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left alone with one of them at the end."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture
@@ -25,10 +68,13 @@ def rng():
     return np.random.default_rng(0)
 
 
-@pytest.fixture(autouse=True)
-def no_compile_cache(monkeypatch):
-    """Commands that a test calls leave the user's cache of compiled programs alone."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+@pytest.fixture
+def unchecked():
+    """Annotated shapes are not checked: for tests that give wrong arrays, to see what users are told."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import gguf
 import numpy as np
+from checkpoints import CONFIG
 
 from minference_jax.checkpoints.convert import load_checkpoint
-from tests.checkpoints import CONFIG
 
 _NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",

@@ -1,6 +1,6 @@
 """Runs one case of a GPU's kernel in the Mosaic GPU interpreter, with its race detector, in a process of its own.
 
-    python -m tests.interpreted hopper no-overlap
+    PYTHONPATH=. python tests/interpreted.py hopper no-overlap
 
 A kernel that forgets an arrival hangs; the caller sets the time limit.
 """
@@ -8,11 +8,11 @@ A kernel that forgets an arrival hangs; the caller sets the time limit.
 import sys
 
 import jax
+from backend_cases import UNDER_TEST
+from helpers import assert_close, assert_lse_close
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.reference import reference_attention
-from tests.backend_cases import UNDER_TEST
-from tests.helpers import assert_close, assert_lse_close
 
 
 def main(backend: str, name: str) -> None:

@@ -95,6 +95,7 @@ def test_recall_is_the_mass_inside_the_mask(rng):
     np.testing.assert_allclose(recall(q, k, plan, lengths=lengths), expected, atol=1e-5)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_mistakes_are_named(rng):
     q, k, v = random_qkv(rng, 1, 128, 128, 2, 1, 16)
     with pytest.raises(ValueError, match="3 entries; q has 2 heads"):

@@ -15,7 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from backend_cases import CASES, ODD, UNDER_TEST, Case, UnderTest
+from helpers import GRADIENT_ATOL, assert_close, assert_lse_close, random_qkv
 from jax.sharding import AxisType, PartitionSpec
+from plans import int32, random_plan
 
 from pallas_kernels import (
     SparsePlan,
@@ -28,9 +31,6 @@ from pallas_kernels import (
 from pallas_kernels.backends import SPARSE_BACKENDS
 from pallas_kernels.device import Device
 from pallas_kernels.plan_builders import a_shape_plan
-from tests.backend_cases import CASES, ODD, UNDER_TEST, Case, UnderTest
-from tests.helpers import GRADIENT_ATOL, assert_close, assert_lse_close, random_qkv
-from tests.plans import int32, random_plan
 
 ORACLE = "reference"
 RUN_HERE = [tested for tested in UNDER_TEST if tested.interpreted is None]
@@ -104,8 +104,8 @@ INTERPRETED = [(tested.name, name) for tested in KERNELS for name in tested.kern
 @pytest.mark.parametrize("name, case", INTERPRETED)
 def test_interpreted_kernel_equals_the_oracle_and_is_free_of_races(name, case):
     root = Path(__file__).parents[1]
-    env = dict(os.environ, JAX_PLATFORMS="cpu")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.interpreted", name, case]
+    env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(root))
+    command = [sys.executable, "-W", "ignore", str(root / "tests" / "interpreted.py"), name, case]
     run = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     assert "agrees" in run.stdout

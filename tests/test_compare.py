@@ -223,6 +223,7 @@ class CharacterTokenizer:
         ({"positions": [0, 3]}, r"positions must lie in 0..2, got 0 to 3"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_arguments_are_refused_before_pytorch_is_started(tmp_path, monkeypatch, options, message):
     (tmp_path / "config.json").write_text(json.dumps(VARIANTS["gqa4"]))
     save_file({"model.norm.weight": np.ones(64, np.float32)}, tmp_path / "model.safetensors")

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from checkpoints import CONFIG, hf_shapes, random_tensors, write_hf
 from safetensors.numpy import load_file, save_file
+from variants import VARIANTS
 
 from minference_jax.checkpoints.convert import load_checkpoint, save_checkpoint
 from minference_jax.models import fp8
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
 from minference_jax.models.params import param_shapes
-from tests.checkpoints import CONFIG, hf_shapes, random_tensors, write_hf
-from tests.variants import VARIANTS
 
 
 def random_params(config, dtype="float32", seed=0):

@@ -77,6 +77,7 @@ def test_caches_that_the_lowering_cannot_address_are_read_a_layer_at_a_time(keys
     assert (unsupported_reason(q, whole) is not None) == sliced
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_does_not_fit_is_refused():
     q, cache = jnp.zeros((1, 4, 16)), jnp.zeros((1, 1, 256, 2, 16))
     with pytest.raises(ValueError, match="does not fit"):

@@ -9,6 +9,8 @@ import zipfile
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from smollm2 import smollm2_directory
+from test_tokenizer import write_gguf_with_tokenizer
 
 from minference_jax.checkpoints import demo_model
 from minference_jax.checkpoints.convert import load_checkpoint
@@ -17,8 +19,6 @@ from minference_jax.data import load_text
 from minference_jax.data.needle import make_needle, needle_prompt
 from minference_jax.models.params import param_shapes
 from minference_jax.text.tokenizer import load_tokenizer
-from tests.smollm2 import smollm2_directory
-from tests.test_tokenizer import write_gguf_with_tokenizer
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import random_qkv
 from numpy_llama import random_params
 
 from minference_jax.attention import make_plan
@@ -14,7 +15,6 @@ from minference_jax.index.recall import recall
 from minference_jax.models import LlamaConfig
 from minference_jax.models.llama import Llama
 from minference_jax.patterns import AShape, BlockSparse, VerticalSlash
-from tests.helpers import random_qkv
 
 CONFIG = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
 T = 600

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from eval_tokenizer import WordTokenizer
 from smollm2 import smollm2_directory
 from torch_env import torch_python
 
@@ -12,7 +13,6 @@ from minference_jax.compare import Comparison, Tolerance
 from minference_jax.compare.task import TaskComparison, judge, task_table, until_end
 from minference_jax.eval.retrieval import HiddenNumber
 from minference_jax.eval.samples import Sample
-from tests.eval_tokenizer import WordTokenizer
 
 
 def comparison(ours, theirs) -> Comparison:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eval_tokenizer import WordTokenizer
 from numpy_llama import random_params
 
 from minference_jax.attention import make_plan
@@ -23,7 +24,6 @@ from minference_jax.models.capture import capture_qkv
 from minference_jax.models.llama import Llama
 from minference_jax.patterns import AShape, HeadPatterns, Pattern, SharedDensity, VerticalSlash
 from minference_jax.search.density import mean_density, share_among_layers
-from tests.eval_tokenizer import WordTokenizer
 
 CONFIG = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
 TEXT = "".join(f"word{chr(97 + i % 26)} and then, {i % 10} " for i in range(300))

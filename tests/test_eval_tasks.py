@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from eval_tokenizer import WordTokenizer
 
 from minference_jax.eval.fill import fill_pieces, fill_text, insert_between_sentences
 from minference_jax.eval.jsonl import JsonlTask, read_infinitebench, read_longbench
@@ -24,7 +25,6 @@ from minference_jax.eval.ruler_qa import RulerQuestions
 from minference_jax.eval.ruler_tracing import zeta_counts
 from minference_jax.eval.tasks import GROUPS, make_tasks
 from minference_jax.eval.words import words_of
-from tests.eval_tokenizer import WordTokenizer
 
 TEXT = "".join(f"Here stands sentence {n} of a quiet book about the sea. " for n in range(400))
 WORDS = " ".join(f"{a}{b}word" for a in "abcdefghijklmnop" for b in "abcdefghijklmnop")

@@ -3,14 +3,13 @@
 import gguf
 import numpy as np
 import pytest
-
-from tests.checkpoints import CONFIG, random_tensors
-from tests.gguf_files import gguf_tensors, load, write_gguf
+from checkpoints import CONFIG, random_tensors
+from gguf_files import gguf_tensors, load, write_gguf
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
 def test_gguf_and_hugging_face_give_the_same_parameters(tmp_path, family):
-    from tests.checkpoints import write_hf
+    from checkpoints import write_hf
 
     config = CONFIG | {"model_type": family, "sliding_window": None, "pad_token_id": None}
     tensors = random_tensors(config)

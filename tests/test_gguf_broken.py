@@ -3,10 +3,10 @@
 import struct
 
 import pytest
+from checkpoints import CONFIG, random_tensors
+from gguf_files import gguf_tensors, load, write_gguf
 
 from minference_jax.checkpoints.gguf_file import GGUFFile
-from tests.checkpoints import CONFIG, random_tensors
-from tests.gguf_files import gguf_tensors, load, write_gguf
 
 
 # Ways to break a good file: a function of its bytes, and what the error must say.

@@ -6,12 +6,12 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
+from checkpoints import CONFIG, random_tensors
 from gguf import GGMLQuantizationType as Type
+from gguf_files import gguf_tensors, load, write_gguf
 
 from minference_jax.checkpoints.gguf_file import GGUFFile
 from minference_jax.models.config import LlamaConfig
-from tests.checkpoints import CONFIG, random_tensors
-from tests.gguf_files import gguf_tensors, load, write_gguf
 
 
 def f16(raw):

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plans import int32, random_plan
 
 from pallas_kernels import KEY_TILE, QUERY_TILE, SparsePlan
 from pallas_kernels.plan_builders import a_shape_plan, block_sparse_plan, slashes_to_bands, vertical_slash_plan
 from pallas_kernels.plan_check import lists_are_clean
-from tests.plans import int32, random_plan
 
 
 def tile_picture(plan: SparsePlan, q_len: int, kv_len: int, q_offset: int = 0) -> list[str]:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close, random_qkv
+from plans import int32
 
 from pallas_kernels import (
     a_shape_attention,
@@ -13,8 +15,6 @@ from pallas_kernels import (
     vertical_slash_attention,
 )
 from pallas_kernels.plan_builders import a_shape_plan, vertical_slash_plan
-from tests.helpers import assert_close, random_qkv
-from tests.plans import int32
 
 
 def test_pattern_functions_equal_their_plans(rng):

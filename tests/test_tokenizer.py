@@ -5,13 +5,13 @@ import json
 import gguf
 import numpy as np
 import pytest
+from checkpoints import CONFIG, random_tensors
+from smollm2 import smollm2_directory
+from test_gguf import gguf_tensors, write_gguf
 
 from minference_jax.checkpoints.convert import save_checkpoint
 from minference_jax.text.gguf_tokenizer import build_tokenizer, tokenizer_files
 from minference_jax.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
-from tests.checkpoints import CONFIG, random_tensors
-from tests.smollm2 import smollm2_directory
-from tests.test_gguf import gguf_tensors, write_gguf
 
 TRICKY = [
     "",

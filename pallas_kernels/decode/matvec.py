@@ -48,7 +48,7 @@ def stacked_matvec(
     x: Float[Array, "b i"],
     weights: Sequence[Float[Array, "layers ..."]],
     layer: Int[Array, ""],
-    scales: Sequence[Float[Array, "layers o"]] = (),
+    scales: Sequence[Float[Array, "layers _"]] = (),
     *,
     tile: Tile | None = None,
     interpret: bool = False,
@@ -102,7 +102,7 @@ def stacked_matvec(
 def unsupported_reason(
     x: Float[Array, "b i"],
     weights: Sequence[Float[Array, "layers ..."]],
-    scales: Sequence[Float[Array, "layers o"]] = (),
+    scales: Sequence[Float[Array, "layers _"]] = (),
 ) -> str | None:
     """Why `stacked_matvec` can't serve a call, in words; None if it can."""
     if x.dtype not in (jnp.bfloat16, jnp.float16):

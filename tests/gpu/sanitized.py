@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from plans import random_plan
 
 from pallas_kernels.hopper.attention import hopper_attention
-from tests.plans import random_plan
 
 if __name__ == "__main__":
     plan = random_plan(np.random.default_rng(1), 1, 2, 300, 300, columns=90, bands=4, blocks=2)

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import random_qkv, relative_error
+from plans import random_plan
 
 from minference_jax.bench.shapes import block_bench_plan, exact_row, sample_rows, vertical_slash_bench_plan
 from pallas_kernels import plan_builders, sparse_attention
 from pallas_kernels.hopper.attention import hopper_attention
 from pallas_kernels.reference import reference_attention
-from tests.helpers import random_qkv, relative_error
-from tests.plans import random_plan
 
 pytestmark = pytest.mark.gpu
 
