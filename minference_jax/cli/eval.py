@@ -46,8 +46,8 @@ def evaluate(
         raise usage_error(f"--lengths must be whole numbers with commas, got {lengths!r}")
     book = read_text(text) if text else None
     chosen = make_tasks([name.strip() for name in tasks.split(",")], text=book, qa=qa or (), files=file or ())
-    network, _ = load_model(model, "dense", dtype)
     tokenizer = load_tokenizer(model)
+    network = load_model(model, None, dtype)
     compared = [_method(name, network.config, tokenizer) for name in split_methods(methods)]
     settings = {"model": model.name, "dtype": network.dtype.name, "text": text}
     settings |= {"qa": list(map(str, qa or ())), "file": list(map(str, file or ()))}
