@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,11 @@ import pallas_kernels
 from minference_jax.index.recall import estimated_recall
 from minference_jax.patterns.base import Pattern, Where
 from minference_jax.patterns.heads import LayerPatterns, layer_patterns
+from minference_jax.patterns.text import parse_pattern
+from pallas_kernels.backends import Implementation, choose_implementation, find_backend
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
-from pallas_kernels.dispatch import choose_dense_implementation, choose_implementation
 from pallas_kernels.plan import KEY_TILE, SparsePlan, kv_limit, num_query_tiles
+from pallas_kernels.tracing import under_own_settings, vary_alike
 
 
 @partial(
@@ -49,6 +51,7 @@ Patterns = Pattern | Sequence[Pattern] | LayerPatterns | str
 """One layer's patterns: one (or a plan builder, or a pattern's text) for all heads, one per head, or as arrays."""
 
 
+@under_own_settings
 def make_plan(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -79,15 +82,21 @@ def make_plan(
     Works under jit, vmap, lax.scan over layers (with `LayerPatterns`) and shard_map over heads.
     """
     check_qkv(q, k, k)
-    check_lengths(lengths, q.shape[0])
+    q, k = jax.lax.stop_gradient((q, k))  # a plan is integers
+    lengths = check_lengths(lengths, q.shape[0], k.shape[1])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
-    heads = layer_patterns(pattern, q.shape[2])
+    heads = _heads(pattern, q.shape[2])
     where = Where(kv_limit(lengths, q.shape[0], k.shape[1]), offset, check_scale(scale, q), axis_name)
     return _plan(q, k, heads, where)
 
 
+def _heads(pattern: Patterns, heads: int) -> LayerPatterns:
+    return layer_patterns(parse_pattern(pattern) if isinstance(pattern, str) else pattern, heads)
+
+
 @jax.jit
 def _plan(q: Array, k: Array, heads: LayerPatterns, where: Where) -> SparsePlan:
+    q, k, heads, where = vary_alike((q, k, heads, where))
     plans = [(chosen, budgets.index(q, k, where)) for chosen, budgets in heads.chosen()]
     for _, plan in plans:
         plan.validate(q.shape[0], q.shape[2], q.shape[1])
@@ -122,6 +131,7 @@ def _merged(plans: list[tuple[Array | None, SparsePlan]], b: int, n: int, tiles:
     )
 
 
+@under_own_settings
 def sparse_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -131,7 +141,7 @@ def sparse_attention(
     lengths: Int[Array, " b"] | None = None,
     q_offset: int | Int[Array, ""] = 0,
     scale: float | None = None,
-    implementation: Literal["hopper", "xla", "reference"] | None = None,
+    implementation: Implementation | None = None,
     return_info: bool = False,
 ) -> Any:
     """Causal attention in which each head visits only the keys that its pattern names for this prompt.
@@ -151,9 +161,9 @@ def sparse_attention(
     **Raises:** ValueError and TypeError at trace time, naming the argument and the shapes.
     """
     check_qkv(q, k, v)
-    check_lengths(lengths, q.shape[0])
+    lengths = check_lengths(lengths, q.shape[0], k.shape[1])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
-    heads = layer_patterns(pattern, q.shape[2])
+    heads = _heads(pattern, q.shape[2])
     out, info = _attend(q, k, v, heads, lengths, offset, check_scale(scale, q), implementation, return_info)
     return (out, info) if return_info else out
 
@@ -173,9 +183,10 @@ def _attend(
     b, n = q.shape[0], q.shape[2]
     where: dict[str, Any] = {"lengths": lengths, "q_offset": q_offset, "scale": scale}
     everything = jnp.ones((b, n), jnp.float32)
-    dense_name = None if implementation == "hopper" else implementation
-    if heads.covers >= k.shape[1] and implementation != "hopper":
-        choice = choose_dense_implementation(q, k, implementation=dense_name)
+    keeps_to_plans = implementation is not None and find_backend(implementation).keeps_to_plans
+    dense_name = None if keeps_to_plans else implementation
+    if heads.covers >= k.shape[1] and not keeps_to_plans:
+        choice = choose_implementation(q, k, v, None, implementation=dense_name)
         out: Any = pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **where)
         reason = f"the budgets cover all {k.shape[1]} keys: dense attention; {choice.reason}"
         return out, AttentionInfo(everything, everything, choice.name, reason) if return_info else None

@@ -1,32 +1,61 @@
-"""Attention over a plan, dense causal attention, and the three patterns as functions of their own."""
+"""Attention over a plan, and dense causal attention: arguments are checked, and a backend serves the call."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
-import jax
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.backends import DenseImplementation, Implementation, choose_implementation
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
-from pallas_kernels.dispatch import (
-    DenseImplementation,
-    Implementation,
-    choose_dense_implementation,
-    choose_implementation,
-)
-from pallas_kernels.hopper.attention import hopper_attention
-from pallas_kernels.plan import SparsePlan, kv_limit
-from pallas_kernels.plan_builders import a_shape_plan, block_sparse_plan, vertical_slash_plan
-from pallas_kernels.reference import reference_attention
-from pallas_kernels.sizes import KEY_TILE, num_key_tiles
-from pallas_kernels.xla.attention import xla_attention
+from pallas_kernels.plan import SparsePlan
+from pallas_kernels.tracing import under_own_settings
 
-# [b, t, n, h], or with return_lse=True the pair ([b, t, n, h], float32 [b, t, n]).
-Output = Any
+Output = Float[Array, "b t n h"]
+OutputAndLse = tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]
 
 
+class Where(TypedDict, total=False):
+    """Which keys there are, where the queries stand among them, and how scores are scaled. See `sparse_attention`."""
+
+    lengths: Int[Array, " b"] | None
+    q_offset: int | Int[Array, ""]
+    scale: float | None
+
+
+class Options(Where, total=False):
+    """The keyword arguments that `sparse_attention` and the three pattern functions share. See `sparse_attention`."""
+
+    implementation: Implementation | None
+
+
+class DenseOptions(Where, total=False):
+    """The keyword arguments of `dense_attention`."""
+
+    implementation: DenseImplementation | None
+
+
+@overload
+def sparse_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    plan: SparsePlan,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Output: ...
+@overload
+def sparse_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    plan: SparsePlan,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> OutputAndLse: ...
+@under_own_settings
 def sparse_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -38,7 +67,7 @@ def sparse_attention(
     scale: float | None = None,
     implementation: Implementation | None = None,
     return_lse: bool = False,
-) -> Output:
+) -> Output | OutputAndLse:
     """Causal attention over the keys that `plan` names: softmax(scale · q kᵀ, masked by `plan.to_mask`) v.
 
     **Arguments:**
@@ -49,29 +78,46 @@ def sparse_attention(
     - `lengths`: int32 `[b]`, keys of each sequence (right padding); clamped to [0, s]. Default: all s.
     - `q_offset`: int32 scalar, may be traced; a multiple of 128 (a traced one is rounded down to it).
     - `scale` (static): multiplies the scores, by default 1/sqrt(h).
-    - `implementation` (static): None (the best for this call), "hopper", "xla" or "reference".
+    - `implementation` (static): the name of a backend, "hopper", "xla" or "reference"; or None, the best for this
+      call (`choose_implementation` says which and why).
     - `return_lse` (static): also return the log-sum-exp of the scores.
 
-    **Returns:** `[b, t, n, h]` in q's dtype; with `return_lse` also float32 `[b, t, n]`, natural logarithm. Rows at
-    or past a sequence's length are zero (LSE −inf).
+    **Returns:** `[b, t, n, h]` in q's dtype; with `return_lse` the pair of that and float32 `[b, t, n]`, natural
+    logarithm. Rows at or past a sequence's length are zero (LSE −inf).
 
     **Raises:** TypeError and ValueError at trace time, naming the argument and the shapes. Nothing that depends on
     data raises: the plan's rules say what is ignored.
 
-    Works under jit, vmap, lax.scan and shard_map. Reverse-mode differentiable with `implementation="xla"`.
+    Works under jit, vmap, lax.scan, shard_map and jax.checkpoint, and whatever JAX's settings are. Reverse-mode
+    differentiable in q, k and v, with every implementation but "cudnn" for dense attention; forward mode is refused by
+    JAX. Arrays of 64 bits are no attention's: float64 is refused.
+
+    Source: MInference (arXiv 2407.02490) §3.2.
     """
     check_qkv(q, k, v)
     plan.validate(q.shape[0], q.shape[2], q.shape[1])
-    check_lengths(lengths, q.shape[0])
-    offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
-    arguments: dict[str, Any] = {"lengths": lengths, "q_offset": offset, "scale": check_scale(scale, q)}
-    choice = choose_implementation(q, k, v, plan, implementation=implementation)
-    if choice.name == "hopper":
-        return hopper_attention(q, k, v, plan, **arguments, return_lse=return_lse)
-    out, lse = (xla_attention if choice.name == "xla" else reference_attention)(q, k, v, plan, **arguments)
-    return (out, lse) if return_lse else out
+    return _attend(q, k, v, plan, lengths, q_offset, scale, implementation, return_lse)
 
 
+@overload
+def dense_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[DenseOptions],
+) -> Output: ...
+@overload
+def dense_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[DenseOptions],
+) -> OutputAndLse: ...
+@under_own_settings
 def dense_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -82,153 +128,36 @@ def dense_attention(
     scale: float | None = None,
     implementation: DenseImplementation | None = None,
     return_lse: bool = False,
-) -> Output:
+) -> Output | OutputAndLse:
     """Causal attention over every key: what the sparse functions are compared with, and their choice for short prompts.
 
-    Arguments, results and errors as `sparse_attention`, without a plan. `implementation` (static): None (the best for
-    this call), "cudnn" (a GPU's fused kernel; its log-sum-exp carries q's precision only), "hopper" (our kernel, with
-    every key tile), "xla" (blockwise jnp) or "reference".
+    **Arguments:** as `sparse_attention`, without a plan. `implementation` (static): None, the best for this call;
+    "cudnn", a GPU's fused kernel, whose log-sum-exp has q's precision only; "hopper", our kernel with every key tile;
+    "xla", blockwise jnp; or "reference".
+
+    **Returns, raises:** as `sparse_attention`.
     """
     check_qkv(q, k, v)
-    check_lengths(lengths, q.shape[0])
+    return _attend(q, k, v, None, lengths, q_offset, scale, implementation, return_lse)
+
+
+def _attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    plan: SparsePlan | None,
+    lengths: Array | None,
+    q_offset: int | Array,
+    scale: float | None,
+    implementation: DenseImplementation | None,
+    return_lse: bool,
+) -> Any:
+    """The rest of the checks, then the backend that serves the call."""
+    lengths = check_lengths(lengths, q.shape[0], k.shape[1])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
     scale = check_scale(scale, q)
-    choice = choose_dense_implementation(q, k, implementation=implementation)
-    if choice.name == "cudnn":
-        out, lse = _cudnn_attention(q, k, v, lengths, scale)
-    elif choice.name == "xla":
-        out, lse = xla_attention(q, k, v, None, lengths=lengths, q_offset=offset, scale=scale)
-    else:
-        plan = full_plan(q.shape[0], q.shape[2], k.shape[1])
-        arguments: dict[str, Any] = {"lengths": lengths, "q_offset": offset, "scale": scale}
-        if choice.name == "hopper":
-            return hopper_attention(q, k, v, plan, **arguments, return_lse=return_lse)
-        out, lse = reference_attention(q, k, v, plan, **arguments)
+    choice = choose_implementation(q, k, v, plan, implementation=implementation)
+    out, lse = choice.backend.attend(
+        q, k, v, plan, lengths=lengths, q_offset=offset, scale=scale, return_lse=return_lse
+    )
     return (out, lse) if return_lse else out
-
-
-def full_plan(b: int, n: int, kv_len: int) -> SparsePlan:
-    """The plan that visits every causal key: a band at every distance."""
-    bands = KEY_TILE * jnp.arange(1, num_key_tiles(kv_len) + 1, dtype=jnp.int32)
-    return SparsePlan(
-        bands=jnp.broadcast_to(bands, (b, n, bands.size)),
-        band_count=jnp.full((b, n), bands.size, jnp.int32),
-        band_multiple=KEY_TILE,
-        clean=True,
-    )
-
-
-def _cudnn_attention(q, k, v, lengths, scale):
-    """cuDNN has q and k of one length here, so the causal mask alone keeps valid rows inside their sequence."""
-    out, lse = jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=True, implementation="cudnn", return_residual=True
-    )
-    lse = lse.astype(jnp.float32)  # already rounded to q's dtype inside JAX
-    if lengths is None:
-        return out, lse
-    valid = jnp.arange(q.shape[1]) < kv_limit(lengths, q.shape[0], k.shape[1])[:, None]
-    return (
-        lax.select(jnp.broadcast_to(valid[..., None, None], out.shape), out, jnp.zeros_like(out)),
-        jnp.where(valid[..., None], lse, -jnp.inf),
-    )
-
-
-def a_shape_attention(
-    q: Float[Array, "b t n h"],
-    k: Float[Array, "b s k h"],
-    v: Float[Array, "b s k h"],
-    *,
-    sink: int,
-    window: int,
-    lengths: Int[Array, " b"] | None = None,
-    q_offset: int | Int[Array, ""] = 0,
-    scale: float | None = None,
-    implementation: Implementation | None = None,
-    return_lse: bool = False,
-) -> Output:
-    """A-shape attention: every query sees the first `sink` keys and its last `window` keys (StreamingLLM's mask).
-
-    **Arguments:** `sink` >= 0, `window` >= 0 (static), in keys; the window counts the query's own key and is rounded
-    out to 64-key tiles. A sink longer than the sequence is cut to it. The rest, results and errors: `sparse_attention`.
-
-    Source: MInference (arXiv 2407.02490) §3.2; official `streaming_forward(n_init, n_local)`.
-    """
-    check_qkv(q, k, v)
-    s = k.shape[1]
-    plan = a_shape_plan(q.shape[0], q.shape[2], sink=min(sink, s), window=min(window, s))
-    return sparse_attention(
-        q,
-        k,
-        v,
-        plan,
-        lengths=lengths,
-        q_offset=q_offset,
-        scale=scale,
-        implementation=implementation,
-        return_lse=return_lse,
-    )
-
-
-def vertical_slash_attention(
-    q: Float[Array, "b t n h"],
-    k: Float[Array, "b s k h"],
-    v: Float[Array, "b s k h"],
-    columns: Int[Array, "b n C"],
-    slashes: Int[Array, "b n S"],
-    *,
-    lengths: Int[Array, " b"] | None = None,
-    q_offset: int | Int[Array, ""] = 0,
-    scale: float | None = None,
-    implementation: Implementation | None = None,
-    return_lse: bool = False,
-) -> Output:
-    """Vertical-slash attention: every query sees the listed key columns and the keys at the listed distances.
-
-    **Arguments:** `columns`: int32 `[b, n, C]` key positions; `slashes`: int32 `[b, n, S]` query-key distances; any
-    order; negative (by custom -1), repeated and out-of-range entries are ignored. Columns are exact; slash lines are
-    rounded out to 64-key tiles; the diagonal is always visited. The rest, results and errors: `sparse_attention`.
-
-    Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2; official `vertical_slash_sparse_attention`.
-    """
-    check_qkv(q, k, v)
-    for name, part in (("columns", columns), ("slashes", slashes)):
-        if part.ndim != 3 or part.shape[:2] != (q.shape[0], q.shape[2]):
-            raise ValueError(f"{name} has shape {part.shape}; expected [b, n, width] for q {q.shape}")
-    plan = vertical_slash_plan(columns, slashes, kv_len=k.shape[1])
-    return sparse_attention(
-        q,
-        k,
-        v,
-        plan,
-        lengths=lengths,
-        q_offset=q_offset,
-        scale=scale,
-        implementation=implementation,
-        return_lse=return_lse,
-    )
-
-
-def block_sparse_attention(
-    q: Float[Array, "b t n h"],
-    k: Float[Array, "b s k h"],
-    v: Float[Array, "b s k h"],
-    blocks: Int[Array, "b n i M"],
-    *,
-    lengths: Int[Array, " b"] | None = None,
-    q_offset: int | Int[Array, ""] = 0,
-    scale: float | None = None,
-    implementation: Implementation | None = None,
-    return_lse: bool = False,
-) -> Output:
-    """Block-sparse attention: every tile of 128 queries sees its diagonal and the listed 64-key tiles.
-
-    **Arguments:** `blocks`: int32 `[b, n, i, M]` key-tile numbers (key position // 64) for each query tile, any order;
-    -1 for none; repeated and out-of-range entries are ignored. The rest, results and errors: `sparse_attention`.
-
-    Source: MInference (arXiv 2407.02490) §3.2, Algorithm 3; official `block_sparse_attention` (64-query rows).
-    """
-    check_qkv(q, k, v)
-    return sparse_attention(
-        q, k, v, block_sparse_plan(blocks), lengths=lengths, q_offset=q_offset, scale=scale,
-        implementation=implementation, return_lse=return_lse,
-    )  # fmt: skip

@@ -15,6 +15,9 @@ from pallas_kernels.sizes import KEY_TILE, num_key_tiles
 SHORT = 1_024
 """Lists up to this width are searched by comparing all pairs: more operations, but a single fused kernel on a GPU."""
 
+MANY = 1 << 26
+"""More pairs than this are not compared, however short the lists are."""
+
 FEW = 1 << 23
 """So many pairs of an entry and a limit are compared at once."""
 
@@ -118,9 +121,9 @@ def at_place(lists: Int[Array, "z w"], place: Int[Array, "z m"]) -> Int[Array, "
 
 def running_max(values: Int[Array, "*z w"]) -> Int[Array, "*z w"]:
     """Largest of each entry and those before it, for integers of at least -1."""
-    if values.shape[-1] > SHORT:
+    if values.shape[-1] > SHORT or values.size * values.shape[-1] > MANY:
         return lax.cummax(values, axis=values.ndim - 1)
-    return jnp.where(_up_to(values.shape[-1]), values[..., None, :], -1).max(-1)
+    return jnp.where(_up_to(values.shape[-1]), values[..., None, :], -1).max(-1, initial=-1)
 
 
 def running_count(flags: Bool[Array, "*z w"]) -> Int[Array, "*z w"]:

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import numbers
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.sizes import QUERY_TILE
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def check_qkv(q: Array, k: Array, v: Array) -> None:
     """Raises TypeError for dtypes and ValueError for shapes that are no q [b, t, n, h], k and v [b, s, k, h]."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+            raise TypeError(f"{name} must be an array, got {type(x).__name__}")
+        if jnp.dtype(x.dtype).name not in DTYPES:
+            raise TypeError(f"{name} must be {', '.join(DTYPES)}, got {x.dtype}")
+        if not all(isinstance(size, int) for size in x.shape):
+            raise ValueError(
+                f"{name} has symbolic axes, {x.shape}: tiles are counted while the program is traced, so batch and "
+                "length must be numbers; export one program for each padded length"
+            )
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name} must be floating point, got {x.dtype}")
         if x.ndim != 4:
             raise ValueError(f"{name} must have four axes [batch, positions, heads, head_dim]; got {shapes}")
     if not q.dtype == k.dtype == v.dtype:
@@ -33,34 +47,62 @@ def check_qkv(q: Array, k: Array, v: Array) -> None:
         raise ValueError(f"q has more positions than k; pass the whole cache as k and v; got {shapes}")
 
 
-def check_lengths(lengths: Int[Array, " b"] | None, batch: int) -> None:
-    """Raises unless lengths is None or an integer array [batch]."""
+def check_lengths(lengths: Any, batch: int, kv_len: int) -> Int[Array, " b"] | None:
+    """The lengths as int32 [batch], clamped to [0, kv_len]; None stays None.
+
+    Raises TypeError unless they are integers (an array, list or tuple), ValueError for another shape.
+    """
     if lengths is None:
-        return
-    if not jnp.issubdtype(jnp.asarray(lengths).dtype, jnp.integer):
-        raise TypeError(f"lengths must be integers, got {jnp.asarray(lengths).dtype}")
-    if jnp.shape(lengths) != (batch,):
-        raise ValueError(f"lengths must have shape ({batch},), one for each sequence; got {jnp.shape(lengths)}")
+        return None
+    if not isinstance(lengths, jax.Array):
+        lengths = np.asarray(lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths must have shape ({batch},), one for each sequence; got {lengths.shape}")
+    return _clamped(lengths, 0, kv_len)
+
+
+def _clamped(x: Any, low: int, high: int) -> Array:
+    """An integer array of any width as int32 within [low, high]: clamped before it is narrowed."""
+    if not isinstance(x, jax.Array):  # JAX would cut off the upper half of 64 bits
+        return jnp.asarray(
+            np.clip(np.asarray(x).astype(np.int64 if x.dtype != np.uint64 else x.dtype), low, high), jnp.int32
+        )
+    most = jnp.iinfo(x.dtype)
+    x = jnp.clip(x, jnp.asarray(max(low, int(most.min)), x.dtype), jnp.asarray(min(high, int(most.max)), x.dtype))
+    return x.astype(jnp.int32)
 
 
 def check_q_offset(q_offset: int | Int[Array, ""], q_len: int, kv_len: int) -> Int[Array, ""]:
-    """The offset as an int32 scalar. A Python int must be a multiple of 128 that leaves the queries inside the keys; an
-    array's value is unknown here and is rounded down to a multiple of 128."""
-    if isinstance(q_offset, int):
+    """The offset as an int32 scalar. A number must be a multiple of 128 that leaves the queries inside the keys; an
+    array's value is unknown here and is clamped to [0, kv_len], then rounded down to a multiple of 128."""
+    if not isinstance(q_offset, jax.Array) and np.ndim(q_offset) == 0 and np.asarray(q_offset).dtype.kind in "iu":
+        q_offset = int(q_offset)
         if q_offset % QUERY_TILE or q_offset < 0:
             raise ValueError(f"q_offset must be a multiple of {QUERY_TILE} and >= 0, got {q_offset}")
         if q_offset + q_len > kv_len:
             raise ValueError(f"q_offset {q_offset} + {q_len} query positions exceed the {kv_len} positions of k and v")
-    q_offset = jnp.asarray(q_offset)
+        return jnp.asarray(q_offset, jnp.int32)
+    if not isinstance(q_offset, jax.Array):
+        raise TypeError(f"q_offset must be an integer scalar, got {q_offset!r}")
     if q_offset.shape or not jnp.issubdtype(q_offset.dtype, jnp.integer):
         raise ValueError(f"q_offset must be an integer scalar, got {q_offset.dtype} {q_offset.shape}")
-    return q_offset.astype(jnp.int32) // QUERY_TILE * QUERY_TILE
+    return _clamped(q_offset, 0, kv_len) // QUERY_TILE * QUERY_TILE
 
 
 def check_scale(scale: float | None, q: Float[Array, "b t n h"]) -> float:
     """The static softmax scale, by default 1/sqrt(head_dim)."""
     if scale is None:
         return q.shape[-1] ** -0.5
-    if isinstance(scale, jax.Array) or not 0 < float(scale) < float("inf"):
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not 0 < float(scale) < float("inf"):
         raise ValueError(f"scale must be a positive Python number (it is static), got {scale!r}")
     return float(scale)
+
+
+def check_positions(name: str, x: Array, batch: int, heads: int, axes: int) -> None:
+    """Raises unless `x` is an integer array of so many axes that begin with [batch, heads]."""
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} must be an integer array, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.ndim != axes or x.shape[:2] != (batch, heads):
+        raise ValueError(f"{name} has shape {x.shape}; expected {axes} axes that begin with [{batch}, {heads}]")

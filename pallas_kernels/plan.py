@@ -7,14 +7,21 @@ a dense boolean array; the kernels never build that array.
 from __future__ import annotations
 
 import dataclasses
+import json
 from functools import partial
+from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import rule
 from pallas_kernels.bands import kept_bands
+from pallas_kernels.checks import check_lengths
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
+from pallas_kernels.tracing import under_own_settings
 
 _PARTS = {"columns": "column_count", "bands": "band_count", "blocks": "block_count"}
 
@@ -54,8 +61,9 @@ class SparsePlan:
       `plan_check.lists_are_clean` says whether a plan does.
 
     Entries at or past the count are ignored, whatever they hold. So are entries out of range (negative, past the
-    last key, after the diagonal), repeats, and bands that break their rule: less than 64 after a listed one before
-    them (which they would overlap), no multiple of `band_multiple`, or none of 64 in a head that has blocks.
+    last key, after the diagonal), repeats, columns and blocks out of order (less than one listed before them), and
+    bands that break their rule: less than 64 after a listed one before them (which they would overlap), no multiple of
+    `band_multiple`, or none of 64 in a head that has blocks. `pallas_kernels.rule` has all of this as functions.
 
     Source: MInference (arXiv 2407.02490) §3.2 for the patterns. The official index stores a tile list per query
     tile for slashes too; bands say the same once per head, because slash tiles are shift-invariant.
@@ -96,6 +104,7 @@ class SparsePlan:
         return None
 
     @partial(jax.jit, static_argnames=("q_len", "kv_len"))
+    @under_own_settings
     def to_mask(
         self,
         q_len: int,
@@ -113,6 +122,7 @@ class SparsePlan:
 
         Memory: b·n·q_len·kv_len bytes. For tests and pictures, not for long sequences.
         """
+        lengths = self._lengths(lengths, kv_len)
         b, n = self.shape() or (1 if lengths is None else lengths.shape[0], 1)
         self.validate(b, n, q_len)
         q_offset = jnp.asarray(q_offset, jnp.int32)
@@ -121,15 +131,14 @@ class SparsePlan:
         tiles = jax.vmap(lambda i: visited_keys(self, i, kv_len, q_offset, (b, n)), out_axes=2)(
             jnp.arange(num_query_tiles(q_len), dtype=jnp.int32)
         )
-        mask = tiles[:, :, jnp.arange(q_len) // QUERY_TILE]
+        mask = tiles[:, :, jnp.arange(q_len, dtype=jnp.int32) // QUERY_TILE]
         if self.columns is not None and self.column_count is not None:
-            is_column = jax.vmap(jax.vmap(partial(_members, size=kv_len)))(self.columns, self.column_count)
-            mask = mask | is_column[:, :, None, :]
+            mask = mask | _column_flags(self.columns, self.column_count, kv_len)[:, :, None, :]
         causal = keys[None, :] <= rows[:, None]
         limit = kv_limit(lengths, b, kv_len)[:, None, None, None]
         return mask & causal & (keys < limit) & (rows[:, None] < limit)
 
-    @partial(jax.jit, static_argnames=("q_len", "kv_len"))
+    @under_own_settings
     def density(
         self,
         q_len: int,
@@ -144,14 +153,26 @@ class SparsePlan:
 
         Cost: one pass over query tiles, each over the lists of every head.
         """
+        return self._density(q_len, kv_len, jnp.asarray(q_offset, jnp.int32), self._lengths(lengths, kv_len))
+
+    def _lengths(self, lengths: Any, kv_len: int) -> Int[Array, " b"] | None:
+        shape = self.shape()
+        if lengths is None:
+            return None
+        batch = np.shape(lengths)[0] if shape is None and np.ndim(lengths) else (shape or (1, 1))[0]
+        return check_lengths(lengths, batch, kv_len)
+
+    @partial(jax.jit, static_argnums=(1, 2))
+    def _density(
+        self, q_len: int, kv_len: int, q_offset: Int[Array, ""], lengths: Int[Array, " b"] | None
+    ) -> Float[Array, "b n"]:
         b, n = self.shape() or (1 if lengths is None else lengths.shape[0], 1)
         self.validate(b, n, q_len)
-        q_offset = jnp.asarray(q_offset, jnp.int32)
         limit = kv_limit(lengths, b, kv_len)[:, None]
         tile_keys = num_key_tiles(kv_len) * KEY_TILE
         columns_before = None  # number of columns before each key, [b, n, keys + 1]
         if self.columns is not None and self.column_count is not None:
-            flags = jax.vmap(jax.vmap(partial(_members, size=kv_len)))(self.columns, self.column_count)
+            flags = _column_flags(self.columns, self.column_count, kv_len)
             flags = jnp.pad(flags, ((0, 0), (0, 0), (1, tile_keys - kv_len)))
             columns_before = jnp.cumsum(flags, axis=-1, dtype=jnp.int32)
         kept = _kept(self)
@@ -187,6 +208,15 @@ class SparsePlan:
         return visited.sum(0) / jnp.maximum(causal.sum(0), 1)
 
 
+# Programs that take or give plans can be exported (`jax.export`), their static fields as JSON.
+jax.export.register_pytree_node_serialization(
+    SparsePlan,
+    serialized_name="pallas_kernels.SparsePlan",
+    serialize_auxdata=lambda fields: json.dumps(fields).encode(),
+    deserialize_auxdata=lambda raw: tuple(json.loads(raw)),
+)
+
+
 def kv_limit(lengths: Int[Array, " b"] | None, batch: int, kv_len: int) -> Int[Array, " b"]:
     """Keys of each sequence: `lengths` clamped to [0, kv_len], or kv_len for all."""
     if lengths is None:
@@ -207,15 +237,14 @@ def block_tiles(plan: SparsePlan, i: Int[Array, ""], kv_len: int, q_offset: Int[
     """
     assert plan.blocks is not None and plan.block_count is not None
     kt = num_key_tiles(kv_len)
-    diagonal = (q_offset + i * QUERY_TILE) // KEY_TILE
-    tiles = jax.vmap(jax.vmap(partial(_members, size=kt)))(plan.blocks[:, :, i], plan.block_count[:, :, i])
-    tiles &= jnp.arange(kt, dtype=jnp.int32) < diagonal
+    blocks, q0 = plan.blocks[:, :, i], q_offset + i * QUERY_TILE
+    tiles = _flags(blocks, rule.past_blocks(blocks, plan.block_count[:, :, i], q0, clean=plan.clean), size=kt)
     kept = _kept(plan)
     if plan.bands is None or kept is None:
         return tiles
     # In a head with blocks, bands are multiples of the tile.
-    band = jnp.where(kept, diagonal - plan.bands // KEY_TILE, -1)
-    return tiles & ~jax.vmap(jax.vmap(partial(_members, size=kt)))(band, jnp.full(band.shape[:2], band.shape[-1]))
+    band = q0 // KEY_TILE - plan.bands // KEY_TILE
+    return tiles & ~_flags(band, kept & (band >= 0), size=kt)
 
 
 def visited_keys(
@@ -232,7 +261,7 @@ def visited_keys(
     if plan.bands is not None and kept is not None:
         # +1 where a tile starts and -1 after its end: tiles are disjoint, so the running sum is 0 or 1.
         start = q0 - plan.bands
-        kept &= start > -KEY_TILE
+        kept &= plan.bands < rule.reach(q0)
         starts, ends = (jnp.where(kept, jnp.clip(x, 0, kv_len), kv_len) for x in (start, start + KEY_TILE))
         head = jnp.arange(shape[0] * shape[1], dtype=jnp.int32)[:, None]
         edges = jnp.zeros((head.size, kv_len), jnp.int32)
@@ -245,7 +274,15 @@ def visited_keys(
     return visited
 
 
-def _members(values: Int[Array, " w"], count: Int[Array, ""], *, size: int) -> Bool[Array, " size"]:
-    """flags[v] for v in values[:count]; values outside [0, size) are dropped (negative ones too)."""
-    values = jnp.where((jnp.arange(values.shape[0]) < count) & (values >= 0), values, size)
-    return jnp.zeros((size,), bool).at[values].set(True, mode="drop")
+def _column_flags(columns: Int[Array, "b n C"], count: Int[Array, "b n"], kv_len: int) -> Bool[Array, "b n s"]:
+    """The keys that are columns of a head, whatever else sees them."""
+    columns, _ = rule.listed_columns(columns, count, kv_len, clean=False)
+    return _flags(columns, columns >= 0, size=kv_len)
+
+
+def _flags(values: Int[Array, "b n w"], valid: Bool[Array, "b n w"], *, size: int) -> Bool[Array, "b n size"]:
+    """A flag for each number below `size`: whether it is among the valid values, none of which is negative."""
+    b, n, _ = values.shape
+    place = jnp.where(valid, values, size)
+    sequence, head = jnp.arange(b)[:, None, None], jnp.arange(n)[None, :, None]
+    return jnp.zeros((b, n, size), bool).at[sequence, head, place].set(True, mode="drop")

@@ -52,6 +52,17 @@ def a_shape_plan(b: int, n: int, *, sink: int, window: int) -> SparsePlan:
     return SparsePlan(*part(columns), *part(bands), band_multiple=KEY_TILE, clean=True)
 
 
+def full_plan(b: int, n: int, kv_len: int) -> SparsePlan:
+    """The plan that visits every causal key: a band at every distance."""
+    bands = KEY_TILE * jnp.arange(1, num_key_tiles(kv_len) + 1, dtype=jnp.int32)
+    return SparsePlan(
+        bands=jnp.broadcast_to(bands, (b, n, bands.size)),
+        band_count=jnp.full((b, n), bands.size, jnp.int32),
+        band_multiple=KEY_TILE,
+        clean=True,
+    )
+
+
 def slashes_to_bands(
     slashes: Int[Array, "b n S"],
     slash_count: Int[Array, "b n"] | None = None,

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.device import Device
 from pallas_kernels.plan import SparsePlan
+from pallas_kernels.plan_builders import full_plan
 
 
 @partial(jax.jit, static_argnames="scale")
@@ -45,3 +47,30 @@ def reference_attention(
     out = jnp.einsum("bkgts,bskh->btkgh", weights / divisor, v.astype(jnp.float32), precision=precision)
     lse = jnp.where(total > 0, top + jnp.log(divisor), -jnp.inf)[..., 0]
     return out.reshape(b, t, n, h).astype(q.dtype), lse.reshape(b, n, t).swapaxes(1, 2)
+
+
+def unsupported_reason(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    plan: SparsePlan | None,
+    *,
+    device: Device | None,
+) -> None:
+    """None: the oracle serves every call, memory permitting. See `backends.UnsupportedReason`."""
+
+
+def attend(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    plan: SparsePlan | None,
+    *,
+    lengths: Int[Array, " b"] | None,
+    q_offset: Int[Array, ""],
+    scale: float,
+    return_lse: bool,
+) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]:
+    """`reference_attention`, as `backends.Attend` wants it."""
+    plan = full_plan(q.shape[0], q.shape[2], k.shape[1]) if plan is None else plan
+    return reference_attention(q, k, v, plan, lengths=lengths, q_offset=q_offset, scale=scale)

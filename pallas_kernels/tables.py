@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Bool, Float, Int
 
-from pallas_kernels.bands import NO_BAND, at_place, band_bitmap, covered, entries_before, listed_bands, running_max
+from pallas_kernels import rule
+from pallas_kernels.bands import NO_BAND, at_place, band_bitmap, covered, entries_before, listed_bands
 from pallas_kernels.plan import SparsePlan, kv_limit
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_query_tiles
 
@@ -25,6 +26,8 @@ BANDS = 2  # band tiles that hold a key at or after key 0
 TILES = 3  # band tiles and block tiles
 DIAGONAL = 4  # position of the query tile's first row
 ROWS_VALID = 5  # rows before the sequence's length
+TILES_NO_BIAS = 6  # band and block tiles but one that key 0 cuts
+ALL_TILES = 7  # band, block and column tiles
 WORK_FIELDS = 8  # padded to a power of two
 
 
@@ -96,8 +99,8 @@ def prepare(
         whole,
         jnp.broadcast_to(first, whole.shape),
         rows,
-        jnp.zeros_like(whole),
-        jnp.zeros_like(whole),
+        unbiased,
+        whole + column_tiles,
     ]
     bands = jnp.zeros((b * n, 1), jnp.int32) if bands is None else bands
     return KernelTables(jnp.stack(work, -1), bands, blocks, keys, values, bias)
@@ -117,8 +120,8 @@ def _bands(
     count, blocks = plan.band_count.reshape(z), plan.block_count
     blocks = None if blocks is None else blocks.reshape(z, -1)
     bands = listed_bands(plan.bands.reshape(z, -1), count, blocks, multiple=plan.band_multiple, clean=plan.clean)
-    counts = entries_before(bands, jnp.broadcast_to(first + KEY_TILE, (z, first.size)))
-    cut = jnp.where(counts > 0, jnp.maximum(at_place(bands, counts - 1) - first, 0), 0)
+    counts = entries_before(bands, jnp.broadcast_to(rule.reach(first), (z, first.size)))
+    cut = jnp.where(counts > 0, rule.band_cut(at_place(bands, counts - 1), first), 0)
     return bands, counts, cut
 
 
@@ -128,20 +131,14 @@ def _blocks(
     """Block lists, ascending and without gaps up to the counts, and the counts."""
     if plan.blocks is None or plan.block_count is None or plan.blocks.shape[-1] == 0:
         return None, jnp.zeros((z, first.size), jnp.int32)
-    diagonal = first[:, None] // KEY_TILE
-    blocks = plan.blocks.reshape(z, first.size, -1)
-    listed = jnp.arange(blocks.shape[-1], dtype=jnp.int32) < plan.block_count.reshape(z, first.size, 1)
+    blocks, q0 = plan.blocks.reshape(z, first.size, -1), first[:, None]
+    keep = rule.past_blocks(blocks, plan.block_count.reshape(z, -1), q0, clean=plan.clean)
     if plan.clean:
         # Only those after the diagonal do not count, and they come last.
-        rows = jnp.where(listed, blocks, NO_BAND).reshape(z * first.size, -1)
-        limits = jnp.broadcast_to(diagonal, (z, first.size, 1)).reshape(-1, 1)
-        return blocks, entries_before(rows, limits).reshape(z, -1)
-    blocks = jnp.where(listed & (blocks < diagonal), jnp.maximum(blocks, -1), -1)
-    earlier = jnp.pad(lax.cummax(blocks, axis=2)[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=-1)
-    keep = blocks > earlier
+        return blocks, keep.sum(-1, dtype=jnp.int32)
     if bands is not None:
         # In a head with blocks every band is a multiple of the tile: it covers a block whole or not at all.
-        keep &= ~covered(band_bitmap(bands, kv_len + QUERY_TILE), (diagonal - blocks) * KEY_TILE)
+        keep &= ~covered(band_bitmap(bands, kv_len + QUERY_TILE), q0 - blocks * KEY_TILE)
     return jnp.sort(jnp.where(keep, blocks, NO_BAND), axis=-1), keep.sum(-1, dtype=jnp.int32)
 
 
@@ -162,12 +159,7 @@ def _columns(
     if width % 8:  # the row tiling of swizzled TMA copies
         columns = jnp.pad(columns, ((0, 0), (0, -width % 8)), constant_values=-1)
         width = columns.shape[1]
-    listed = jnp.arange(width, dtype=jnp.int32) < plan.column_count.reshape(b * n, 1)
-    columns = jnp.where(listed & (columns < s), jnp.maximum(columns, -1), -1)
-    keep, ascending = columns >= 0, jnp.where(listed, columns, s)
-    if not plan.clean:
-        ascending = running_max(columns)
-        keep = columns > jnp.pad(ascending[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    columns, ascending = rule.listed_columns(columns, plan.column_count.reshape(-1), s, clean=plan.clean)
 
     end = jnp.broadcast_to(first, (b * n, first.size))
     if bands is not None:
@@ -176,9 +168,8 @@ def _columns(
         end = end - KEY_TILE * window.sum(-1, keepdims=True, dtype=jnp.int32)
     column_tiles = (entries_before(ascending, end) + KEY_TILE - 1) // KEY_TILE
 
-    visible = keep[:, None, :] & (columns[:, None, :] < first[:, None])
-    if bands is not None:
-        visible &= ~covered(band_bitmap(bands, s + QUERY_TILE), first[:, None] - columns[:, None, :])
+    bitmap = None if bands is None else band_bitmap(bands, s + QUERY_TILE)
+    visible = rule.seen_columns(columns[:, None, :], first[:, None], bitmap)
     if blocks is not None:
         mixed = jnp.any((block_tiles.max(-1) > 0) & (plan.column_count.reshape(-1) > 0))
         # A lookup for every (query tile, column), too dear to make for heads that have only one of the two.

@@ -39,3 +39,18 @@ def run_command(capsys, *arguments):
     status = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
+
+
+# Largest |difference| of a log-sum-exp, whose values are about 5: float32 sums of rounded 16-bit products.
+LSE_ATOL = 1e-3
+
+# Largest |difference| of a gradient in float32: sums over up to 430 rows of products of normals.
+GRADIENT_ATOL = 1e-4
+
+
+def assert_lse_close(actual, expected) -> None:
+    """Within `LSE_ATOL`, and −inf in the same places."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    np.testing.assert_array_equal(np.isneginf(actual), np.isneginf(expected))
+    finite = np.isfinite(expected)
+    np.testing.assert_allclose(actual[finite], expected[finite], atol=LSE_ATOL, rtol=0)

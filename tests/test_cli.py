@@ -113,6 +113,13 @@ def test_inspect_counts_patterns(capsys, tmp_path):
         (("MODEL", "-", "--file", "-"), "standard input"),
         (("MODEL", "a", "--max-new-tokens", "0"), "max-new-tokens"),
         (("MODEL", "a", "--no-such-option"), "--no-such-option"),
+        (("MODEL", "a", "--pattern", "diagonal"), "neither a file nor a pattern"),
+        (("MODEL", "a", "--pattern", ""), "a pattern is missing"),
+        (("MODEL", "a", "--pattern", "a-shape:width=3"), "no field=value of a-shape"),
+        (("MODEL", "a", "--pattern", "a-shape:sink=3,sink=4"), "gives sink twice"),
+        (("MODEL", "a", "--pattern", "vertical-slash:threshold=nan"), "nan is not a number"),
+        (("MODEL", "a", "--pattern", "shared-density:density=inf"), "inf is not a number"),
+        (("MODEL", "a", "--pattern", "vertical-slash:coverage=.5x"), "'vertical-slash:coverage=.5x'"),
     ],
 )
 def test_usage_errors_end_with_status_2(model, capsys, arguments, message):
@@ -128,8 +135,6 @@ def test_usage_errors_end_with_status_2(model, capsys, arguments, message):
     [
         (("generate", "/no/such/model", "a"), "/no/such/model does not exist"),
         (("generate", "MODEL", "--file", "/no/such/file"), "/no/such/file"),
-        (("generate", "MODEL", "a", "--pattern", "diagonal"), "neither a file nor a pattern"),
-        (("generate", "MODEL", "a", "--pattern", "a-shape:width=3"), "no field=value of a-shape"),
         (("generate", "MODEL", "a", "--dtype", "int8"), "dtype must be one of"),
         (("convert", "MODEL", "MODEL"), "MODEL"),
     ],

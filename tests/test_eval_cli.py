@@ -29,7 +29,7 @@ def test_eval_writes_results_and_report_and_goes_on(tiny, tmp_path, capsys):
     first = capsys.readouterr()
     assert "200 tokens" in first.out and "dense" in first.out and "report.md" in first.err
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert lines[0]["settings"]["model"] == "model" and len(lines) == 1 + 2 * 2
+    assert lines[0]["about"]["model"] == "model" and len(lines) == 1 + 2 * 2
     report = (tmp_path / "out" / "report.md").read_text()
     assert main(command) == 0
     assert (tmp_path / "out" / "report.md").read_text() == report and "| dense | 1.000 |" in report
@@ -38,10 +38,10 @@ def test_eval_writes_results_and_report_and_goes_on(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     "changed, status, message",
     [
-        (["--tasks", "nothing"], 1, "no task is named 'nothing'"),
+        (["--tasks", "nothing"], 2, "no task is named 'nothing'"),
         (["--lengths", "1024,x"], 2, "--lengths must be whole numbers"),
-        (["--methods", "best"], 1, "'best' is neither a file nor a pattern"),
-        (["--methods", "searched:dense"], 1, "no budgets to scale"),
+        (["--methods", "best"], 2, "'best' is neither a file nor a pattern"),
+        (["--methods", "searched:dense"], 2, "no budgets to scale"),
     ],
 )
 def test_wrong_arguments_are_named(tiny, tmp_path, capsys, changed, status, message):

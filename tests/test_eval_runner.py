@@ -121,8 +121,12 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_report(model, tmp_
     assert sorted(again, key=lambda r: order.index(r.key)) == whole
     assert markdown(again) == markdown(whole)
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()[1:8]] == list(range(7))
+
+    def no_batch(done: int, total: int, what: str) -> None:
+        assert (done, what) == (14, "done")
+
     # A third run has nothing to do; other settings are refused.
-    assert evaluate(None, None, [Numbers()], path=path, **arguments) == again  # type: ignore[arg-type]
+    assert evaluate(model, Ids(), [Numbers()], path=path, progress=no_batch, **arguments) == again
     with pytest.raises(ValueError, match=r"killed.jsonl is of another run: seed 0 instead of 1"):
         evaluate(model, Ids(), [Numbers()], path=path, seed=1, **arguments)
     for text in ("{}\n", "notes", '{"other": '):

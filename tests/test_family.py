@@ -116,7 +116,13 @@ def test_files_and_text(tmp_path):
 
 def test_cost_and_memory():
     config = LlamaConfig(
-        vocab_size=64, hidden_size=4096, intermediate_size=64, num_layers=1, num_heads=32, num_kv_heads=8
+        vocab_size=64,
+        hidden_size=4096,
+        intermediate_size=64,
+        num_layers=1,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
     )
     near, far = (HeadPatterns.uniform(Near(tiles), 1, 32) for tiles in (2, 2000))
     choice = partial(choose_attention, config, rows=1 << 17, keys=1 << 17, device="NVIDIA H100 80GB HBM3")

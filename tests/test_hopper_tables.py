@@ -8,7 +8,6 @@ from plans import int32, random_plan
 
 from pallas_kernels import SparsePlan, plan_builders
 from pallas_kernels import tables as hopper_tables
-from pallas_kernels.attention import full_plan
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE
 from pallas_kernels.plan_check import lists_are_clean
 
@@ -72,7 +71,7 @@ def test_lists_that_builders_made_are_taken_as_they_are(rng, t, s, q_offset, len
         plan_builders.vertical_slash_plan(columns, lines, kv_len=s),
         plan_builders.block_sparse_plan(blocks),
         plan_builders.a_shape_plan(b, n, sink=s + 5, window=200),
-        full_plan(b, n, s),
+        plan_builders.full_plan(b, n, s),
     ):
         assert plan.clean and lists_are_clean(plan, q_offset=q_offset).all()
         check_visits(rng, plan, b, n, t, s, q_offset, lengths)

@@ -48,6 +48,25 @@ def sources(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
+def test_no_module_imports_itself_through_others():
+    """Imports inside functions and under TYPE_CHECKING count too: they hide a circle, and leave it there."""
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in ("minference_jax", "pallas_kernels")
+        for path in sources(package)
+    }
+    names = {module: {".".join(parts) for parts in imports(path)} for module, path in modules.items()}
+    # `from package.module import name` names the module and, wrongly, a module of the name: only real ones count.
+    after = {module: {name for name in found if name in modules} - {module} for module, found in names.items()}
+    for module, found in after.items():
+        after[module] = {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
+    while after:
+        leaves = [module for module, found in after.items() if not found & set(after)]
+        assert leaves, f"import circle among {sorted(after)}"
+        for module in leaves:
+            del after[module]
+
+
 @pytest.mark.parametrize("path", sources("minference_jax"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way(path):
     parts = path.relative_to(ROOT).with_suffix("").parts

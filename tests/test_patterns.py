@@ -72,7 +72,7 @@ def test_patterns_are_hashable_and_equal_by_value():
         (lambda: HeadPatterns(((Dense(),), (Dense(),) * 2)), ValueError, "layer 1 has 2 heads, layer 0 has 1"),
         (lambda: HeadPatterns((("dense",),)), TypeError, "layer 0, head 0"),
         (lambda: layer_patterns([Dense()], 2), ValueError, "1 entries; q has 2 heads"),
-        (lambda: layer_patterns("densest", 2), ValueError, "is no pattern"),
+        (lambda: layer_patterns("dense", 2), TypeError, "must be a pattern"),
         (lambda: layer_patterns(3, 2), TypeError, "must be a pattern"),
         (lambda: layer_patterns(MIXED.arrays(), 2), ValueError, "one layer's heads"),
         (lambda: layer_patterns(MIXED, 2), TypeError, "one layer's"),

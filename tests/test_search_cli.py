@@ -94,12 +94,12 @@ def test_targets_as_words():
         (("--model", "model"), 2, "--text"),
         (("--model", "model", "--patterns", "streaming-llm"), 2, "--verify"),
         (("--model", "model", "--text", "a.txt", "--out", "p.json", "--target", "?"), 2, "--target '?'"),
-        (("--model", "model", "--text", "a.txt", "--out", "p.json", "--target", "2"), 1, "between 0 and 1"),
-        (("--model", "model", "--text", "a.txt", "--out", "p.json", "--candidate", "blob"), 1, "is no pattern"),
-        (("--model", "model", "--text", "a.txt", "--out", "nowhere/p.json"), 1, "is no directory"),
+        (("--model", "model", "--text", "a.txt", "--out", "p.json", "--target", "2"), 2, "between 0 and 1"),
+        (("--model", "model", "--text", "a.txt", "--out", "p.json", "--candidate", "blob"), 2, "is no pattern"),
+        (("--model", "model", "--text", "a.txt", "--out", "nowhere/p.json"), 2, "is no directory"),
         (("--model", "model", "--text", "a.txt", "--out", "p.json", "--tokens", "99999"), 1, "99,999 are wanted"),
         (("--model", "model", "--text", "none.txt", "--out", "p.json"), 1, "none.txt"),
-        (("--model", "model", "--text", "a.txt", "--out", "p.json", "--tokens", "256", "--tasks", "?"), 1, "no task"),
+        (("--model", "model", "--text", "a.txt", "--out", "p.json", "--tokens", "256", "--tasks", "?"), 2, "no task"),
     ],
 )
 def test_mistakes_are_one_line(folder, capsys, monkeypatch, arguments, status, message):

@@ -24,9 +24,7 @@ from minference_jax.bench import peers as others
 from minference_jax.bench.cases import BUDGETS, Case
 from minference_jax.bench.shapes import exact_row, sample_rows
 from minference_jax.bench.timing import in_turns_ms, median_ms
-from pallas_kernels import SparsePlan, sparse_attention
-from pallas_kernels import tables as hopper_tables
-from pallas_kernels.dispatch import choose_implementation
+from pallas_kernels import SparsePlan, choose_implementation, sparse_attention
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -116,7 +114,7 @@ def bench_kernels(
     """
     for layout in layouts:
         for length in lengths:
-            arrays = _arrays(layout, length)
+            arrays = random_arrays(layout, length)
             checked = [_checked(case, layout, length, arrays) for case in cases]
             runs = [c.attend for c in checked]
             with_dense = length <= dense_limit and jax.default_backend() == "gpu"
@@ -128,7 +126,8 @@ def bench_kernels(
                 yield _row(one, layout, arrays, attend_ms, dense, extra | sparse, repeats)
 
 
-def _arrays(layout: Layout, length: int) -> others.Arrays:
+def random_arrays(layout: Layout, length: int) -> others.Arrays:
+    """Normal q, k and v of a layout, bfloat16."""
     keys = jax.random.split(jax.random.key(0), 3)
     heads = (layout.heads, layout.kv_heads, layout.kv_heads)
 
@@ -182,8 +181,10 @@ def _row(checked: _Checked, layout, arrays, attend_ms, dense_ms, peers, repeats)
     q, k, v = arrays
     choice = choose_implementation(q, k, v, plan)
     estimate = jax.jit(lambda q, k: make_plan(q, k, case.estimator()))
-    tables = jax.jit(lambda q, k, v, p: hopper_tables.prepare(p, q, k, v, lengths=None, q_offset=jnp.int32(0)))
-    planned = median_ms(lambda: tables(*arrays, plan), repeats) if choice.name == "hopper" else float("nan")
+    planned = float("nan")
+    if (prepare := choice.backend.prepare) is not None:
+        tables = jax.jit(lambda q, k, v, p: prepare(p, q, k, v, lengths=None, q_offset=jnp.int32(0)))
+        planned = median_ms(lambda: tables(*arrays, plan), repeats)
     length = q.shape[1]
     density = float(jnp.mean(plan.density(length, length)))
     operations = 4 * layout.head_dim * layout.batch * layout.heads * length * (length + 1) / 2

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from minference_jax.bench.cases import Case
-from minference_jax.cli.console import print_json, stderr, stdout, usage_error
+from minference_jax.cli.console import print_json, stderr, stdout, usage, usage_error
 from minference_jax.patterns.resolve import resolve_patterns
-from minference_jax.patterns.text import PATTERN_HELP
+from minference_jax.patterns.text import PATTERN_HELP, parse_pattern
 
 app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 
@@ -51,7 +51,11 @@ def prefill(
     if [model is not None, bool(random_weights), rows_of is not None].count(True) != 1:
         raise usage_error("give a model, --random-weights or --rows")
     from minference_jax.bench import prefill as bench
+    from minference_jax.runs.files import check_output_file
 
+    if plot is not None:
+        with usage("--plot"):
+            check_output_file(plot)
     if rows_of is not None:
         before = loads(rows_of.read_text())
         if json:
@@ -65,7 +69,8 @@ def prefill(
     sizes = [parse_length(text) for text in lengths.split(",")]
     network = _network(model, random_weights, dtype)
     if pattern:
-        mine = resolve_patterns(pattern, network.config.num_layers, network.config.num_heads)
+        with usage("--pattern"):
+            mine = resolve_patterns(pattern, network.config.num_layers, network.config.num_heads)
         chosen = {name: (mine if name.startswith("minference") else p, fp8) for name, (p, fp8) in chosen.items()}
     rows, name = [], random_weights or str(model)
     try:
@@ -147,6 +152,59 @@ def kernels(
         console.print(bench.table(rows))
         for line in bench.peer_lines(rows):
             console.print(line)
+
+
+@app.command()
+def operator(
+    patterns: Annotated[list[str], typer.Option("--pattern", help=f"May be repeated: {PATTERN_HELP}")],
+    lengths: Annotated[
+        str, typer.Option(help="Sequence lengths in tokens; K and M count 1,024 and its square.")
+    ] = "8K",
+    heads: Annotated[str, typer.Option(help="Query heads/KV heads/head_dim of random inputs.")] = "32/8/128",
+    model: Annotated[
+        Path | None, typer.Option(help="Take queries, keys and values from a layer of this model instead.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="What the model reads; default: the package's excerpt of a novel.")] = "",
+    layer: Annotated[int, typer.Option(min=0, help="Of the model.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns, of which the median is shown.")] = 5,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time sparse attention by pattern as a whole (index, tables and kernel) beside dense attention."""
+    from minference_jax.bench import kernels as bench
+    from minference_jax.bench import operator as whole
+
+    chosen = [parse_pattern(name) for name in patterns]
+    sizes = [parse_length(size) for size in lengths.split(",")]
+    rows = []
+    if model is None:
+        layout = bench.Layout.parse(heads)
+        inputs = ((f"random {layout}", bench.random_arrays(layout, size)) for size in sizes)
+    else:
+        inputs = _captured(model, text, layer, sizes)
+    for name, arrays in inputs:
+        for row in whole.time_operators(arrays, chosen, inputs=name, turns=repeats):
+            rows.append(row)
+            stderr().print(f"  {row.pattern}, {row.length:,} tokens: {row.whole_ms:.3g} ms, dense {row.dense_ms:.3g}")
+    if json:
+        print_json(whole.to_json(rows))
+    else:
+        _show(whole.table(rows))
+
+
+def _captured(path: Path, text: str, layer: int, sizes: list[int]) -> Any:
+    import jax.numpy as jnp
+
+    from minference_jax.bench.operator import captured
+    from minference_jax.cli.console import read_text
+    from minference_jax.data import load_text
+    from minference_jax.text.tokenizer import load_tokenizer
+
+    network = _network(path, "", "")
+    ids = load_tokenizer(path).encode(read_text(text) if text else load_text())
+    if len(ids) < max(sizes):
+        raise ValueError(f"the text has {len(ids):,} tokens, fewer than {max(sizes):,}; give a longer --text")
+    for size in sizes:
+        yield f"{path.name}, layer {layer}", captured(network, jnp.asarray([ids[:size]], jnp.int32), layer)
 
 
 def parse_length(text: str) -> int:

@@ -67,18 +67,53 @@ def progress(label: str, *, show: bool = True) -> Iterator[Update]:
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
+MAX_TEXT_BYTES = 1 << 30
+"""Of a text that a command reads: as much as 200 million tokens, and an end to what has none, such as /dev/zero."""
+
+
 def read_text(name: str) -> str:
     """The UTF-8 text of a file, or of standard input for "-". Raises `ValueError` naming a file that is no text."""
-    raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    if name == "-":
+        raw = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
+    else:
+        with open(name, "rb") as file:
+            raw = file.read(MAX_TEXT_BYTES + 1)
+    if len(raw) > MAX_TEXT_BYTES:
+        raise ValueError(f"{name} has more than {MAX_TEXT_BYTES:,} bytes")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
+def read_full_text(name: str) -> str:
+    """`read_text` of a file that must hold more than white space."""
+    text = read_text(name)
+    if not text.strip():
+        raise ValueError(f"{name} is empty")
+    return text
+
+
 def usage_error(message: str) -> typer.BadParameter:
     """An error that ends the program with status 2."""
     return typer.BadParameter(message)
+
+
+@contextlib.contextmanager
+def usage(option: str) -> Iterator[None]:
+    """`ValueError` and `TypeError` within the block mean that the option was used wrongly: they end with status 2."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise usage_error(f"{option}: {error}") from None
+
+
+def split_names(option: str, text: str) -> list[str]:
+    """Names at the commas, each once. At least one, and none empty, or the command line is wrong."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise usage_error(f"{option} must be names with commas, got {text!r}")
+    return list(dict.fromkeys(names))
 
 
 def cache_directory() -> Path:

@@ -8,7 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from minference_jax.cli.console import progress, read_text, stderr, stdout, usage_error
+from minference_jax.cli.console import (
+    progress,
+    read_full_text,
+    split_names,
+    stderr,
+    stdout,
+    usage,
+    usage_error,
+)
 from minference_jax.cli.generate import load_model
 from minference_jax.patterns.resolve import resolve_patterns
 
@@ -34,23 +42,30 @@ def evaluate(
     output: Annotated[Path, typer.Option(help="Folder of results and report; a run that was stopped goes on.")] = Path(
         "eval"
     ),
+    wait: Annotated[bool, typer.Option("--wait", help="Where another process uses --output, wait for it.")] = False,
 ) -> None:
     """Score methods on tasks at prompt lengths; results are kept, and a stopped run goes on where it was."""
+    from minference_jax.checkpoints.convert import open_checkpoint
     from minference_jax.eval.report import tables, write_report
     from minference_jax.eval.runner import evaluate as run
     from minference_jax.eval.tasks import make_tasks
+    from minference_jax.models.config import LlamaConfig
+    from minference_jax.runs.files import check_output_folder
     from minference_jax.text.tokenizer import load_tokenizer
 
-    sizes = [int(size) for size in lengths.split(",") if re.fullmatch(r"\s*[1-9]\d*\s*", size)]
-    if len(sizes) != len(lengths.split(",")):
-        raise usage_error(f"--lengths must be whole numbers with commas, got {lengths!r}")
-    book = read_text(text) if text else None
-    chosen = make_tasks([name.strip() for name in tasks.split(",")], text=book, qa=qa or (), files=file or ())
+    sizes = _lengths(lengths)
+    names = split_methods(methods)
+    with usage("--output"):
+        check_output_folder(output)
+    # Everything that may be wrong is looked at before the weights are read.
+    book = read_full_text(text) if text else None
+    with usage("--tasks"):
+        chosen = make_tasks(split_names("--tasks", tasks), text=book, qa=qa or (), files=file or ())
+    config = LlamaConfig.from_hf(open_checkpoint(model).config)
     tokenizer = load_tokenizer(model)
+    with usage("--methods"):
+        compared = [_method(name, config, tokenizer) for name in names]
     network = load_model(model, None, dtype)
-    compared = [_method(name, network.config, tokenizer) for name in split_methods(methods)]
-    settings = {"model": model.name, "dtype": network.dtype.name, "text": text}
-    settings |= {"qa": list(map(str, qa or ())), "file": list(map(str, file or ()))}
     with progress("Evaluating") as update:
         results = run(
             network,
@@ -63,10 +78,11 @@ def evaluate(
             density=density,
             seed=seed,
             path=output / "results.jsonl",
-            settings=settings,
+            about={"model": model.absolute().name, "text": text, "methods": names},
+            wait=wait,
             progress=lambda done, total, _: update(done, total),
         )
-    paths = write_report(results, output, f"{model.name}, {samples} samples of each task and length")
+    paths = write_report(results, output, f"{model.absolute().name}, {samples} samples of each task and length")
     from rich.table import Table
 
     for table in tables(results)[: len(sizes)]:
@@ -77,9 +93,25 @@ def evaluate(
     stderr().print("Written: " + ", ".join(map(str, paths)))
 
 
+def _lengths(text: str) -> list[int]:
+    from minference_jax.eval.samples import check_length
+
+    parts = text.split(",")
+    if not all(re.fullmatch(r"\s*[1-9][0-9]{0,11}\s*", part) for part in parts):
+        raise usage_error(f"--lengths must be whole numbers with commas, got {text!r}")
+    sizes = list(dict.fromkeys(map(int, parts)))
+    with usage("--lengths"):
+        for size in sizes:
+            check_length(size)
+    return sizes
+
+
 def split_methods(text: str) -> list[str]:
-    """Names at the commas, except those between the fields of a pattern."""
-    return [part.strip() for part in re.split(r",(?![a-z_]+=)", text) if part.strip()]
+    """Names at the commas, each once, except those between the fields of a pattern."""
+    names = [part.strip() for part in re.split(r",(?![a-z_]+=)", text)]
+    if not all(names):
+        raise usage_error(f"--methods must be names or patterns with commas, got {text!r}")
+    return list(dict.fromkeys(names))
 
 
 def _method(name: str, config: Any, tokenizer: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from minference_jax.cli.console import print_json, progress, read_text, stderr, stdout, usage_error
+from minference_jax.cli.console import print_json, progress, read_text, stderr, stdout, usage, usage_error
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP, describe_patterns
 
@@ -132,7 +132,9 @@ def check_model(path: Path, pattern: str, rope_scaling: Any = None) -> tuple[Any
 
     files = open_checkpoint(path)
     config = check_config(files.path, files.config | ({"rope_scaling": rope_scaling} if rope_scaling else {}))
-    return config, pattern if pattern == "auto" else resolve_patterns(pattern, config.num_layers, config.num_heads)
+    with usage("--pattern"):
+        patterns = pattern if pattern == "auto" else resolve_patterns(pattern, config.num_layers, config.num_heads)
+    return config, patterns
 
 
 def load_model(path: Path, patterns: Any, dtype: str, fp8: bool = False, rope_scaling: Any = None) -> Any:
@@ -198,7 +200,8 @@ def _random(
     from minference_jax.models.llama import Llama
 
     config = known_config(name)
-    patterns = pattern if pattern == "auto" else resolve_patterns(pattern, config.num_layers, config.num_heads)
+    with usage("--pattern"):
+        patterns = pattern if pattern == "auto" else resolve_patterns(pattern, config.num_layers, config.num_heads)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     network = Llama.random(config, jax.random.key(0), dtype, patterns)
     network = network.with_fp8_projections() if fp8 else network

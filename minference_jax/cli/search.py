@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import shlex
 import sys
 import time
@@ -10,7 +12,16 @@ from typing import Annotated, Any
 
 import typer
 
-from minference_jax.cli.console import print_json, progress, read_text, stderr, stdout, usage_error
+from minference_jax.cli.console import (
+    print_json,
+    progress,
+    read_full_text,
+    split_names,
+    stderr,
+    stdout,
+    usage,
+    usage_error,
+)
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import parse_pattern
 
@@ -52,6 +63,7 @@ def search(
         int, typer.Option(min=0, help="As many at each sample's end are scored besides, and count as much.")
     ] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
+    wait: Annotated[bool, typer.Option("--wait", help="Where another process uses --out, wait for it.")] = False,
     restart: Annotated[bool, typer.Option(help="Forget what an interrupted search has kept.")] = False,
     patterns: Annotated[str, typer.Option(help="Verify these instead of searching: a file or a preset.")] = "",
     verify: Annotated[list[str] | None, typer.Option(help="A held-out text to compare on; repeatable.")] = None,
@@ -74,44 +86,69 @@ def search(
         raise usage_error("give --out FILE for the patterns that are found")
     if patterns and not verify:
         raise usage_error("--patterns is only verified here: give --verify FILES")
+    if verify_tokens and not verify:
+        raise usage_error("--verify-tokens needs --verify FILES")
+    if [*texts, *(verify or [])].count("-") > 1:
+        raise usage_error("standard input can be read once only")
 
+    from minference_jax.checkpoints.convert import open_checkpoint
+    from minference_jax.models.config import LlamaConfig
+    from minference_jax.runs.files import check_output_file
     from minference_jax.search import PAPER, Settings, default_candidates
+    from minference_jax.text.tokenizer import load_tokenizer
 
-    chosen = tuple(map(parse_pattern, candidate)) if candidate else PAPER if paper else default_candidates()
-    settings = Settings(_target(target), chosen, cost, objective, budgets, query_tiles, end_tiles)  # pyright: ignore[reportArgumentType]
-    if out is not None and not out.absolute().parent.is_dir():
-        raise ValueError(f"{out.absolute().parent} is no directory")
+    with usage("--candidate"):
+        chosen = tuple(map(parse_pattern, candidate)) if candidate else PAPER if paper else default_candidates()
+    wanted = _target(target)
+    with usage("settings"):
+        settings = Settings(wanted, chosen, cost, objective, budgets, query_tiles, end_tiles)  # pyright: ignore[reportArgumentType]
+    if out is not None:
+        with usage("--out"):
+            check_output_file(out)
+    # Everything that may be wrong is looked at before the weights are read.
+    config = LlamaConfig.from_hf(open_checkpoint(model).config)
+    known = _patterns(patterns, config) if patterns else None
+    tokenizer = load_tokenizer(model)
+    first = read_full_text(texts[0]) if texts else ""
+    ids = [row for name in texts for row in _cut(tokenizer, name, tokens, samples, first if name == texts[0] else None)]
+    if tasks:
+        ids += _prompts(tokenizer, tasks, first, tokens, samples)
+    held_out = [_HeldOut.cut(tokenizer, name, verify_tokens or [tokens]) for name in verify or ()]
     found: dict[str, Any] = {}
-    network, tokenizer = _load(model, dtype)
+    network = _load(model, dtype)
     if texts:
         assert out is not None
-        ids = [row for name in texts for row in _cut(tokenizer, name, tokens, samples)]
-        if tasks:
-            ids += _prompts(tokenizer, tasks, read_text(texts[0]), tokens, samples)
-        found["search"] = _search(network, ids, out, settings, restart, model)
+        found["search"] = _search(network, ids, out, settings, restart, wait, model)
         if not json:
             stdout().print(_summary(found["search"], out))
-        patterns = str(out)
-    if verify:
-        found["verify"] = _verify(network, tokenizer, patterns, verify, verify_tokens or [tokens], chosen, json)
+        known = _patterns(str(out), config)
+    if held_out:
+        found["verify"] = [row for one in held_out for row in one.verify(network, known, chosen, json)]
     if json:
         print_json(found)
 
 
-def _load(model: Path, dtype: str) -> tuple[Any, Any]:
+def _patterns(name: str, config: Any) -> Any:
+    with usage("--patterns"):
+        patterns = resolve_patterns(name, config.num_layers, config.num_heads)
+    if patterns is None:
+        raise usage_error("dense attention is what patterns are compared with: nothing to verify")
+    return patterns
+
+
+def _load(model: Path, dtype: str) -> Any:
     import jax
 
     from minference_jax.models.llama import Llama
-    from minference_jax.text.tokenizer import load_tokenizer
 
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with progress("Reading weights") as update:
-        return Llama.from_pretrained(model, dtype=dtype, progress=update), load_tokenizer(model)
+        return Llama.from_pretrained(model, dtype=dtype, progress=update)
 
 
-def _cut(tokenizer: Any, name: str, tokens: int, samples: int) -> list[list[int]]:
-    """The first `samples` runs of `tokens` tokens of a text."""
-    ids = tokenizer.encode(read_text(name))
+def _cut(tokenizer: Any, name: str, tokens: int, samples: int, text: str | None = None) -> list[list[int]]:
+    """The first `samples` runs of `tokens` tokens of a text, which is read unless given."""
+    ids = tokenizer.encode(read_full_text(name) if text is None else text)
     if len(ids) < tokens * samples:
         raise ValueError(f"{name} has {len(ids):,} tokens; {samples} x {tokens:,} are wanted (see --tokens)")
     return [ids[i * tokens : (i + 1) * tokens] for i in range(samples)]
@@ -121,11 +158,14 @@ def _prompts(tokenizer: Any, tasks: str, text: str, tokens: int, samples: int) -
     """The first `samples` prompts of each task, of at most `tokens` tokens."""
     from minference_jax.eval.tasks import make_tasks
 
-    chosen = make_tasks([name.strip() for name in tasks.split(",")], text=text)
+    with usage("--tasks"):
+        chosen = make_tasks(split_names("--tasks", tasks), text=text)
     return [list(task.sample(tokenizer, tokens, i, TASK_SEED).tokens) for task in chosen for i in range(samples)]
 
 
-def _search(network: Any, ids: list[list[int]], out: Path, settings: Any, restart: bool, model: Path) -> dict[str, Any]:
+def _search(
+    network: Any, ids: list[list[int]], out: Path, settings: Any, restart: bool, wait: bool, model: Path
+) -> dict[str, Any]:
     import resource
 
     import jax
@@ -149,9 +189,8 @@ def _search(network: Any, ids: list[list[int]], out: Path, settings: Any, restar
         lengths = [len(row) for row in ids]
         rows = [row + [0] * (max(lengths) - len(row)) for row in ids]
         samples, sizes = jnp.asarray(rows, jnp.int32), jnp.asarray(lengths, jnp.int32)
-        search_to_file(
-            network, samples, out, lengths=sizes, settings=settings, about=about, restart=restart, progress=report
-        )
+        options: dict[str, Any] = {"restart": restart, "wait": wait, "progress": report}
+        search_to_file(network, samples, out, lengths=sizes, settings=settings, about=about, **options)
     memory = jax.devices()[0].memory_stats() or {}
     peak = memory.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     figures = {"seconds": time.perf_counter() - started, "peak memory GiB": round(peak / 2**30, 2)}
@@ -174,31 +213,38 @@ def _summary(found: dict[str, Any], out: Path) -> str:
     )
 
 
-def _verify(
-    network: Any, tokenizer: Any, name: str, texts: list[str], lengths: list[int], candidates: Any, quiet: bool
-) -> list[dict[str, Any]]:
-    import jax.numpy as jnp
+@dataclasses.dataclass(frozen=True)
+class _HeldOut:
+    """A text that no search has seen, cut at each length that patterns are compared at."""
 
-    from minference_jax.search.verify import format_table, verify
+    name: str
+    prompts: list[list[int]]
 
-    patterns = resolve_patterns(name, network.config.num_layers, network.config.num_heads)
-    if patterns is None:
-        raise ValueError("dense attention is what patterns are compared with: nothing to verify")
-    tables = []
-    for text in texts:
-        for tokens in lengths:
-            ids = jnp.asarray(_cut(tokenizer, text, tokens, 1), jnp.int32)
+    @classmethod
+    def cut(cls, tokenizer: Any, name: str, lengths: list[int]) -> _HeldOut:
+        longest = _cut(tokenizer, name, max(lengths), 1)[0]
+        return cls(name, [longest[:tokens] for tokens in lengths])
+
+    def verify(self, network: Any, patterns: Any, candidates: Any, quiet: bool) -> list[dict[str, Any]]:
+        """A table for each length, printed unless `quiet`."""
+        import jax.numpy as jnp
+
+        from minference_jax.search.verify import format_table, verify
+
+        tables = []
+        for ids in self.prompts:
             rows = verify(
                 network,
-                ids,
+                jnp.asarray([ids], jnp.int32),
                 {"searched": patterns},
                 candidates=candidates,
                 say=lambda line: stderr().print(line, soft_wrap=True, markup=False),
             )
-            tables.append({"text": text, "tokens": tokens, "rows": [row._asdict() for row in rows]})
+            tables.append({"text": self.name, "tokens": len(ids), "rows": [row._asdict() for row in rows]})
             if not quiet:
-                stdout().print(f"\n{Path(text).name}, {tokens:,} tokens\n\n{format_table(rows)}", markup=False)
-    return tables
+                title = f"{Path(self.name).name}, {len(ids):,} tokens"
+                stdout().print(f"\n{title}\n\n{format_table(rows)}", markup=False)
+        return tables
 
 
 def _target(text: str) -> Any:
@@ -207,10 +253,12 @@ def _target(text: str) -> Any:
     if not text:
         return None
     try:
-        if text.endswith("ms"):
-            return Latency(float(text.removesuffix("ms")))
-        return float(text)
+        number = float(text.removesuffix("ms"))
+        if not math.isfinite(number):
+            raise usage_error(f"--target {text!r} is not finite")
+        return Latency(number) if text.endswith("ms") else number
     except ValueError:
         if text[0].isalpha():
-            return parse_pattern(text)
+            with usage("--target"):
+                return parse_pattern(text)
         raise usage_error(f"--target {text!r} is no density, no time in ms and no pattern") from None

@@ -12,7 +12,7 @@ import numpy as np
 from minference_jax.compare.api import compare
 from minference_jax.compare.comparison import Comparison
 from minference_jax.eval.metrics import wilson
-from minference_jax.eval.samples import Sample, Task
+from minference_jax.eval.samples import Sample, Task, check_length
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -71,6 +71,7 @@ def compare_task(
         from minference_jax.text.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(model)
+    check_length(length)
     prompts = [task.sample(tokenizer, length, index, seed) for index in range(samples)]
     if not prompts or not prompts[0].max_new_tokens:
         raise ValueError(f"{task.name} with {samples} samples has no replies to compare")

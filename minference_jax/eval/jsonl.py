@@ -168,12 +168,12 @@ def _record(line: Mapping[str, Any], answer: Any, options: Sequence[str]) -> dic
 
 def _records(path: str | Path, convert: Callable[[Any], dict[str, Any]]) -> tuple[dict[str, Any], ...]:
     found = []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
                     found.append(convert(json.loads(line)))
-                except (ValueError, KeyError, TypeError, IndexError) as error:
+                except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
                     raise ValueError(f"{path}, line {number}: {type(error).__name__} {error}") from None
     if not found:
         raise ValueError(f"{path} holds no line")

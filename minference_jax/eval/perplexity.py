@@ -20,6 +20,8 @@ class Perplexity:
 
     def sample(self, tokenizer: ChatTokenizer, length: int, index: int, seed: int) -> Sample:
         """Window `index`; raises `ValueError` where the text is shorter than `length` tokens."""
+        if length < 2:
+            raise ValueError(f"length {length} is too short: one token has no likelihood")
         ids = _text_ids(tokenizer, self.text)
         if len(ids) < length:
             raise ValueError(f"length {length} is too long: the text has {len(ids)} tokens")

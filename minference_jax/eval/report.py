@@ -8,6 +8,7 @@ from pathlib import Path
 
 from minference_jax.eval.results import Cell, Result, mean_density, perplexity_cell, score_cell
 from minference_jax.eval.tasks import GROUPS
+from minference_jax.runs.files import naming
 
 NOTE = (
     "Scores are percentages with Wilson's 95 % interval, perplexity has the interval that its windows' spread gives. "
@@ -94,7 +95,8 @@ def write_report(results: Sequence[Result], directory: str | Path, title: str = 
     texts = {f"{name}.svg": svg for name, svg in plots.items()}
     texts |= {"report.md": markdown(results, title), "report.html": html_page(results, title, list(plots.values()))}
     for name, text in texts.items():
-        (directory / name).write_text(text, encoding="utf-8")
+        with naming(directory / name):
+            (directory / name).write_text(text, encoding="utf-8")
     return [directory / name for name in texts]
 
 

@@ -6,11 +6,12 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from minference_jax.eval.metrics import wilson
+from minference_jax.runs.files import naming
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,42 +39,117 @@ class Result:
         """What a result is of."""
         return self.method, self.task, self.length, self.index
 
+    @classmethod
+    def from_json(cls, fields: Any) -> Result:
+        """Of what `dataclasses.asdict` gave. Raises `ValueError` or `TypeError` naming a field that is wrong."""
+        result = cls(**fields)
+        for name, kind in (("method", str), ("task", str), ("reply", str), ("about", dict)):
+            if not isinstance(getattr(result, name), kind):
+                raise ValueError(f"{name} is {getattr(result, name)!r}")
+        for name in ("length", "index", "tokens"):
+            value = getattr(result, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} is {value!r}, no whole number from 0 on")
+        for name in ("score", "nll", "density", "recall"):
+            value = getattr(result, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{name} is {value!r}, no number")
+        if result.score is not None and not 0 <= result.score <= 1:
+            raise ValueError(f"score is {result.score!r}, not between 0 and 1")
+        if result.nll is not None and not result.tokens:
+            raise ValueError("nll of 0 tokens")
+        return result
 
-class ResultFile:
-    """A JSONL file whose first line says what run it belongs to, and whose others are results.
 
-    A last line that was cut off, as a killed run may leave it, is dropped. Raises `ValueError` when the file is of a
-    run with other settings, naming them, or no such file.
+class Results:
+    """Results in memory, each of another sample: one of a sample that has a result already is left out."""
+
+    def __init__(self) -> None:
+        self.results: list[Result] = []
+        self._keys: set[tuple[str, str, int, int]] = set()
+
+    def __contains__(self, key: tuple[str, str, int, int]) -> bool:
+        """Whether there is a result of this `Result.key`."""
+        return key in self._keys
+
+    def append(self, results: Iterable[Result]) -> None:
+        """Adds results."""
+        self._keep(self._new(results))
+
+    def _new(self, results: Iterable[Result]) -> list[Result]:
+        """Those of samples that have no result yet, one of each."""
+        first = {}
+        for result in results:
+            if result.key not in self._keys:
+                first.setdefault(result.key, result)
+        return list(first.values())
+
+    def _keep(self, results: Sequence[Result]) -> None:
+        self.results.extend(results)
+        self._keys.update(result.key for result in results)
+
+
+class ResultFile(Results):
+    """A JSONL file whose first line says what made it, and whose others are results, each of another sample.
+
+    What is there already is read into `results`, where a result of a sample that has one is left out. A last line that
+    was cut off, as a killed run may leave it, is dropped. A run that writes must hold the file's lock (`runs.lock`).
+
+    Raises `ValueError` when the file was made by something else, naming what differs, or is no such file, naming the
+    line. `about` is written for people, and compared with nothing.
     """
 
-    def __init__(self, path: str | Path, settings: Mapping[str, Any]):
-        self.path, self.results = Path(path), []
+    def __init__(self, path: str | Path, settings: Mapping[str, Any], about: Mapping[str, Any] | None = None):
+        super().__init__()
+        self.path = Path(path)
         settings = dict(json.loads(json.dumps(settings)))
         found = self.path.read_bytes() if self.path.exists() else b""
         whole = found[: found.rfind(b"\n") + 1]
         if whole:
-            try:
-                first, *lines = (json.loads(line) for line in whole.splitlines())
-                self.results = [Result(**line) for line in lines]
-                before = dict(first["settings"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is no file of results: {type(error).__name__} {error}") from None
-            if before != settings:
-                names = sorted(name for name in {**before, **settings} if before.get(name) != settings.get(name))
-                wrong = ", ".join(f"{name} {before.get(name)!r} instead of {settings.get(name)!r}" for name in names)
-                raise ValueError(f"{path} is of another run: {wrong}; name another file, or delete it")
+            self._read(whole.split(b"\n"), settings)
             os.truncate(self.path, len(whole))  # never without what it holds, whenever this run is killed
         elif found and not found.startswith(b'{"settings"'[: len(found)]):
             raise ValueError(f"{path} is no file of results: it has no whole line")
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
+            first = {"settings": settings} | ({"about": dict(about)} if about else {})
+            with naming(path):
+                self.path.write_text(json.dumps(first) + "\n", encoding="utf-8")
 
     def append(self, results: Iterable[Result]) -> None:
-        """Adds results, at once on disk."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            write_lines(file, results)
-        self.results.extend(results)
+        """Adds results, at once on disk, except of samples that have one. Where the disk is full, it adds none."""
+        new = self._new(results)
+        size = self.path.stat().st_size
+        try:
+            with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+                write_lines(file, new)
+        except OSError:
+            os.truncate(self.path, size)
+            raise
+        self._keep(new)
+
+    def _read(self, lines: Sequence[bytes], settings: Mapping[str, Any]) -> None:
+        results, before = [], {}
+        for number, line in enumerate(lines, 1):
+            try:
+                if not line.strip():
+                    continue
+                content = json.loads(line)
+                if number == 1:
+                    before = dict(content["settings"])
+                elif "settings" in content:  # of a file that was appended to this one
+                    if content["settings"] != before:
+                        raise ValueError("a run with other settings begins here")
+                else:
+                    results.append(Result.from_json(content))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                what = f"line {number}: {type(error).__name__} {error}"
+                raise ValueError(f"{self.path} is no file of results: {what}") from None
+        if before != settings:
+            names = sorted(name for name in {**before, **settings} if before.get(name) != settings.get(name))
+            wrong = ", ".join(f"{name} {before.get(name)!r} instead of {settings.get(name)!r}" for name in names)
+            raise ValueError(f"{self.path} is of another run: {wrong}; name another file, or delete it")
+        self._keep(self._new(results))
 
 
 def write_lines(file: TextIO, results: Iterable[Result]) -> None:

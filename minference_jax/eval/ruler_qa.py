@@ -43,24 +43,24 @@ class RulerQuestions:
         which is how multi-paragraph sets such as HotpotQA are written in this format. Raises `ValueError` naming the
         file when it is something else.
         """
-        contexts: list[str] = []
+        contexts: dict[str, int] = {}
         asked: dict[str, tuple[list[int], list[str]]] = {}
         try:
             for article in json.loads(Path(path).read_text(encoding="utf-8"))["data"]:
                 for paragraph in article["paragraphs"]:
-                    if paragraph["context"] not in contexts:
-                        contexts.append(paragraph["context"])
-                    place = contexts.index(paragraph["context"])
+                    place = contexts.setdefault(paragraph["context"], len(contexts))
                     for question in paragraph["qas"]:
                         answers = [answer["text"] for answer in question.get("answers") or ()]
                         if answers and not question.get("is_impossible"):
                             places, texts = asked.setdefault(question["question"], ([], []))
                             places.append(place)
                             texts.extend(answers)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not in SQuAD's format: {type(error).__name__} {error}") from None
         if not asked:
             raise ValueError(f"{path}: holds no question with an answer")
+        if wrong := next((one for one in (*contexts, *asked) if not isinstance(one, str)), None):
+            raise ValueError(f"{path}: not in SQuAD's format: {wrong!r} is no text")
         questions = (
             Question(text, tuple(dict.fromkeys(places)), tuple(dict.fromkeys(answers)))
             for text, (places, answers) in asked.items()

@@ -6,8 +6,10 @@ the prompts are. Batches are always full (the last one repeats a prompt), so the
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from minference_jax.eval.methods import Method
-from minference_jax.eval.results import Result, ResultFile
-from minference_jax.eval.samples import Sample, Task
+from minference_jax.eval.results import Result, ResultFile, Results
+from minference_jax.eval.samples import Sample, Task, check_length
 from minference_jax.models.generate import generate
 from minference_jax.models.llama import Llama
 from minference_jax.planning.buckets import bucket_length
+from minference_jax.runs.identity import content_digest, package_version, weights_digest
+from minference_jax.runs.lock import locked
 
 Progress = Callable[[int, int, str], None]
 """Called with samples done, their total, and what is next."""
@@ -37,7 +41,8 @@ def evaluate(
     density: float = 0.35,
     seed: int = 0,
     path: str | Path | None = None,
-    settings: dict[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
+    wait: bool = False,
     progress: Progress | None = None,
     deadline: float | None = None,
 ) -> list[Result]:
@@ -49,47 +54,74 @@ def evaluate(
     - `batch`: prompts at once. `density`: the largest share of visited keys that methods are made for.
     - `seed`: of the prompts. The same for all methods, which therefore see the same prompts.
     - `path`: a JSONL file that results are appended to after each batch. Where it exists, what it holds is not run
-      again; a run that was killed and started again ends with the same results.
-    - `settings`: what else makes runs different, such as the model's name; the file keeps it and refuses another.
+      again; a run that was killed and started again ends with the same results. The file keeps what made the results,
+      by content: weights, tokenizer, tasks with their texts, methods with their patterns, settings, and the package's
+      version. A run of anything else is refused.
+    - `about`: more to say in the file, such as the model's name. It makes no run different.
+    - `wait`: where another process works on `path`, wait until it is done.
     - `deadline`: of `time.monotonic()`; no batch starts after it.
 
     Lengths that a task cannot have (its text is too short, or the prompt too long without one) raise `ValueError`;
-    those that its first prompt cannot have, before anything runs.
+    those that its first prompt cannot have, before anything runs. So do names that occur twice and settings out of
+    range. Where another process works on `path`, `LockedError` names its process id.
     """
+    _check(lengths, [task.name for task in tasks], [method.name for method in methods], samples, batch, density)
     for task in tasks:
         for length in lengths:
             task.sample(tokenizer, length, 0, seed)
-    kept = {"lengths": list(lengths), "samples": samples, "batch": batch, "density": density, "seed": seed}
-    kept |= {"tasks": [task.name for task in tasks], "methods": [method.name for method in methods]}
-    file = None if path is None else ResultFile(path, kept | (settings or {}))
-    results = [] if file is None else file.results
-    done = {result.key for result in results}
-    total, models = samples * len(tasks) * len(lengths) * len(methods), {}
-    for length in lengths:
-        for task in tasks:
+    with contextlib.ExitStack() as stack:
+        kept: Results = Results()
+        if path is not None:
+            stack.enter_context(locked(path, wait=wait))
+            made_by = {"lengths": list(lengths), "samples": samples, "batch": batch, "density": density, "seed": seed}
+            kept = ResultFile(path, made_by | identity(model, tokenizer, tasks, methods), about)
+        total, models = samples * len(tasks) * len(lengths) * len(methods), {}
+        for length, task in itertools.product(lengths, tasks):
             prompts = [task.sample(tokenizer, length, index, seed) for index in range(samples)]
-            for method in methods:
-                for group in batches(prompts, batch):
-                    missing = [s for s in group if (method.name, s.task, s.length, s.index) not in done]
-                    if not missing:
-                        continue
-                    if deadline is not None and time.monotonic() > deadline:
-                        return results
-                    if progress is not None:
-                        progress(len(done), total, f"{method.name}, {task.name}, {length:,} tokens")
-                    where = method.name, length
-                    if where not in models:
-                        models[where] = model.with_patterns(method.choose(model, length, density))
-                    new = run_batch(models[where], tokenizer, task, group, method.name, batch)
-                    new = [result for result in new if result.key not in done]
-                    if file is None:
-                        results.extend(new)
-                    else:
-                        file.append(new)
-                    done |= {result.key for result in new}
-    if progress is not None:
-        progress(len(done), total, "done")
-    return results
+            for method, group in itertools.product(methods, list(batches(prompts, batch))):
+                if all((method.name, s.task, s.length, s.index) in kept for s in group):
+                    continue
+                if deadline is not None and time.monotonic() > deadline:
+                    return kept.results
+                if progress is not None:
+                    progress(len(kept.results), total, f"{method.name}, {task.name}, {length:,} tokens")
+                where = method.name, length
+                if where not in models:
+                    models[where] = model.with_patterns(method.choose(model, length, density))
+                kept.append(run_batch(models[where], tokenizer, task, group, method.name, batch))
+        if progress is not None:
+            progress(len(kept.results), total, "done")
+        return kept.results
+
+
+def identity(model: Llama, tokenizer: Any, tasks: Sequence[Task], methods: Sequence[Method]) -> dict[str, Any]:
+    """What makes results, as names and hashes of content: weights, tokenizer, tasks, methods, the package."""
+    return {
+        "model": content_digest(model.config),
+        "weights": weights_digest(model.params()),
+        "dtype": model.dtype.name,
+        "tokenizer": content_digest(tokenizer),
+        "tasks": {task.name: content_digest(task) for task in tasks},
+        "methods": {method.name: content_digest(method) for method in methods},
+        "version": package_version(),
+    }
+
+
+def _check(
+    lengths: Sequence[int], tasks: Sequence[str], methods: Sequence[str], samples: int, batch: int, density: float
+) -> None:
+    for name, values in (("lengths", lengths), ("tasks", tasks), ("methods", methods)):
+        if not values:
+            raise ValueError(f"{name}: there must be at least one")
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name} must differ from each other, got {', '.join(map(str, values))}")
+    for length in lengths:
+        check_length(length)
+    for name, value in (("samples", samples), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be above 0 and at most 1, got {density}")
 
 
 def batches(prompts: Sequence[Sample], size: int) -> Iterator[list[Sample]]:

@@ -38,6 +38,16 @@ class Sample:
         return f"{self.task}/{self.length}/{self.index}"
 
 
+MAX_LENGTH = 1 << 22
+"""Longest prompt, in tokens: four times the longest that any model here reads. More is a slip of the keyboard."""
+
+
+def check_length(length: int) -> None:
+    """Raises `ValueError` for a prompt length out of range."""
+    if not 0 < length <= MAX_LENGTH:
+        raise ValueError(f"lengths must be from 1 to {MAX_LENGTH:,} tokens, got {length}")
+
+
 class Task(Protocol):
     """A family of prompts of any length, each drawn from a seed and an index alone."""
 

@@ -44,6 +44,12 @@ def make_tasks(
     if len(qa) > 2:
         raise ValueError(f"qa: {len(qa)} files of questions, but RULER has two tasks for them")
     text = load_text() if text is None else text
+    if not text.strip():
+        raise ValueError("text is empty: there is nothing to hide a needle in, or to measure perplexity on")
+    if files and not {"infinitebench", "longbench"} & set(names):
+        raise ValueError(f"files: {files[0]} is read by the tasks infinitebench and longbench only")
+    if qa and not {"ruler", "ruler-qa_1", "ruler-qa_2"} & set(names):
+        raise ValueError(f"qa: {qa[0]} is read by the tasks ruler, ruler-qa_1 and ruler-qa_2 only")
     known: dict[str, Task] = {f"ruler-{name}": RulerNeedle(name, text) for name in KINDS}
     for kind in ("magic", "address"):
         for mode in ("raw", "prefix", "chat"):

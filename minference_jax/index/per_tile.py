@@ -20,6 +20,7 @@ from minference_jax.index.vertical_slash import MIN_SLASHES, TILE_SINK_COLUMNS, 
 from minference_jax.index.worth import Mass, held, worth_a_visit
 from pallas_kernels.plan import KEY_TILE, SparsePlan, num_key_tiles, num_query_tiles
 from pallas_kernels.plan_builders import slashes_to_bands
+from pallas_kernels.tracing import vary_alike
 
 SPLITS = ((1.0, 1.0), (0.5, 1.35), (0.125, 1.45))
 """Factors of columns and slashes that visit about as much on text, where the columns are a quarter of the prompt. A
@@ -122,7 +123,7 @@ def _original(
     return jax.lax.map(keeps, jnp.asarray(SPLITS, jnp.float32)).max(0) + mass.diagonal
 
 
-def _covered(bands: Int[Array, "b n R"], count: Int[Array, "b n"], s: int) -> Bool[Array, "b n s+1"]:
+def _covered(bands: Int[Array, "b n R"], count: Int[Array, "b n"], s: int) -> Bool[Array, "b n {s}+1"]:
     """Whether the key at each distance 0 … s before a query tile lies in a band: [r − 63, r] for one at r."""
     at = jnp.where(jnp.arange(bands.shape[-1]) < count[..., None], bands, s + 2 * KEY_TILE)
     ends = jax.vmap(jax.vmap(lambda at: jnp.zeros((s + 2 * KEY_TILE,), jnp.int32).at[at].set(1, mode="drop")))(at)
@@ -142,5 +143,6 @@ def _choose(
         return jnp.where(enough, low, octaves), jnp.where(enough, octaves, high)
 
     none = jnp.zeros(least.shape, jnp.float32)
-    _, octaves = jax.lax.fori_loop(0, STEPS + 1, halve, (none, jnp.full_like(none, OCTAVES)))
+    ends = vary_alike((none, jnp.full_like(none, OCTAVES)), mass, threshold, least)
+    _, octaves = jax.lax.fori_loop(0, STEPS + 1, halve, ends)
     return worth_a_visit(mass, threshold * jnp.exp2(-octaves))

@@ -10,14 +10,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from minference_jax.index import probes
+from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
 from pallas_kernels.plan import QUERY_TILE, SparsePlan, kv_limit, num_query_tiles, visited_keys
+from pallas_kernels.tracing import under_own_settings
 
 CELLS = 1 << 23
 """How many (probe, key) pairs `estimated_recall` looks up in a plan at once, at some bytes each: few and large steps
 where prompts are short."""
 
 
-@partial(jax.jit, static_argnames="scale")
+@under_own_settings
 def recall(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -35,11 +37,23 @@ def recall(
     Exact, and as expensive as dense attention: one query tile of one KV head's group at a time, so memory is
     g · 128 · s floats.
     """
+    check_qkv(q, k, k)
+    plan.validate(q.shape[0], q.shape[2], q.shape[1])
+    limit = kv_limit(check_lengths(lengths, q.shape[0], k.shape[1]), q.shape[0], k.shape[1])
+    return _recall(q, k, plan, limit, check_q_offset(q_offset, q.shape[1], k.shape[1]), check_scale(scale, q))
+
+
+@partial(jax.jit, static_argnames="factor")
+def _recall(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    plan: SparsePlan,
+    limit: Int[Array, " b"],
+    q_offset: Int[Array, ""],
+    factor: float,
+) -> Float[Array, "b n"]:
     b, t, n, h = q.shape
     kv_heads = k.shape[2]
-    plan.validate(b, n, t)
-    factor = h**-0.5 if scale is None else scale
-    limit, q_offset = kv_limit(lengths, b, k.shape[1]), jnp.asarray(q_offset, jnp.int32)
     count = num_query_tiles(t)
     tiles_of_q = jnp.pad(q, ((0, 0), (0, count * QUERY_TILE - t), (0, 0), (0, 0)))
     tiles_of_q = tiles_of_q.reshape(b, count, QUERY_TILE, kv_heads, n // kv_heads, h)

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt, UInt32
 
+from pallas_kernels.tracing import vary_alike
+
 _WORD = 32
 
 DIGIT_BITS = 2
@@ -128,7 +130,8 @@ def kth_largest(
             reached |= (held[1] >= enough.target[..., None]) & (held[0] >= enough.least)
         return found | (jnp.sum(reached, axis=-1, dtype=kind) << shift)
 
-    return jax.lax.fori_loop(0, bits // DIGIT_BITS, step, jnp.zeros(k.shape, kind))
+    nothing = vary_alike(jnp.zeros(k.shape, kind), keys, k, () if enough is None else tuple(enough))
+    return jax.lax.fori_loop(0, bits // DIGIT_BITS, step, nothing)
 
 
 def pack(mask: Bool[Array, "*rows s"]) -> UInt32[Array, "*rows w"]:

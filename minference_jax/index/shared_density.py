@@ -1,89 +1,166 @@
-"""Columns and blocks at one density for all heads of a layer: a threshold on the mean weight, found for each prompt."""
+"""Key tiles at one density for all heads of a layer: a level of the mean weight, found for each prompt.
+
+Probe rows in every query tile say exactly how much of their attention each key tile holds (`tile_masses`). The tiles
+with the highest mean weight are visited, whatever head they are of, until the layer has used up its cells. Nothing here
+is larger than query tiles times key tiles, and that is read as 16-bit integers.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from minference_jax.index import probes, select
-from minference_jax.index.per_tile import packed, unpacked
-from minference_jax.index.tile_mass import estimate, last_rows, query_tiles, tile_rows
-from minference_jax.index.vertical_slash import TILE_SINK_COLUMNS
-from minference_jax.index.worth import Asked, Mass, within
-from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, num_query_tiles
+from minference_jax.index.level import ALWAYS, NEVER, level_keys, reaching
+from minference_jax.index.probes import PROBES
+from minference_jax.index.question import Columns, column_masses, open_keys, question_columns
+from minference_jax.index.tile_mass import tile_rows
+from pallas_kernels.index.masses import MassImplementation, choose_masses, tile_masses
+from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, num_key_tiles, num_query_tiles
+
+QUESTION_WIDTH = 1_024
+"""Most question columns of a head unless said otherwise: a bias for each of them and query tile is what they cost."""
+
+
+class Tiles(NamedTuple):
+    """Where the query tiles of a call are."""
+
+    start: Int[Array, " i"]
+    """Position of each one's first row."""
+
+    rows: Int[Array, "b i"]
+    """Its valid rows."""
+
+    past: Bool[Array, "i j"]
+    """Key tiles before it, which are what it can choose."""
+
+    end: Bool[Array, "b i"]
+    """Whether it holds any of the last 64 valid rows."""
 
 
 def shared_density_index(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
     density: Float[Array, " n"],
-    question: Int[Array, " n"] | None,
+    question: Int[Array, " n"] | None = None,
+    threshold: Float[Array, " n"] | None = None,
+    *,
+    every: int,
+    question_width: int | None = None,
+    lengths: Int[Array, " b"],
+    q_offset: Int[Array, ""],
+    scale: float,
+    axis_name: str | None = None,
+    implementation: MassImplementation | None = None,
+) -> SparsePlan:
+    """Key tiles of every head at one level for the heads of a layer, and the columns that the question asks for.
+
+    Always visited: the diagonal, the first key tile, every key of the query tiles that hold the last 64 valid rows, and
+    the question's columns. The heads of a finite density then visit the tiles of the highest mean weight until they
+    have, together and in each sequence, the sum of their shares of the causal cells, counted as `plan.density` does,
+    less at most one tile. What is always visited may be more than that.
+
+    **Arguments:**
+
+    - `density`: of each head, inf for a head that takes no part; such a head's lists are empty.
+    - `question`: question columns of each head, at most `question_width` (static, by default 1,024 or all keys); None
+      (static) where no head has any.
+    - `threshold`: tiles of a lower mean weight are not visited, though the density may allow it; None (static) for 0.
+    - `every` (static): rows to a probe, a divisor of 128.
+    - `lengths`, `q_offset`, `scale`: as `vertical_slash_index`.
+    - `axis_name` (static): a mesh axis over which the heads of a layer are divided, inside `jax.shard_map`. The density
+      is then that of the heads on all devices.
+    - `implementation` (static): as for `tile_masses`; "hopper" also chooses the tiles by kernels.
+
+    **Returns:** blocks as wide as there are key tiles, with columns if `question` is given.
+
+    Cost: the scores of t / every rows with the keys before them, and a few reads of a 16-bit number for each head,
+    query tile and key tile. Memory: what the kernel of `tile_masses` leaves, 4 · 128 / every bytes for each of them.
+    """
+    t, s = q.shape[1], k.shape[1]
+    valid = jnp.clip(lengths - q_offset, 0, t)
+    tiles = _tiles(valid, q_offset, num_query_tiles(t), num_key_tiles(s))
+    columns = None
+    if question is not None:
+        width = min(s, QUESTION_WIDTH if question_width is None else question_width)
+        own = jnp.where(jnp.isfinite(density), question, 0)
+        columns = question_columns(q, k, own, width, valid=valid, q_offset=q_offset, scale=scale)
+
+    where: dict[str, Any] = {"lengths": lengths, "q_offset": q_offset, "scale": scale}
+    kernels = choose_masses(q, k, implementation).name == "hopper"
+    weights = mean_weights(q, k, tiles, columns, every=every, implementation=implementation, **where)
+    eligible = tiles.past & (tiles.rows > 0)[:, None, :, None] & jnp.isfinite(density)[:, None, None]
+    counted = None if columns is None else open_keys(columns)
+    if counted is not None:
+        eligible &= (counted > 0)[:, :, None]
+    kept = (jnp.arange(tiles.past.shape[1]) == 0) | tiles.end[:, None, :, None]
+    worth = eligible if threshold is None else eligible & (weights >= threshold[:, None, None])
+    keys = jnp.where(worth, level_keys(weights), jnp.uint16(NEVER))
+    keys = jnp.where(eligible & kept, jnp.uint16(ALWAYS), keys)
+
+    most = _most(tiles, density, columns, axis_name)
+    blocks, block_count = reaching(keys, counted, tiles.rows, most, axis_name=axis_name, kernels=kernels)
+    if columns is None:
+        return SparsePlan(blocks=blocks, block_count=block_count, band_multiple=KEY_TILE, clean=True)
+    return SparsePlan(
+        columns.positions, columns.count, blocks=blocks, block_count=block_count, band_multiple=KEY_TILE, clean=True
+    )
+
+
+def mean_weights(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    tiles: Tiles,
+    columns: Columns | None,
     *,
     every: int,
     lengths: Int[Array, " b"],
     q_offset: Int[Array, ""],
     scale: float,
-) -> SparsePlan:
-    """Columns and blocks of every head, at one threshold for the heads of a layer.
+    implementation: MassImplementation | None = None,
+) -> Float[Array, "b n i j"]:
+    """What decides which tiles are visited: the mean attention weight of the cells that a visit adds.
 
-    **Arguments:** `density`: of each head, inf for a head that does not take part. `question`: columns of each head
-    that the last 64 rows ask for; None (static) where no head has any. The rest as `per_tile_index`.
-
-    Cost: the scores of t / every rows with all keys, and eight reads of `[t / 128, s]` sums in float32 a head, which
-    are held for all heads.
+    Keys that are columns are not part of it. Any other score in (0, 1] would do.
     """
-    b, t, n, _ = q.shape
-    s, kv_heads, tiles = k.shape[1], k.shape[2], num_query_tiles(t)
-    valid = jnp.clip(lengths - q_offset, 0, t)
+    valid = jnp.clip(lengths - q_offset, 0, q.shape[1])
     # A head that looks at the token before needs the tile before in the first row of a query tile alone, and the last
     # row of a prompt asks for what comes next.
-    rows, share = tile_rows(valid, tiles, every, ends=True)
-    everywhere = jnp.broadcast_to(rows.reshape(b, 1, -1), (b, n, rows.shape[1] * rows.shape[2]))
-    per_head = probes.by_kv_head({"probes": probes.gather_probes(q, everywhere)}, b, n, kv_heads)
-    per_sequence = {"rows": rows, "share": share, "valid": valid}
-    size = n // kv_heads * s * (rows.shape[1] * rows.shape[2] * k.dtype.itemsize + 3 * tiles * 4)
-    before, diagonal = probes.map_heads(
-        lambda k, heads, sequence: estimate(k, heads["probes"], sequence, q_offset, scale)[:2],
-        *(k, per_head, per_sequence),
-        bytes_per_kv_head=size,
-    )
-    mass = Mass(before, diagonal, *query_tiles(valid, q_offset, tiles))
-    budgets = {"density": density} | ({} if question is None else {"question": question})
-    budgets = probes.by_kv_head(budgets, b, n, kv_heads)
-    asked = None
-    if question is not None:
-        asked = _asked(q, k, mass, budgets["question"], valid, q_offset, scale)
-    found = within(mass, budgets["density"], TILE_SINK_COLUMNS, asked)
-    bits = packed(*found, (q_offset + valid)[:, None, None, None], s)
-    columns, blocks = (x.reshape(b, n, *x.shape[3:]) for x in bits)
-    return unpacked(columns, blocks, s)
+    rows, share = tile_rows(valid, tiles.start.shape[0], every, ends=True)
+    where: dict[str, Any] = {"q_offset": q_offset, "scale": scale}
+    masses = partial(tile_masses, q, k, rows, share, lengths=lengths, implementation=implementation, **where)
+    height = tiles.rows[:, None, :, None].astype(jnp.float32)
+    if columns is None:
+        return masses() / jnp.maximum(KEY_TILE * height, 1)
+    held, lse = masses(return_lse=True)
+    held = jnp.maximum(held - column_masses(q, k, columns, rows, share, lse, **where), 0)
+    cells = open_keys(columns)[:, :, None].astype(jnp.float32) * height
+    return held / jnp.maximum(cells, 1)
 
 
-def _asked(
-    q: Float[Array, "b t n h"],
-    k: Float[Array, "b s k h"],
-    mass: Mass,
-    count: Int[Array, "b k g"],
-    valid: Int[Array, " b"],
-    q_offset: Int[Array, ""],
-    scale: float,
-) -> Asked:
-    """The `count` keys that the last rows of each head attend to most, and of a head with any, all keys of the query
-    tiles that hold these rows."""
-    s, kv_heads = k.shape[1], k.shape[2]
-    last = last_rows(q, kv_heads, valid, q_offset) | {"count": count}
+def _tiles(valid: Int[Array, " b"], q_offset: Int[Array, ""], query_tiles: int, key_tiles: int) -> Tiles:
+    first = QUERY_TILE * jnp.arange(query_tiles, dtype=jnp.int32)
+    rows = jnp.clip(valid[:, None] - first, 0, QUERY_TILE)
+    past = KEY_TILE * jnp.arange(key_tiles, dtype=jnp.int32) < (q_offset + first)[:, None]
+    return Tiles(q_offset + first, rows, past, (rows > 0) & (first + QUERY_TILE > valid[:, None] - PROBES))
 
-    def best(k: Array, heads: dict[str, Array], _: Any) -> Array:
-        scores, factor = probes.probe_scores(heads["last"], k, scale)
-        sums = probes.lazy_weights(scores, factor, heads["last_positions"]).by_key().sum(-2)
-        return select.top_k_words(jnp.where(sums > 0, sums, -jnp.inf), heads["count"])
 
-    size = q.shape[2] // kv_heads * probes.PROBES * s * k.dtype.itemsize
-    columns = select.unpack(probes.map_heads(best, k, last, valid, bytes_per_kv_head=size), s)
-    columns = jnp.pad(columns, [(0, 0)] * 3 + [(0, -s % KEY_TILE)])
-    first = mass.start - q_offset
-    end = (first + QUERY_TILE > valid[:, None] - probes.PROBES) & (first < valid[:, None])
-    blocks = end[:, None, None, :, None] & mass.past() & (count > 0)[..., None, None]
-    return Asked(columns, blocks)
+def _most(
+    tiles: Tiles, density: Float[Array, " n"], columns: Columns | None, axis_name: str | None
+) -> Float[Array, " b"]:
+    """Cells of each sequence that are left for tiles: the heads' shares less their diagonals and columns."""
+    rows = tiles.rows.astype(jnp.float32)
+    takes_part = jnp.isfinite(density)
+    diagonal = ((rows + 1) / 2 * rows).sum(-1)
+    causal = (tiles.start.astype(jnp.float32) * rows).sum(-1) + diagonal
+    heads = jnp.stack([jnp.where(takes_part, density, 0).sum(), takes_part.sum().astype(jnp.float32)])
+    spent = jnp.zeros(causal.shape, jnp.float32)
+    if columns is not None:
+        before = jnp.where(tiles.past, columns.in_tile[:, :, None], 0).sum(-1, dtype=jnp.int32)  # [b, n, i]
+        spent = (before.astype(jnp.float32) * rows[:, None]).sum((1, 2))
+    if axis_name is not None:
+        heads, spent = (jax.lax.psum(x, axis_name) for x in (heads, spent))
+    return heads[0] * causal - heads[1] * diagonal - spent

@@ -116,11 +116,12 @@ class Rows(NamedTuple):
 
 def _select(
     weights: probes.Weights, heads: dict[str, Array], rows: Rows, widths: Widths
-) -> tuple[UInt32[Array, "b k g w"], UInt32[Array, "b k g w"], UInt32[Array, "b k g w"]]:
+) -> tuple[UInt32[Array, "b k g w"], UInt32[Array, "b k g l"], UInt32[Array, "b k g r"]]:
     """Bitmaps of columns, of line distances and of bands (by number); one that no head needs has no words."""
     visible, mass = rows.start + rows.valid, heads["importance"].sum(-1)
     target = heads["coverage"] * mass if widths.coverage else None
-    columns, lines, bands = [], mass[..., :0].astype(jnp.uint32), mass[..., :0].astype(jnp.uint32)
+    none = jnp.zeros((*mass.shape, 0), jnp.uint32)
+    columns, lines, bands = [], none, none
     if widths.lines:
         lines = slash_lines(weights.by_distance(0).sum(-2), heads["slashes"], visible, target)
         columns.append(column_words(weights.by_key().sum(-2), heads["columns"], visible, target))
@@ -154,8 +155,8 @@ def _select(
 
 
 def _bands(
-    line_words: UInt32[Array, "b n w"],
-    band_words: UInt32[Array, "b n w"],
+    line_words: UInt32[Array, "b n l"],
+    band_words: UInt32[Array, "b n r"],
     tiles: Int[Array, "*b n"],
     widths: Widths,
     s: int,

@@ -284,7 +284,7 @@ class Llama(nnx.Module):
         lengths = end if lengths is None else jnp.maximum(check_lengths(lengths, tokens.shape[0]), 0)
         rope_lengths = jnp.minimum(lengths, end) if rope_lengths is None else rope_lengths
         parts = prefill_parts(
-            self, tokens, lengths, cache, chunk=chunk, start=start, rope_lengths=rope_lengths, **options
+            self.prefill, tokens, lengths, cache, chunk=chunk, start=start, rope_lengths=rope_lengths, **options
         )
         done = list(parts)
         result = done[-1].logits, done[-1].cache

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,6 @@ from jaxtyping import Array, Float, Int32
 
 from minference_jax.models.cache import KVCache
 from minference_jax.planning.buckets import QUERY_TILE
-
-if TYPE_CHECKING:
-    from minference_jax.models.llama import Llama
 
 
 class Part(NamedTuple):
@@ -26,7 +23,7 @@ class Part(NamedTuple):
 
 
 def prefill_parts(
-    model: Llama,
+    prefill: Callable[..., Any],
     tokens: Int32[Array, "b t"],
     lengths: Int32[Array, " b"],
     cache: KVCache,
@@ -42,7 +39,8 @@ def prefill_parts(
     budget that a part of its place needs (`models.part_attention`). With dense attention the results are those of
     one call but for rounding.
 
-    `options`: of `Llama.prefill`. Raises `ValueError` for a chunk that is no positive multiple of 128.
+    `prefill`: that of a `Llama`; `options`: its other arguments. Raises `ValueError` for a chunk that is no positive
+    multiple of 128.
     """
     if chunk <= 0 or chunk % QUERY_TILE:
         raise ValueError(f"chunk must be a positive multiple of {QUERY_TILE}, got {chunk}")
@@ -50,7 +48,7 @@ def prefill_parts(
     for first in range(0, tokens.shape[1], chunk):
         position = start + first
         # Traced, also where it is 0: all parts run the same program.
-        result = model.prefill(
+        result = prefill(
             tokens[:, first : first + chunk], lengths, cache, start=jnp.asarray(position, jnp.int32), **options
         )
         here, cache = result[:2]

@@ -61,7 +61,7 @@ def quantize_rows(x: Float[Array, "*rows h"], dtype: Any) -> tuple[Array, Float[
     return _divided(x, scale, largest).astype(dtype), scale
 
 
-def _divided(x: Float[Array, "*rows h"], scale: Float[Array, "*rows"], largest: float) -> Float[Array, "*rows h"]:
+def _divided(x: Float[Array, "*#rows h"], scale: Float[Array, "*#rows"], largest: float) -> Float[Array, "*#rows h"]:
     divisor = scale.astype(jnp.float32)[..., None]
     return jnp.clip(jnp.where(divisor > 0, x / divisor, 0), -largest, largest)
 

@@ -41,6 +41,11 @@ class IndexRates(Protocol):
         """Visited cells that take as long as one score of a probe row that is stored and read again."""
         ...
 
+    @property
+    def mass(self) -> float:
+        """Visited cells that take as long as one score of a probe row in `pallas_kernels.tile_masses`."""
+        ...
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["lengths", "q_offset"], meta_fields=["scale", "axis_name"])
 @dataclasses.dataclass(frozen=True)

@@ -157,14 +157,12 @@ class HeadPatterns:
         return _arrays(self.layers)
 
 
-def layer_patterns(pattern: Pattern | Sequence[Pattern] | LayerPatterns | str, heads: int) -> LayerPatterns:
+def layer_patterns(pattern: Pattern | Sequence[Pattern] | LayerPatterns, heads: int) -> LayerPatterns:
     """One layer's patterns, given in any accepted form, as arrays `[heads]`.
 
-    **Arguments:** `pattern`: one pattern (or plan builder) for all heads, one per head, the text of one, or
-    `LayerPatterns` of one layer.
+    **Arguments:** `pattern`: one pattern (or plan builder) for all heads, one per head, or one layer's `LayerPatterns`.
 
-    **Raises:** TypeError for anything that is no pattern; ValueError for a text that is none and for the wrong number
-    of heads.
+    **Raises:** TypeError for anything that is no pattern; ValueError for the wrong number of heads.
     """
     if isinstance(pattern, LayerPatterns):
         if pattern.kind.shape != (heads,):
@@ -172,10 +170,6 @@ def layer_patterns(pattern: Pattern | Sequence[Pattern] | LayerPatterns | str, h
         return pattern
     if isinstance(pattern, HeadPatterns):
         raise TypeError("pattern is a HeadPatterns of a whole model; pass one layer's: patterns.layer(l) or .arrays()")
-    if isinstance(pattern, str):
-        from minference_jax.patterns.text import parse_pattern  # which imports every family
-
-        pattern = parse_pattern(pattern)
     if isinstance(pattern, Pattern):
         pattern = (pattern,) * heads
     if not isinstance(pattern, Sequence) or any(not isinstance(p, Pattern) for p in pattern):
@@ -183,7 +177,8 @@ def layer_patterns(pattern: Pattern | Sequence[Pattern] | LayerPatterns | str, h
     if len(pattern) != heads:
         raise ValueError(f"pattern has {len(pattern)} entries; q has {heads} heads")
     stacked = {id(p): jax.tree.map(lambda x: jnp.asarray(x)[None], p) for p in pattern if isinstance(p, PlanBuilder)}
-    return _arrays((tuple(stacked.get(id(p), p) for p in pattern),)).layer(0)
+    with jax.debug_infs(False):  # an infinite threshold stands for none
+        return _arrays((tuple(stacked.get(id(p), p) for p in pattern),)).layer(0)
 
 
 def _identity(pattern: Pattern) -> Any:

@@ -40,6 +40,8 @@ def _found(patterns: Pattern | HeadPatterns | str | os.PathLike, layers: int, he
             f"patterns must be None, a pattern, HeadPatterns, a pattern's text or the path of a file, got {patterns!r}"
         )
     text = os.fspath(patterns)
+    if not text.strip():  # a path of no name is the current directory
+        raise ValueError(f"a pattern is missing: give one of {', '.join(FAMILIES)}, a preset or a file")
     if is_pattern_text(text):
         return HeadPatterns.uniform(parse_pattern(text), layers, heads)
     if text in PRESETS:

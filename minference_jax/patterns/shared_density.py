@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -27,26 +27,32 @@ from minference_jax.patterns.base import (
 )
 from minference_jax.patterns.per_tile import PerTile, check_every, common_every
 from pallas_kernels.plan import SparsePlan
-from pallas_kernels.sizes import QUERY_TILE
+from pallas_kernels.sizes import QUERY_TILE, num_key_tiles
 
 
 @dataclasses.dataclass(frozen=True)
 class SharedDensity(Pattern):
-    """The columns and key tiles with the most attention in a layer, up to a share of its causal cells.
+    """The key tiles with the most attention in a layer, up to a share of its causal cells.
 
-    A probe every few rows estimates the attention of each query tile. One threshold on the mean attention weight,
-    found for each prompt, decides for all heads of the layer that are of this family: the smallest one at which they
-    visit together no more than the sum of their shares. So heads compete, and every prompt has the density.
+    Probe rows in every query tile say exactly how much of their attention each key tile holds. The heads of a layer
+    that are of this family compete: the tiles with the highest mean attention weight are visited, whatever head they
+    are of, until the layer has used up its cells. So every prompt has the density, from below, to within a tile.
+
+    Always visited: the diagonal, the first key tile, every key of the query tiles that hold the last 64 rows, and the
+    question's columns. They are part of the density; a prompt so short that they are more visits just these (about
+    512 / N of an N-token prompt).
 
     **Fields:**
 
-    - `density`: in (0, 1], visited / causal cells of the layer.
-    - `every`: rows to a probe, a divisor of 128; the same in all heads of a model.
-    - `question`: if given, so many keys are columns of every head in any case: those that the last 64 rows attend to
-      most. The query tiles of these rows then visit every key. Both are part of the density.
+    - `density`: in (0, 1], visited / causal cells of the layer. About .25 at 8K tokens, .20 at 16K and 32K, .08 at 64K
+      and .045 at 128K.
+    - `every`: rows to a probe, a divisor of 128; the same in all heads of a model. The index costs 1 / every of dense
+      attention's scores.
+    - `question`: if given, so many keys are columns of every head: those that the last 64 rows attend to most.
+    - `threshold`: if given, in (0, 1): tiles of a lower mean attention weight are not visited, though the density may
+      allow it. So a prompt that needs less visits less, and one with many relevant places more, up to the density.
 
-    A prompt so short that the diagonal, the first keys and what the question asks for are more than the density visits
-    just these. `minference_jax.search.share_among_layers` gives each layer a share of its own.
+    `minference_jax.search.share_among_layers` gives each layer a share of its own.
 
     Source: ours.
     """
@@ -56,6 +62,7 @@ class SharedDensity(Pattern):
     density: float
     every: int = 16
     question: int | None = None
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         check_share("SharedDensity", "density", self.density)
@@ -64,20 +71,31 @@ class SharedDensity(Pattern):
         check_every("SharedDensity", self.every)
         if self.question is not None:
             check_budget("SharedDensity", "question", self.question, 0)
+        check_share("SharedDensity", "threshold", self.threshold, one=False)
 
     @classmethod
     def budgets(cls, heads: Sequence[Sequence[SharedDensity | None]]) -> Budgets:
         own = members(heads)
-        question = table(heads, lambda p: p.question, np.int32, 0) if any(p.question for p in own) else None
-        density = table(heads, lambda p: p.density, np.float32, np.inf)
-        return SharedDensityBudgets(density, question, common_every("SharedDensity", own))
+        widest = max(p.question or 0 for p in own)
+        has_threshold = any(p.threshold is not None for p in own)
+        return SharedDensityBudgets(
+            density=table(heads, lambda p: p.density, np.float32, np.inf),
+            question=table(heads, lambda p: p.question, np.int32, 0) if widest else None,
+            threshold=table(heads, lambda p: p.threshold, np.float32, 0.0) if has_threshold else None,
+            every=common_every("SharedDensity", own),
+            question_width=widest,
+        )
 
     def visited(self, rows: int, keys: int, rates: IndexRates) -> float:
         every = pairs(rows, keys, keys)
-        return self.density * every + rates.probe * every / self.every
+        return self.density * every + rates.mass * every / self.every
 
     def index_bytes(self, rows: int, keys: int, heads: int, itemsize: int = 2) -> int:
-        return 6 * heads * -(-rows // QUERY_TILE) * keys  # sums in float32 by query tile, and a bias for each column
+        tiles = heads * -(-rows // QUERY_TILE) * num_key_tiles(keys)
+        # What the probes hold of every key tile in float32, its 16-bit form and the lists.
+        return tiles * (4 * (QUERY_TILE // self.every) + 4 + 2 + 4) + 2 * heads * -(-rows // QUERY_TILE) * (
+            min(self.question or 0, keys) + 3 * 64
+        )
 
     def scaled(self, factor: float, keys: int) -> SharedDensity:
         question = None if self.question is None else scaled_budget(self.question, factor, keys)
@@ -102,16 +120,33 @@ class SharedDensity(Pattern):
         return (0.91, 0.16, 0.54)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["density", "question"], meta_fields=["every"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["density", "question", "threshold"],
+    meta_fields=["every", "question_width"],
+)
 @dataclasses.dataclass(frozen=True)
 class SharedDensityBudgets(Budgets):
-    """Density of each head (inf for a head of another family), its question columns (None where no head has any), and
-    rows to a probe (static). A part of a prompt has the same density and question columns as the whole."""
+    """Density of each head (inf for a head of another family), its question columns and its threshold (None where no
+    head has any); rows to a probe and the largest number of question columns (static). A part of a prompt has the same
+    density and question columns as the whole."""
 
     density: Float[Array, "*layers n"]
     question: Int[Array, "*layers n"] | None
+    threshold: Float[Array, "*layers n"] | None
     every: int
+    question_width: int
 
     def index(self, q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], where: Where) -> SparsePlan:
-        options: dict[str, Any] = {"lengths": where.lengths, "q_offset": where.q_offset, "scale": where.scale}
-        return shared_density_index(q, k, self.density, self.question, every=self.every, **options)
+        return shared_density_index(
+            *(q, k, self.density, self.question, self.threshold),
+            every=self.every,
+            question_width=self.question_width,
+            lengths=where.lengths,
+            q_offset=where.q_offset,
+            scale=where.scale,
+            axis_name=where.axis_name,
+        )
+
+    def widest(self, keys: int) -> SharedDensityBudgets:
+        return dataclasses.replace(self, question_width=keys if self.question_width else 0)

@@ -37,6 +37,7 @@ class Rates:
       `index_key`: for each key, of 32 query heads.
     - `probe`: visited cells of head_dim 128 that take as long as one score of a probe every few rows, which is stored
       and read again whatever the head_dim.
+    - `mass`: visited cells that take as long as one score of a probe whose tile masses alone are kept.
     """
 
     dense: float
@@ -45,18 +46,19 @@ class Rates:
     index: float
     index_key: float
     probe: float
+    mass: float
 
 
 RATES: dict[str, Rates] = {
-    "H100": Rates(dense=600e12, sparse=500e12, launch=0.05e-3, index=0.5e-3, index_key=1.3e-8, probe=8.0),
-    "H200": Rates(dense=600e12, sparse=500e12, launch=0.05e-3, index=0.5e-3, index_key=1.3e-8, probe=8.0),
+    "H100": Rates(dense=600e12, sparse=500e12, launch=0.05e-3, index=0.5e-3, index_key=1.3e-8, probe=8.0, mass=1.6),
+    "H200": Rates(dense=600e12, sparse=500e12, launch=0.05e-3, index=0.5e-3, index_key=1.3e-8, probe=8.0, mass=1.6),
 }
 """By a part of the device's name. An H200 has an H100's arithmetic, which is what both are bound by."""
 
 MARGIN = 1.05
 """How much slower than sparse attention dense attention may be predicted to be and still be chosen: it is exact."""
 
-OTHER = Rates(dense=1.0e12, sparse=0.5e12, launch=0.0, index=2e-3, index_key=1e-7, probe=0.5)
+OTHER = Rates(dense=1.0e12, sparse=0.5e12, launch=0.0, index=2e-3, index_key=1e-7, probe=0.5, mass=0.5)
 """Anywhere else, our sparse attention is plain jnp: it has to visit half the cells or fewer to pay."""
 
 

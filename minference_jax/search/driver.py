@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,9 @@ from minference_jax.models.checks import check_tokens
 from minference_jax.models.llama import Llama
 from minference_jax.patterns import HeadPatterns, Pattern
 from minference_jax.patterns.files import save_patterns
+from minference_jax.runs.files import check_output_file
+from minference_jax.runs.identity import content_digest, package_version, weights_digest
+from minference_jax.runs.lock import locked
 from minference_jax.search.candidates import default_candidates
 from minference_jax.search.choose import allocate, best_at_equal_cost
 from minference_jax.search.cost import CostKind, CostModel, Target
@@ -76,7 +78,8 @@ def search_patterns(
 
     **Returns:** `HeadPatterns` with `scores` (the relative error of the head's output), `densities` and `recalls`.
 
-    **Raises:** ValueError and TypeError for arguments that do not fit, among them a `state` of another search.
+    **Raises:** ValueError and TypeError for arguments that do not fit, among them a `state` of another search;
+    `LockedError` with the process id where another process uses the same `state`.
 
     Memory: one layer's queries, keys and values, and a bit per option, head, sample, scored query tile and key;
     nothing of size t × t.
@@ -86,8 +89,10 @@ def search_patterns(
     tried = default_candidates() if candidates is None else tuple(candidates)
     settings = Settings(target, tried, cost, objective, budgets, query_tiles, end_tiles)
     search = Search(model, samples, lengths, settings)
-    kept = SearchState(None if state is None else Path(state), search.identity())
-    return search.run(kept, progress)
+    if state is None:
+        return search.run(SearchState(None, search.identity()), progress)
+    with locked(state):
+        return search.run(SearchState(Path(state), search.identity()), progress)
 
 
 def search_to_file(
@@ -99,29 +104,39 @@ def search_to_file(
     settings: Settings | None = None,
     about: dict[str, Any] | None = None,
     restart: bool = False,
+    wait: bool = False,
     progress: Progress | None = None,
 ) -> HeadPatterns:
     """`search_patterns`, written to a pattern file together with what was searched, on what, and when.
 
     What is measured is kept beside it (`path` with the suffix `.partial`) until the file is written; `restart`
     forgets that first. `about`: more to say in the file, such as the model's name.
+
+    Raises `ValueError` before the search where `path` can't be written, and `LockedError` with the process id where
+    another process searches for the same file, unless `wait` says to wait for it.
     """
     path = Path(path)
-    settings = settings or Settings()
-    search = Search(model, samples, lengths, settings)
+    check_output_file(path)
+    with locked(path, wait=wait):
+        return _search_to_file(Search(model, samples, lengths, settings or Settings()), path, about, restart, progress)
+
+
+def _search_to_file(
+    search: Search, path: Path, about: dict[str, Any] | None, restart: bool, progress: Progress | None
+) -> HeadPatterns:
     partial = path.with_name(path.name + ".partial")
     if restart:
         partial.unlink(missing_ok=True)
-    state = SearchState(partial, search.identity())
+    identity = search.identity()
+    state = SearchState(partial, identity)
     patterns = search.run(state, progress)
     assert state.calibration is not None  # every search calibrates
     means = {"output error": patterns.scores, "density": patterns.densities, "recall": patterns.recalls}
     figures = {f"mean {name}": round(float(np.mean(np.asarray(table))), 6) for name, table in means.items()}
     figures["target cost"] = state.calibration[1]
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    save_patterns(
-        patterns, path, about={**(about or {}), "date": today, **search.identity(), "versions": _versions(), **figures}
-    )
+    versions = {"minference-jax": package_version(), "jax": jax.__version__, "platform": jax.default_backend()}
+    save_patterns(patterns, path, about={**(about or {}), "date": today, **identity, "versions": versions, **figures})
     state.finish()
     return patterns
 
@@ -136,19 +151,21 @@ class Search:
             raise ValueError("samples must have at least 128 tokens each")
 
     def identity(self) -> dict[str, Any]:
-        """What makes this search this one, as JSON: shapes, dtype, weights, samples, settings."""
+        """What makes this search this one, as JSON: shapes, dtype, config, weights, samples, settings, version."""
         config = self.model.config
         rows = zip(np.asarray(self.tokens), np.asarray(self.lengths), strict=True)
         return {
             "shape": {"layers": config.num_layers, "heads": config.num_heads, "kv heads": config.num_kv_heads},
             "dtype": str(self.model.dtype),
-            "weights sha256": weights_digest(self.model),
+            "config sha256": content_digest(config),
+            "weights sha256": weights_digest(self.model.params()),
             "samples": [
                 {"tokens": int(n), "sha256": hashlib.sha256(row[:n].astype("<i4").tobytes()).hexdigest()}
                 for row, n in rows
             ],
             **self.settings.describe(),
             "rows": ROWS * (self.settings.query_tiles + self.settings.end_tiles),
+            "version": package_version(),
         }
 
     def run(self, state: SearchState, progress: Progress | None = None) -> HeadPatterns:
@@ -200,21 +217,3 @@ def choose(
         densities=table(density[rows, chosen].round(6).tolist()),
         recalls=table(recall[rows, chosen].round(6).tolist()),
     )
-
-
-def weights_digest(model: Llama) -> str:
-    """A hash of up to 1,024 evenly spread elements of every parameter: another checkpoint has another one."""
-    digest = hashlib.sha256()
-    for name, value in model.params().items():
-        stride = max(1, value.size // 1024)
-        part = value.reshape(-1)[::stride].astype(jnp.float32)
-        digest.update(name.encode() + str(value.shape).encode() + np.asarray(part, "<f4").tobytes())
-    return digest.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = version("minference-jax")
-    except PackageNotFoundError:  # a checkout that is not installed
-        own = "unknown"
-    return {"minference-jax": own, "jax": jax.__version__, "platform": jax.default_backend()}

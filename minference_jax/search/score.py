@@ -109,7 +109,7 @@ def output_errors(
             lse = top + jnp.log(jnp.maximum(total, 1e-30))
             valid = position < group["length"]
 
-            def outputs(j: Array, out: Float[Array, "c g r h+1"]) -> Float[Array, "c g r h+1"]:
+            def outputs(j: Array, out: Float[Array, "c g r outputs"]) -> Float[Array, "c g r outputs"]:
                 weights = jnp.where(valid[:, None], jnp.exp(scores(j) - lse[..., None]), 0).astype(v.dtype)
                 seen = jax.lax.dynamic_slice_in_dim(words, j * (chunk // WORD), chunk // WORD, 2)
                 seen = select.unpack(seen, chunk)

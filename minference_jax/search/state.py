@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minference_jax.patterns.files import write_atomically
+from minference_jax.runs.files import naming
 from minference_jax.search.cost import CostModel
 from minference_jax.search.measure import LayerRecord
 
@@ -56,7 +57,8 @@ class SearchState:
             "calibration": calibration,
             "layers": {str(layer): record.to_json() for layer, record in self.layers.items()},
         }
-        write_atomically(self.path, json.dumps(content, allow_nan=False))
+        with naming(self.path):
+            write_atomically(self.path, json.dumps(content, allow_nan=False))
 
     def _load(self, path: Path) -> None:
         hint = f"delete {path} or name another output to start anew"

@@ -83,7 +83,7 @@ class PromptRunner:
         # The last part that holds a token is the last that runs.
         new = new[:, : -(-(longest - start) // chunk) * chunk]
         part = None
-        for part in prefill_parts(self._model, new, lengths, cache, chunk=chunk, start=start, **options):
+        for part in prefill_parts(self._model.prefill, new, lengths, cache, chunk=chunk, start=start, **options):
             self._after(min(start + part.done, longest), longest, part.logits, part.info)
         assert part is not None
         return part.logits, part.cache

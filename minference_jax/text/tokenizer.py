@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +41,14 @@ class Tokenizer:
     def pad_token_id(self) -> int:
         """The padding id; padding is never read, so any id serves where the checkpoint names none."""
         return self.hf.pad_token_id if self.hf.pad_token_id is not None else 0
+
+    def digest(self) -> str:
+        """A hash of what it does: vocabulary, merges, special tokens, chat template, end-of-text ids."""
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        rules = self.hf.get_vocab() if backend is None else json.loads(backend.to_str())
+        special = {name: str(token) for name, token in self.hf.special_tokens_map.items()}
+        parts = [rules, special, self.hf.chat_template, self.eos_token_ids]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. Special tokens written in it are recognized; `add_special_tokens` puts a bos first if the

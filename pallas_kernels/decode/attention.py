@@ -72,19 +72,21 @@ def decode_attention(
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     lengths = jnp.clip(lengths, 0, k.shape[2])
     layer = jnp.asarray(layer, jnp.int32)
-    if implementation not in (None, "triton", "xla"):
-        raise ValueError(f'implementation must be None, "triton" or "xla", got {implementation!r}')
-    reason = unsupported_reason(q, k)
-    if implementation == "triton" and reason is not None:
-        raise ValueError(f'implementation="triton" cannot serve this call: {reason}')
     arguments = (q, k, v, k_scale, v_scale, layer, lengths)
     kernel = partial(_split_attention, scale=factor, interpret=interpret)
     plain = partial(_plain_attention, scale=factor)
-    if implementation == "triton":
-        return kernel(*arguments)
-    if implementation == "xla" or reason is not None:
-        return plain(*arguments)
-    return jax.lax.platform_dependent(*arguments, cuda=kernel, default=plain)
+    reason = unsupported_reason(q, k)
+    if implementation is None:
+        if reason is not None:
+            return plain(*arguments)
+        return jax.lax.platform_dependent(*arguments, cuda=kernel, default=plain)
+    forms = {"triton": (kernel, reason), "xla": (plain, None)}
+    if implementation not in forms:
+        raise ValueError(f'implementation must be None, "triton" or "xla", got {implementation!r}')
+    run, reason = forms[implementation]
+    if reason is not None:
+        raise ValueError(f'implementation="{implementation}" cannot serve this call: {reason}')
+    return run(*arguments)
 
 
 def unsupported_reason(q: Float[Array, "b n h"], k: Array) -> str | None:

@@ -41,10 +41,10 @@ def compute(group: Warpgroup) -> None:
         """
         acc, p16, slot_before = before or no_step
         if before:
-            plgpu.barrier_wait(group.v_full.at[slot_before])
+            plgpu.barrier_wait(group.buffers.v_full.at[slot_before])
 
         def finish_scores(s, bias):
-            plgpu.barrier_arrive(group.k_free.at[slot])
+            plgpu.barrier_arrive(group.buffers.k_free.at[slot])
             return finish(s, bias)
 
         def wait_next_keys():
@@ -53,7 +53,7 @@ def compute(group: Warpgroup) -> None:
             # Where the softmax ends: the branch keeps the compiler from waiting for the products any sooner.
             @pl.when(more)
             def _():
-                plgpu.barrier_wait(group.k_full.at[group.slot(slot + 1)])
+                plgpu.barrier_wait(group.buffers.k_full.at[group.slot(slot + 1)])
 
         if launch.emulate:
             s = group.emulated_scores(queries, slot)
@@ -80,7 +80,7 @@ def compute(group: Warpgroup) -> None:
         if before:
             # The rounded probabilities must not be written while the tensor cores read the last ones.
             acc, p = lax.optimization_barrier((acc, p))
-            plgpu.barrier_arrive(group.v_free.at[slot_before])
+            plgpu.barrier_arrive(group.buffers.v_free.at[slot_before])
         return acc, p, *rest
 
     def query_tile(item, carry):
@@ -114,7 +114,7 @@ def compute(group: Warpgroup) -> None:
                     first=lambda: release_queries(step == 1),
                     bias_of=(lambda: group.bias(slot_of(step))) if biased else lambda: None,
                 )
-                acc, total = rescaled(acc, total, m, m_new, emulate=launch.emulate)
+                acc, total = rescaled((acc, total), m, m_new, emulate=launch.emulate)
                 return acc, m_new, total + added, p.astype(launch.dtype)
 
             return body
@@ -137,7 +137,7 @@ def compute(group: Warpgroup) -> None:
             return group.add_values(acc, p16, slot_of(steps - 1))
 
         def first_step():
-            plgpu.barrier_wait(group.k_full.at[slot_of(steps)])
+            plgpu.barrier_wait(group.buffers.k_full.at[slot_of(steps)])
             return first_of_next(None)[1:]
 
         def apart():
@@ -149,7 +149,7 @@ def compute(group: Warpgroup) -> None:
         def _():
             # A lone step does not wait for the keys of the next tile: they come after queries whose buffer the output
             # of the tile before has to leave first.
-            plgpu.barrier_wait(group.k_full.at[slot_of(steps)])
+            plgpu.barrier_wait(group.buffers.k_full.at[slot_of(steps)])
 
         acc, *carry = lax.cond((steps > 0) & (next_steps > 0), last_and_first, apart)
         pl.when(item >= 0)(lambda: group.store(this, acc, m, total, rows_valid))

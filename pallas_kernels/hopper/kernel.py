@@ -21,8 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import compute, serial
+from pallas_kernels.hopper.buffers import Buffers
 from pallas_kernels.hopper.config import COMPUTE_WARPGROUPS
-from pallas_kernels.hopper.launch import Launch, Refs, views
+from pallas_kernels.hopper.launch import Launch, Refs
 from pallas_kernels.hopper.load import load
 from pallas_kernels.hopper.warpgroup import Warpgroup
 
@@ -43,12 +44,11 @@ def kernel_body(launch: Launch, refs: Refs, scratch: dict[str, Any]) -> None:
         def _(warp):
             @pl.when(warp == 0)
             def _():
-                load(launch, refs, **scratch)
+                load(launch, refs, Buffers.written(launch, scratch))
 
     @pl.when(warpgroup < _MEMORY)
     def _():
-        read = {name: views(scratch[name], launch)[1] for name in ("k_smem", "v_smem")}
-        group = Warpgroup(launch, refs, warpgroup, **scratch | read)
+        group = Warpgroup(launch, refs, Buffers.read(launch, scratch), warpgroup)
         if launch.config.overlap:
             plgpu.set_max_registers(launch.config.compute_registers, action="increase")
             compute.compute(group)

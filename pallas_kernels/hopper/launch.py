@@ -1,4 +1,4 @@
-"""What is static about one launch of the Hopper kernel, its shared memory, and who computes which query tile."""
+"""What is static about one launch of the Hopper kernel, its arrays, and who computes which query tile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS, KernelConfig, Rounds
+from pallas_kernels.hopper.config import KernelConfig, Rounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,45 +78,6 @@ def tile_transforms(launch: Launch) -> tuple[Any, Any]:
     swizzle = swizzle_of(launch)
     tiling = plgpu.TilingTransform((8, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
     return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
-
-
-def scratch_types(launch: Launch, with_lse: bool) -> dict[str, Any]:
-    """Shared memory and barriers of one thread block."""
-    stages, dtype = launch.config.stages, launch.dtype
-    parts, width = launch.parts, launch.part_width
-    tiling, swizzle = tile_transforms(launch)
-
-    def rows_of(*shape: int):
-        return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
-
-    def loaded(*shape: int):
-        # The same bytes twice. wgmma wants tiles of 8 rows, which leave rows of one swizzle width where they are; a
-        # copy into the untiled view may start at any row of the source, one into the tiled view only at every eighth.
-        if not launch.two_views:
-            return rows_of(*shape)
-        return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(swizzle,)), rows_of(*shape))
-
-    types = {
-        "q_smem": rows_of(2 * COMPUTE_WARPGROUPS, ROWS, launch.head_dim),
-        "k_smem": loaded(stages, parts, STEP_KEYS, width),
-        "v_smem": loaded(stages, parts, STEP_KEYS, width),
-        "q_full": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
-        "q_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
-        "k_full": plgpu.Barrier(num_arrivals=2 * parts, num_barriers=stages),
-        "v_full": plgpu.Barrier(num_arrivals=2 * parts, num_barriers=stages),
-        "k_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
-        "v_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
-        "bias_smem": plgpu.SMEM((stages, STEP_KEYS), jnp.bfloat16),
-        "bias_full": plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-    }
-    if with_lse:
-        types["lse_smem"] = plgpu.SMEM((COMPUTE_WARPGROUPS, ROWS), jnp.float32)
-    return types
-
-
-def views(ref: Any, launch: Launch) -> tuple[Any, Any]:
-    """(what copies write, what wgmma reads) of a `loaded` buffer."""
-    return tuple(ref) if launch.two_views else (ref, ref)
 
 
 def share_of(launch: Launch) -> jax.Array:

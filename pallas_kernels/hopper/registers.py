@@ -81,30 +81,25 @@ def raised(maximum: Float[Array, " m"], s: Float[Array, "m w"], scale: float, *,
 
 
 def rescaled(
-    acc: Float[Array, "m h"],
-    total: Float[Array, "m SUM_COLUMNS"],
-    before: Float[Array, " m"],
-    after: Float[Array, " m"],
-    *,
-    emulate: bool,
-) -> tuple[Float[Array, "m h"], Float[Array, "m SUM_COLUMNS"]]:
+    sums: tuple[Float[Array, "m _"], ...], before: Float[Array, " m"], after: Float[Array, " m"], *, emulate: bool
+) -> tuple[Float[Array, "m _"], ...]:
     """Sums relative to the maxima `before`, made relative to `after`. Warps where none was raised do nothing."""
     if emulate:
         factor = jnp.exp2(before - after)[:, None]
-        return acc * factor, total * factor
+        return tuple(x * factor for x in sums)
     layout = plgpu.Layout.WGMMA
     rows = layout.reduce(1)
-    results = tuple(plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout) for x in (acc, total))
+    results = tuple(plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout) for x in sums)
 
-    @plgpu.inline_mgpu(arg_types=(layout, layout, rows, rows), return_type=results)
-    def rescale(_, acc, total, before, after):
+    @plgpu.inline_mgpu(arg_types=((layout,) * len(sums), rows, rows), return_type=results)
+    def rescale(_, sums, before, after):
         def scale(*sums):
             factor = (before - after).exp2(approx=True)
             return [x * factor.broadcast_in_dim(x.shape, (0,), x.layout) for x in sums]
 
-        return tuple(_in_warps_where(_any_above(after - before, 0.0), [acc, total], scale))
+        return tuple(_in_warps_where(_any_above(after - before, 0.0), list(sums), scale))
 
-    return rescale(acc, total, before, after)  # pyright: ignore[reportCallIssue]
+    return rescale(sums, before, after)  # pyright: ignore[reportCallIssue]
 
 
 def folded(p: Float[Array, "m s"], *, emulate: bool) -> Float[Array, "m SUM_COLUMNS"]:

@@ -24,19 +24,19 @@ def compute(group: Warpgroup) -> None:
 
     def weigh(queries, slot, finish, biased):
         """finish(scores, bias) of one step: its probabilities, and what comes with them."""
-        plgpu.barrier_wait(group.k_full.at[slot])
+        plgpu.barrier_wait(group.buffers.k_full.at[slot])
         if launch.emulate:
             s = group.emulated_scores(queries, slot)
             bias = group.bias(slot) if biased else None
             plgpu.commit_smem()
-            plgpu.barrier_arrive(group.k_free.at[slot])
+            plgpu.barrier_arrive(group.buffers.k_free.at[slot])
             return finish(s, bias)
 
         def products(s_ref):
             group.start_scores(s_ref, queries, slot)
             bias = group.bias(slot) if biased else None
             s = plgpu.wgmma_accumulator_load(s_ref, wait_n=0)
-            plgpu.barrier_arrive(group.k_free.at[slot])
+            plgpu.barrier_arrive(group.buffers.k_free.at[slot])
             return lax.optimization_barrier(finish(s, bias))
 
         return pl.run_scoped(products, ACC(SCORES, jnp.float32))
@@ -59,7 +59,7 @@ def compute(group: Warpgroup) -> None:
                 acc, m, total = carry
                 slot = slot_of(step)
                 p, m_new, added = weigh(queries, slot, lambda s, bias: group.softmax(s, m, bias), biased)
-                acc, total = rescaled(acc, total, m, m_new, emulate=launch.emulate)
+                acc, total = rescaled((acc, total), m, m_new, emulate=launch.emulate)
                 return group.add_values(acc, p.astype(launch.dtype), slot), m_new, total + added
 
             return body

@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.buffers import QUERY_BUFFERS, Buffers
 from pallas_kernels.hopper.config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS
 from pallas_kernels.hopper.launch import (
     Launch,
@@ -44,19 +45,8 @@ class Warpgroup:
 
     launch: Launch
     refs: Refs
+    buffers: Buffers
     index: jax.Array
-    q_smem: Any
-    k_smem: Any
-    v_smem: Any
-    bias_smem: Any
-    q_full: Any
-    q_free: Any
-    k_full: Any
-    v_full: Any
-    k_free: Any
-    v_free: Any
-    bias_full: Any
-    lse_smem: Any = None
 
     def slot(self, count: jax.Array) -> jax.Array:
         """The buffers of a step."""
@@ -73,15 +63,15 @@ class Warpgroup:
 
     def queries(self, item: jax.Array) -> Any:
         """The query rows, whose buffer their results are written to as well."""
-        return self.q_smem.at[lax.rem(item, jnp.int32(2)) * COMPUTE_WARPGROUPS + self.index]
+        return self.buffers.q_smem.at[lax.rem(item, jnp.int32(QUERY_BUFFERS)) * COMPUTE_WARPGROUPS + self.index]
 
     def wait_queries(self, item: jax.Array) -> None:
-        plgpu.barrier_wait(self.q_full.at[lax.rem(item, jnp.int32(2))])
+        plgpu.barrier_wait(self.buffers.q_full.at[lax.rem(item, jnp.int32(QUERY_BUFFERS))])
 
     def release_queries(self, item: jax.Array) -> None:
         """The results of the query tile before have left its buffer, which the memory warpgroup may fill again."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(self.q_free.at[1 - lax.rem(item, jnp.int32(2))])
+        plgpu.barrier_arrive(self.buffers.q_free.at[1 - lax.rem(item, jnp.int32(QUERY_BUFFERS))])
 
     def zeros(self):
         """Weighted values of no keys."""
@@ -98,25 +88,25 @@ class Warpgroup:
         width = self.launch.part_width
         for part in range(self.launch.parts):
             columns = pl.ds(part * width, width)
-            plgpu.wgmma(s_ref, queries.at[:, columns], self.k_smem.at[slot, part].transpose((1, 0)))
+            plgpu.wgmma(s_ref, queries.at[:, columns], self.buffers.k_smem.at[slot, part].transpose((1, 0)))
 
     def start_values(self, acc, p16, slot: jax.Array):
         """Queues the product of probabilities and values; the sum is there after the next wait."""
         transforms, swizzle = tile_transforms(self.launch), swizzle_of(self.launch)
-        return start_product(acc, p16, self.v_smem.at[slot], transforms, swizzle)
+        return start_product(acc, p16, self.buffers.v_smem.at[slot], transforms, swizzle)
 
     def emulated_scores(self, queries: Any, slot: jax.Array):
-        return jnp.dot(queries[...], self._rows(self.k_smem, slot).T, preferred_element_type=jnp.float32)
+        return jnp.dot(queries[...], self._rows(self.buffers.k_smem, slot).T, preferred_element_type=jnp.float32)
 
     def emulated_values(self, acc, p16, slot: jax.Array):
-        return acc + jnp.dot(p16, self._rows(self.v_smem, slot), preferred_element_type=jnp.float32)
+        return acc + jnp.dot(p16, self._rows(self.buffers.v_smem, slot), preferred_element_type=jnp.float32)
 
     def _rows(self, smem: Any, slot: jax.Array):
         return jnp.concatenate([smem[slot, part] for part in range(self.launch.parts)], 1)
 
     def add_values(self, acc, p16, slot: jax.Array):
         """Weighted values with those of one step, waited for."""
-        plgpu.barrier_wait(self.v_full.at[slot])
+        plgpu.barrier_wait(self.buffers.v_full.at[slot])
         if self.launch.emulate:
             product = self.emulated_values(acc, p16, slot)
             plgpu.commit_smem()
@@ -124,13 +114,13 @@ class Warpgroup:
             product = self.start_values(acc, p16, slot)
             plgpu.wgmma_wait(0)
             product = lax.optimization_barrier(product)
-        plgpu.barrier_arrive(self.v_free.at[slot])
+        plgpu.barrier_arrive(self.buffers.v_free.at[slot])
         return product
 
     def bias(self, slot: jax.Array):
         """The bias of a step, a value for each key."""
-        plgpu.barrier_wait(self.bias_full.at[slot])
-        bias = plgpu.load(self.bias_smem.at[slot], layout=LAYOUT.reduce(0), optimized=False)
+        plgpu.barrier_wait(self.buffers.bias_full.at[slot])
+        bias = plgpu.load(self.buffers.bias_smem.at[slot], layout=LAYOUT.reduce(0), optimized=False)
         plgpu.commit_smem()  # before the next copy into it, which follows the keys' being free
         return bias
 
@@ -169,15 +159,15 @@ class Warpgroup:
         limit = rows_valid - self.index * ROWS
         row = plgpu.broadcasted_iota(jnp.int32, acc.shape, 0, layout=LAYOUT)
         queries[...] = jnp.where(row < limit, acc * rows_to(1 / total, acc.shape), 0.0).astype(self.launch.dtype)
-        if self.lse_smem is not None:
+        if self.buffers.lse_smem is not None:
             row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=LAYOUT.reduce(1))
-            self.lse_smem[self.index] = jnp.where(row < limit, m * math.log(2) + jnp.log(total), -jnp.inf)
+            self.buffers.lse_smem[self.index] = jnp.where(row < limit, m * math.log(2) + jnp.log(total), -jnp.inf)
         plgpu.commit_smem()
         batch, head, _ = split_head(self.launch, z)
         rows = pl.ds(tile * QUERY_TILE + self.index * ROWS, ROWS)
         plgpu.copy_smem_to_gmem(queries, self.refs.out.at[batch, rows, head])
-        if self.lse_smem is not None:
-            plgpu.copy_smem_to_gmem(self.lse_smem.at[self.index], self.refs.lse.at[z, rows])
+        if self.buffers.lse_smem is not None:
+            plgpu.copy_smem_to_gmem(self.buffers.lse_smem.at[self.index], self.refs.lse.at[z, rows])
 
     def finish(self) -> None:
         """Waits for the last results, so that every buffer that was filled is free when the block ends."""
@@ -186,4 +176,4 @@ class Warpgroup:
         @pl.when(share > 0)
         def _():
             plgpu.wait_smem_to_gmem(0)
-            plgpu.barrier_arrive(self.q_free.at[lax.rem(share - 1, jnp.int32(2))])
+            plgpu.barrier_arrive(self.buffers.q_free.at[lax.rem(share - 1, jnp.int32(QUERY_BUFFERS))])

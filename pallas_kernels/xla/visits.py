@@ -1,13 +1,16 @@
-"""Which past keys a query tile visits, in units of 64, for the blockwise implementation in `xla.py`."""
+"""Which past keys a query tile visits, in units of 64: the form that the loop in `attention` walks."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, UInt32
 
-from pallas_kernels.bands import NO_BAND, band_bitmap, covered, listed_bands
+from pallas_kernels import rule
+from pallas_kernels.bands import NO_BAND, band_bitmap, listed_bands
 from pallas_kernels.plan import SparsePlan, block_tiles
 from pallas_kernels.plan_builders import compact
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
@@ -16,6 +19,46 @@ UNITS = 4
 """Key tiles of one online-softmax step: enough for the matrix products, few enough to waste little on short lists."""
 
 STEP = UNITS * KEY_TILE
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["plan", "bands", "columns", "ascending", "bitmap"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What is the same for all query tiles of a head: a plan, and its lists as they are walked.
+
+    - `bands` `[b, n, R]`: the distances that count, ascending without gaps, then numbers that no key reaches.
+    - `columns`, `ascending` `[b, n, C]`: of `rule.listed_columns`, C a multiple of 64.
+    - `bitmap` `[b, n, w]`: `bands.band_bitmap` of the bands.
+    """
+
+    plan: SparsePlan
+    bands: Int[Array, "b n R"] | None = None
+    columns: Int[Array, "b n C"] | None = None
+    ascending: Int[Array, "b n C"] | None = None
+    bitmap: UInt32[Array, "b n w"] | None = None
+
+    @staticmethod
+    def of(plan: SparsePlan | None, kv_len: int) -> Prepared | None:
+        if plan is None:
+            return None
+        bands = columns = ascending = bitmap = None
+        if plan.columns is not None and plan.column_count is not None:
+            columns, ascending = rule.listed_columns(plan.columns, plan.column_count, kv_len, clean=plan.clean)
+            room = ((0, 0), (0, 0), (0, -columns.shape[-1] % KEY_TILE))
+            columns = jnp.pad(columns, room, constant_values=-1)
+            ascending = jnp.pad(ascending, room, constant_values=jnp.iinfo(jnp.int32).max)
+        if plan.bands is not None and plan.band_count is not None and plan.bands.shape[-1] > 0:
+            lead, width = plan.bands.shape[:-1], plan.bands.shape[-1]
+            blocks = None if plan.block_count is None else plan.block_count.reshape(-1, plan.block_count.shape[-1])
+            flat = plan.bands.reshape(-1, width), plan.band_count.reshape(-1), blocks
+            bands = listed_bands(*flat, multiple=plan.band_multiple, clean=plan.clean)
+            if columns is not None:
+                bitmap = band_bitmap(bands, kv_len + QUERY_TILE).reshape(*lead, -1)
+            # Half the integers: differences of a distance and a position must not overflow.
+            bands = jnp.where(bands == NO_BAND, NO_BAND // 2, bands).reshape(*lead, width)
+        return Prepared(plan, bands, columns, ascending, bitmap)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +76,11 @@ class Visit:
     def steps(self) -> Int[Array, ""]:
         return (self.units.max() + UNITS - 1) // UNITS
 
-    def sources(self, step: Int[Array, ""]) -> tuple[Int[Array, "p g u"], Int[Array, "p g u"] | None]:
-        """First key of each unit of a step, and its tile of gathered columns (negative where the key tile counts)."""
+    def sources(self, step: Int[Array, ""]) -> tuple[Int[Array, "*heads u"], Int[Array, "*heads u"] | None]:
+        """First key of each unit of a step, and its tile of gathered columns (negative where the key tile counts).
+
+        Both are [p, g, u]; without a plan the keys are the same for all heads: [u].
+        """
         unit = step * UNITS + jnp.arange(UNITS, dtype=jnp.int32)
         if self.tiles is None or self.tile_count is None:
             return unit * KEY_TILE, None
@@ -69,11 +115,20 @@ class Visit:
 
 
 def visit_of(
-    plan: SparsePlan | None, i: Int[Array, ""], limit: Int[Array, " p"], q_offset: Int[Array, ""], kv_len: int, g: int
+    prepared: Prepared | None,
+    i: Int[Array, ""],
+    limit: Int[Array, " p"],
+    q_offset: Int[Array, ""],
+    kv_len: int,
+    g: int,
 ) -> Visit:
+    """What query tile `i` visits, in p pairs of sequence and KV head of g query heads each.
+
+    **Arguments:** `prepared`: None for every past key; `limit`: keys of each sequence.
+    """
     q0 = q_offset + i * QUERY_TILE
     live = (q0 < limit)[:, None]  # a query tile with no valid row visits nothing
-    if plan is None:
+    if prepared is None:
         return Visit(jnp.broadcast_to(jnp.where(live, q0 // KEY_TILE, 0), (limit.shape[0], g)))
     tiles, tile_count, cut = (
         jnp.zeros((limit.shape[0], g, 1), jnp.int32),
@@ -81,13 +136,13 @@ def visit_of(
         None,
     )
     in_block = None
-    if plan.bands is not None:
+    if prepared.bands is not None:
         # Distances that count, ascending: those that reach a key at or after 0 are a prefix.
-        reaching = (plan.bands < q0 + KEY_TILE) & live[..., None]
-        tiles, tile_count = jnp.maximum(q0 - plan.bands, 0), reaching.sum(-1, dtype=jnp.int32)
-        cut = jnp.clip(plan.bands - q0, 0, KEY_TILE)
-    if plan.blocks is not None:
-        in_block = block_tiles(plan, i, kv_len, q_offset)
+        reaching = (prepared.bands < rule.reach(q0)) & live[..., None]
+        tiles, tile_count = rule.band_start(prepared.bands, q0), reaching.sum(-1, dtype=jnp.int32)
+        cut = rule.band_cut(prepared.bands, q0)
+    if prepared.plan.blocks is not None:
+        in_block = block_tiles(prepared.plan, i, kv_len, q_offset)
         blocks, block_count = compact(in_block & live[..., None], in_block.shape[-1])
         # After the bands that reach: a head that has both has bands of whole tiles, so nothing of it is cut.
         place = jnp.arange(tiles.shape[-1] + blocks.shape[-1], dtype=jnp.int32) - tile_count[..., None]
@@ -96,39 +151,16 @@ def visit_of(
         tiles = jnp.where(place < 0, jnp.pad(tiles, room), from_blocks)
         cut = None if cut is None else jnp.where(place < 0, jnp.pad(cut, room), 0)
         tile_count = tile_count + block_count
-    if plan.columns is None or plan.column_count is None:
+    if prepared.columns is None or prepared.ascending is None:
         return Visit(tile_count, tiles, tile_count, cut)
-    before = (jnp.arange(plan.columns.shape[-1]) < plan.column_count[..., None]) & (plan.columns < q0) & live[..., None]
-    keep = before & (plan.columns >= 0)
+    columns = prepared.columns
+    bitmap = None if prepared.bitmap is None else prepared.bitmap.reshape(-1, prepared.bitmap.shape[-1])
+    keep = rule.seen_columns(columns.reshape(-1, columns.shape[-1]), q0, bitmap).reshape(columns.shape)
+    keep &= live[..., None]
     if in_block is not None:
-        keep &= ~jnp.take_along_axis(in_block, plan.columns // KEY_TILE, axis=-1, mode="clip")
-    if plan.bands is not None:
-        flat = (x.reshape(-1, x.shape[-1]) for x in (plan.bands, q0 - plan.columns))
-        listed, distance = flat
-        keep &= ~covered(band_bitmap(listed, kv_len + QUERY_TILE), distance).reshape(keep.shape)
-    keep = keep & ~jnp.pad(plan.columns[..., 1:] == plan.columns[..., :-1], ((0, 0), (0, 0), (1, 0)))
-    # Ascending columns: those before the query tile are a prefix. Where no column of it counts, none is visited.
+        keep &= ~jnp.take_along_axis(in_block, jnp.maximum(columns, 0) // KEY_TILE, axis=-1, mode="clip")
+    before = (prepared.ascending < q0) & live[..., None]
+    # Those before the query tile are a prefix. Where no column of it counts, none is visited.
     prefix = jnp.where(keep.any(-1), before.sum(-1, dtype=jnp.int32), 0)
     column_units = (prefix + KEY_TILE - 1) // KEY_TILE
-    return Visit(tile_count + column_units, tiles, tile_count, cut, plan.columns, keep)
-
-
-def prepared(plan: SparsePlan | None) -> SparsePlan | None:
-    """The plan with its bands listed without gaps, and its columns widened to whole key tiles past their count."""
-    if plan is None:
-        return None
-    if plan.columns is not None:
-        pad = -plan.columns.shape[-1] % KEY_TILE
-        plan = dataclasses.replace(plan, columns=jnp.pad(plan.columns, ((0, 0), (0, 0), (0, pad))))
-    if plan.bands is not None and plan.bands.shape[-1] == 0:
-        plan = dataclasses.replace(plan, bands=None, band_count=None)
-    if plan.bands is not None and plan.band_count is not None:
-        shape, width = plan.bands.shape, plan.bands.shape[-1]
-        blocks = None if plan.block_count is None else plan.block_count.reshape(-1, plan.block_count.shape[-1])
-        rules = {"multiple": plan.band_multiple, "clean": plan.clean}
-        bands = listed_bands(plan.bands.reshape(-1, width), plan.band_count.reshape(-1), blocks, **rules)
-        count = (bands != NO_BAND).sum(-1, dtype=jnp.int32)
-        # Half the integers: differences of a distance and a position must not overflow.
-        bands = jnp.where(bands == NO_BAND, NO_BAND // 2, bands)
-        plan = dataclasses.replace(plan, bands=bands.reshape(shape), band_count=count.reshape(shape[:-1]))
-    return plan
+    return Visit(tile_count + column_units, tiles, tile_count, cut, columns, keep)

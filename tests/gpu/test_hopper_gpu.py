@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from minference_jax.bench.shapes import block_bench_plan, exact_row, sample_rows, vertical_slash_bench_plan
-from pallas_kernels import plan_builders
+from pallas_kernels import plan_builders, sparse_attention
 from pallas_kernels.hopper.attention import hopper_attention
 from pallas_kernels.reference import reference_attention
+from tests.helpers import random_qkv, relative_error
 from tests.plans import random_plan
 
 pytestmark = pytest.mark.gpu
@@ -83,3 +84,19 @@ def test_sampled_rows_are_exact_at_long_lengths(length, pattern):
         actual = np.asarray(out[0, row, head], np.float32)
         assert np.linalg.norm(actual - expected) <= 3e-3 * np.linalg.norm(expected)
         assert abs(float(lse[0, row, head]) - expected_lse) <= 1e-3
+
+
+def test_gradients_agree_with_those_of_jnp(rng):
+    """The backward pass is the same jnp code; only the output and the LSE that it starts from are the kernel's."""
+    q, k, v = random_qkv(rng, 1, 700, 700, 4, 2, 128, "bfloat16")
+    plan, lengths = random_plan(rng, 1, 4, 700, 700, columns=40, bands=3, blocks=3), jnp.asarray([650], jnp.int32)
+
+    def loss(implementation):
+        def of(q, k, v):
+            out = sparse_attention(q, k, v, plan, lengths=lengths, implementation=implementation)
+            return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+        return jax.jit(jax.grad(of, (0, 1, 2)))
+
+    for found, wanted in zip(loss("hopper")(q, k, v), loss("xla")(q, k, v), strict=True):
+        assert relative_error(found.astype(jnp.float32), wanted.astype(jnp.float32)) < 0.02

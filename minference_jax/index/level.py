@@ -1,0 +1,128 @@
+"""One level for all tiles of a layer: the lowest at which those that reach it fit into a number of cells.
+
+Tiles × tiles is the largest array of an index, so it is kept as 16-bit integers and read few times. Tiles at the level
+itself are taken in order of position while they fit, so that equal worths (a prompt of one token) neither all fit nor
+all fall out.
+
+Two forms do the same. In jnp, each pass finds three bits of the level by seven sums, and bitmaps become lists. On
+Hopper, two passes count keys by digit, and lists are written at once.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt16
+
+from minference_jax.index import select
+from pallas_kernels.index.keys import digit_counts, key_lists
+from pallas_kernels.sizes import KEY_TILE
+
+NEVER, ALWAYS = 0, 0x7FFF
+"""Keys of tiles that are not visited at any level, and of those that are visited at all."""
+
+_BITS, _DIGIT = 15, 3  # of a key, and of the level that a pass finds in jnp
+_LOW = 7  # bits of the level that the second of two passes finds
+_SMALLEST = 2.0**-31
+_STEPS = 10  # bits of a key below the octave
+
+
+def level_keys(worth: Float[Array, "*tiles"]) -> UInt16[Array, "*tiles"]:
+    """Worths in (0, 1] as integers in their order, 1,024 to an octave: those of 1 to ALWAYS - 1.
+
+    Worths of 2⁻³¹ or less, zero among them, have key 1.
+    """
+    bits, least = (jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.int32) for x in (worth, _SMALLEST))
+    return jnp.clip(((bits - least) >> (23 - _STEPS)) + 1, 1, ALWAYS - 1).astype(jnp.uint16)
+
+
+def reaching(
+    keys: UInt16[Array, "b n i j"],
+    open_keys: Int[Array, "b n j"] | None,
+    rows: Int[Array, "b i"],
+    most: Float[Array, " b"],
+    *,
+    axis_name: str | None = None,
+    kernels: bool = False,
+) -> tuple[Int[Array, "b n i j"], Int[Array, "b n i"]]:
+    """The tiles of the highest keys that have no more than `most` cells in a sequence.
+
+    Tiles of key ALWAYS are taken whatever they cost, those of key NEVER are not. Equal keys go to the lower (head,
+    query tile, key tile).
+
+    **Arguments:** `open_keys`: how many keys of a tile each head counts, None for all 64; `rows`: rows that each query
+    tile counts: a tile has open_keys · rows cells. `axis_name` (static): a mesh axis over which the heads of a layer
+    are divided, inside `jax.shard_map`: their cells are added up. `kernels` (static): on Hopper.
+
+    **Returns:** tiles of each query tile, ascending, whatever it may be from the count on, and the counts.
+    """
+
+    def total(cells: Float[Array, b * d]) -> Float[Array, b * d]:
+        return cells if axis_name is None else jax.lax.psum(cells, axis_name)
+
+    unit = KEY_TILE if open_keys is None else 1  # cells of what is counted
+    find = _level_by_counts if kernels else _level_by_sums
+    level = find(keys, open_keys, rows, most / unit, total)
+    # Above the level everything fits, or else only what is always taken is left; at the level, as long as it fits.
+    level = jnp.minimum(level, ALWAYS - 1)
+    above, reached = jnp.moveaxis(_reached(keys, open_keys, [level + 1, jnp.maximum(level, 1)]), -1, 0)
+    height = unit * rows[:, None].astype(jnp.float32)
+    tied = (reached - above).astype(jnp.float32) * height
+    left = most - total((above.astype(jnp.float32) * height).sum((1, 2)))
+    if axis_name is not None:
+        others = jax.lax.all_gather(tied.sum((1, 2)), axis_name)
+        earlier = jnp.arange(others.shape[0])[:, None] < jax.lax.axis_index(axis_name)
+        left = left - jnp.where(earlier, others, 0).sum(0)
+    left = left[:, None, None] - (jnp.cumsum(tied.reshape(tied.shape[0], -1), axis=-1).reshape(tied.shape) - tied)
+    fitting = jnp.floor(left / jnp.maximum(KEY_TILE * rows, 1)[:, None].astype(jnp.float32))
+    ties = jnp.where(tied <= left, keys.shape[-1], jnp.clip(fitting, 0, keys.shape[-1])).astype(jnp.int32)
+    return (key_lists if kernels else _lists)(keys, level, ties)
+
+
+def _reached(
+    keys: UInt16[Array, "b n i j"], open_keys: Int[Array, "b n j"] | None, levels: list[Int[Array, " b"]]
+) -> Int[Array, "b n i d"]:
+    """Keys of each query tile's tiles that reach each of some levels; tiles, where every one has all keys."""
+    share = 1 if open_keys is None else open_keys[:, :, None]
+    counts = (
+        jnp.sum(jnp.where(keys.astype(jnp.int32) >= level[:, None, None, None], share, 0), -1, dtype=jnp.int32)
+        for level in levels
+    )
+    return jnp.stack(list(counts), -1)
+
+
+def _level_by_sums(keys, open_keys, rows, most, total) -> Int[Array, " b"]:
+    """The highest level that is reached by too many, 0 if none is; three bits a pass."""
+    found = jnp.zeros(most.shape, jnp.int32)
+    for shift in range(_BITS - _DIGIT, -1, -_DIGIT):
+        trials = _reached(keys, open_keys, [found + (digit << shift) for digit in range(1, 1 << _DIGIT)])
+        cells = total((trials.astype(jnp.float32) * rows[:, None, :, None].astype(jnp.float32)).sum((1, 2)))
+        found = found + ((cells > most[:, None]).sum(-1, dtype=jnp.int32) << shift)
+    return found
+
+
+def _level_by_counts(keys, open_keys, rows, most, total) -> Int[Array, " b"]:
+    """The same in two passes."""
+
+    def best(prefix, above, *, shift, bits):
+        counts = digit_counts(keys, rows, open_keys, prefix, shift=shift, bits=bits)
+        cells = total(counts.astype(jnp.float32).sum(1))
+        digit = jnp.arange(1 << bits, dtype=jnp.int32)
+        reached = jnp.where(digit >= digit[:, None], cells[:, None], 0).sum(-1) + above[:, None]
+        found = ((reached > most[:, None]) & (digit > 0)).sum(-1, dtype=jnp.int32)
+        beyond = jnp.where(digit > found[:, None], cells, 0).sum(-1) + above
+        return found, beyond
+
+    high, beyond = best(None, jnp.zeros(most.shape, jnp.float32), shift=_LOW, bits=_BITS - _LOW)
+    low, _ = best(high, beyond, shift=0, bits=_LOW)
+    return (high << _LOW) + low
+
+
+def _lists(keys, level, ties) -> tuple[Int[Array, "b n i j"], Int[Array, "b n i"]]:
+    """`key_lists` in jnp."""
+    level, wide = level[:, None, None, None], keys.astype(jnp.int32)
+    above, tied = select.pack(wide > level), select.pack((wide == level) & (wide != NEVER))
+    count = jax.lax.population_count(tied).astype(jnp.int32)
+    before = jnp.cumsum(count, axis=-1) - count
+    words = above | select.lowest_bits(tied, jnp.maximum(ties[..., None] - before, 0))
+    return select.word_positions(words, keys.shape[-1], 0)

@@ -1,0 +1,265 @@
+"""What every 64-key tile holds of the softmax of some rows, in one pass over the keys (Mosaic GPU, Hopper).
+
+For row r and key tile j the base-2 logarithm of the tile's terms,
+
+    c[r, j] = log2 sum_{keys x of tile j, x <= position of r} 2^(scale * log2(e) * q_r . k_x)
+
+and the same of each chunk of keys, by which the rows are normalised.
+
+No tile depends on another, so thread blocks share nothing: each takes 128 rows of one KV head and a chunk of keys.
+Keys come 128 at a time by TMA. Each of two compute warpgroups has 64 rows; its products of one step run beside the
+exponentials of the step before. Four steps give 8 key tiles: 32 bytes of each row, which are written from registers at
+once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.hopper.config import DEFAULT_MULTIPROCESSORS
+from pallas_kernels.hopper.registers import exp2
+from pallas_kernels.sizes import KEY_TILE
+
+HEAD_DIMS = (64, 96, 128, 256)
+
+WARPGROUPS, ROWS = 2, 64
+BLOCK = WARPGROUPS * ROWS
+"""Rows of a thread block."""
+
+STEP, STEPS = 2 * KEY_TILE, 4
+"""Keys of a step, and steps of a group."""
+
+GROUP, TILES = STEPS * STEP, STEPS * STEP // KEY_TILE
+"""Keys and key tiles of a group."""
+
+_SCORES = (ROWS, STEP)
+_LAYOUT = plgpu.Layout.WGMMA
+_LOWEST = -1e8
+"""Base-2 score of a key that is not visible: finite, and small enough that the difference of two of them, one of which
+a multiply-add has not rounded, is a few units."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MassConfig:
+    """Static tuning of the kernel.
+
+    - `chunk`: most keys of one thread block, a multiple of 512.
+    - `polynomial_tiles`: how many of 16 exponentials are polynomials, which run beside the special function units.
+
+    Raises ValueError for values that no kernel can be built from.
+    """
+
+    chunk: int
+    polynomial_tiles: int = 0
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1 or self.chunk % GROUP:
+            raise ValueError(f"chunk must be a positive multiple of {GROUP}; got {self.chunk}")
+        if not 0 <= self.polynomial_tiles <= 16:
+            raise ValueError(f"polynomial_tiles must be in [0, 16]; got {self.polynomial_tiles}")
+
+    @classmethod
+    def of(cls, kv_heads: int, rows: int, keys: int) -> MassConfig:
+        """As few chunks as keep all multiprocessors busy: each begins with a wait for its queries and first keys.
+
+        **Arguments:** `kv_heads` of all sequences, probe `rows` of each, and `keys`.
+        """
+        blocks = kv_heads * -(-rows // BLOCK)
+        chunks = max(1, round(2 * DEFAULT_MULTIPROCESSORS / blocks))
+        groups = -(-keys // GROUP)
+        return cls(GROUP * max(min(groups, 4), -(-groups // chunks)))
+
+
+def tile_lse(
+    probes: Float[Array, "b k r h"],
+    k: Float[Array, "b s k h"],
+    positions: Int[Array, "b r"],
+    *,
+    scale: float,
+    config: MassConfig,
+    interpret: Any = None,
+) -> tuple[Float[Array, "b k R W"], Float[Array, "b k c R"]]:
+    """log2 of the sum of each key tile's terms, and of each chunk's; R and W are r and s / 64 rounded up to multiples
+    of 128 and 8.
+
+    Undefined for rows at position -1, and for tiles and chunks that begin after a row's position.
+
+    **Arguments:** `positions`: the last key that each row sees, less than s, in any order, -1 for a row that is none;
+    rows close to each other in positions save work.
+    """
+    b, kv_heads, r, h = probes.shape
+    s = k.shape[1]
+    probes = jnp.pad(probes, ((0, 0), (0, 0), (0, -r % BLOCK), (0, 0)))
+    positions = jnp.pad(positions, ((0, 0), (0, -r % BLOCK)), constant_values=-1)
+    k = jnp.pad(k, ((0, 0), (0, -s % 8), (0, 0), (0, 0)))  # the row tiling of swizzled copies
+    blocks, groups = positions.shape[1] // BLOCK, -(-s // GROUP)
+    per_chunk = min(config.chunk // GROUP, groups)
+    chunks = -(-groups // per_chunk)
+
+    # Groups of keys that each of a block's rows sees whole, those that any sees at all, and the last key of any.
+    at = positions.reshape(b, blocks, BLOCK)
+    some = (at.max(-1) + GROUP) // GROUP
+    whole = jnp.min(jnp.where(at < 0, s, at + 1), axis=-1) // GROUP
+    bounds = jnp.stack([jnp.minimum(whole, some), some, at.max(-1)], axis=-1)
+
+    swizzle = 128 if h % 64 == 0 else 64
+    tiling = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))  # pyright: ignore[reportAbstractUsage]
+    stages = STEPS if h <= 128 else STEPS // 2
+    emulate = interpret is not None
+    log2_scale = scale * math.log2(math.e)
+
+    def body(q_ref, k_ref, position_ref, bounds_ref, tiles_ref, chunks_ref, q_smem, k_smem, q_full, k_full, k_free):
+        z, chunk = lax.axis_index("head"), lax.axis_index("chunk")
+        block = blocks - 1 - lax.axis_index("rows")  # those with the most keys first
+        batch, head = lax.div(z, jnp.int32(kv_heads)), lax.rem(z, jnp.int32(kv_heads))
+        first = chunk * per_chunk
+        whole = jnp.clip(bounds_ref[batch, block, 0] - first, 0, per_chunk)
+        some = jnp.clip(bounds_ref[batch, block, 1] - first, 0, per_chunk)
+        warpgroup = lax.axis_index("warpgroup")
+
+        def load():
+            for w in range(WARPGROUPS):
+                rows = pl.ds(block * BLOCK + w * ROWS, ROWS)
+                plgpu.copy_gmem_to_smem(q_ref.at[batch, head, rows], q_smem.at[w], q_full)
+
+            def load_group(group, _):
+                for u in range(STEPS):
+                    slot = u % stages
+                    if u < stages:
+                        pl.when(group > 0)(lambda slot=slot: plgpu.barrier_wait(k_free.at[slot]))
+                    else:
+                        plgpu.barrier_wait(k_free.at[slot])
+                    keys = pl.ds(((first + group) * STEPS + u) * STEP, STEP)
+                    plgpu.copy_gmem_to_smem(k_ref.at[batch, keys, head], k_smem.at[slot], k_full.at[slot])
+
+            lax.fori_loop(jnp.int32(0), some, load_group, None)
+            for slot in range(stages):  # leave no arrival behind
+                plgpu.barrier_wait(k_free.at[slot])
+
+        def compute():
+            rows = pl.ds(block * BLOCK + warpgroup * ROWS, ROWS)
+            position = plgpu.load(position_ref.at[batch, rows], layout=_LAYOUT.reduce(1), optimized=False)
+            queries, last_position = q_smem.at[warpgroup], bounds_ref[batch, block, 2]
+
+            def of_columns(x, shape):
+                return lax.broadcast_in_dim(x, shape, [0])
+
+            def multiply(step, beside, ahead):
+                """(scores of a step's keys, what `beside` returns); then those of the step `ahead` have arrived."""
+                slot = step % stages
+
+                def arrived():
+                    if ahead is not None:
+                        plgpu.barrier_wait(k_full.at[ahead % stages])
+
+                def product(scores):
+                    plgpu.wgmma(scores, queries, k_smem.at[slot].transpose((1, 0)))
+                    other = lax.optimization_barrier(beside())
+                    arrived()
+                    result = plgpu.wgmma_accumulator_load(scores, wait_n=0)
+                    plgpu.barrier_arrive(k_free.at[slot])
+                    return result, other
+
+                if not emulate:
+                    return pl.run_scoped(product, ACC(_SCORES, jnp.float32))
+                result = jnp.dot(queries[...], k_smem[slot].T, preferred_element_type=jnp.float32)
+                other = beside()
+                arrived()
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(k_free.at[slot])
+                return result, other
+
+            def insert(c, s, group, u, masked):
+                """c[64 rows, 8 tiles] with the two tiles of step `u`, or c if no row sees them.
+
+                The branch also keeps the compiler from moving exponentials out of the products' way, before or after.
+                """
+                seen = ((first + group) * STEPS + u) * STEP <= last_position
+                return lax.cond(seen, lambda: with_tiles(c, s, group, u, masked), lambda: c)
+
+            def with_tiles(c, s, group, u, masked):
+                if masked:
+                    key = plgpu.broadcasted_iota(jnp.int32, _SCORES, 1, layout=_LAYOUT)
+                    left = position - ((first + group) * STEPS + u) * STEP
+                    s = jnp.where(key <= of_columns(left, _SCORES), s, _LOWEST / log2_scale)
+                top = s.max(axis=1) * log2_scale
+                p = exp2(s * log2_scale - of_columns(top, _SCORES), config.polynomial_tiles, emulate=emulate)
+                column = plgpu.broadcasted_iota(jnp.int32, c.shape, 1, layout=_LAYOUT)
+                for half in range(2):
+                    lse = top + jnp.log2(p[:, half * KEY_TILE : (half + 1) * KEY_TILE].sum(axis=1))
+                    c = jnp.where(column == 2 * u + half, of_columns(lse, c.shape), c)
+                return c
+
+            def run(group, carry, masked, last=False):
+                """The tiles of a group, whose first scores come in the carry; so go out those of the next group."""
+                s, top, total = carry
+                c = plgpu.layout_cast(jnp.full((ROWS, TILES), -jnp.inf, jnp.float32), _LAYOUT)
+                for u in range(STEPS):
+                    if last and u == STEPS - 1:
+                        c = insert(c, s, group, u, masked)
+                        continue
+                    ahead = None if last and u == STEPS - 2 else u + 2
+                    s, c = multiply(u + 1, lambda c=c, s=s, u=u: insert(c, s, group, u, masked), ahead)
+                tiles_ref.at[batch, head, rows, pl.ds((first + group) * TILES, TILES)][...] = c
+                higher = jnp.maximum(top, c.max(axis=1))
+                total = total * jnp.exp2(top - higher) + jnp.exp2(c - of_columns(higher, c.shape)).sum(axis=1)
+                return s, higher, total
+
+            plgpu.barrier_wait(q_full)
+            plgpu.barrier_wait(k_full.at[0])
+            s, _ = multiply(0, lambda: jnp.int32(0), 1)
+            before = jnp.minimum(whole, some - 1)
+            row = (ROWS,)
+            carry = (
+                s,
+                plgpu.layout_cast(jnp.full(row, -3e38, jnp.float32), _LAYOUT.reduce(1)),
+                plgpu.layout_cast(jnp.zeros(row, jnp.float32), _LAYOUT.reduce(1)),
+            )
+            carry = lax.fori_loop(jnp.int32(0), before, lambda group, x: run(group, x, masked=False), carry)
+            carry = lax.fori_loop(before, some - 1, lambda group, x: run(group, x, masked=True), carry)
+            _, top, total = run(some - 1, carry, masked=True, last=True)
+            chunks_ref.at[batch, head, chunk, rows][...] = top + jnp.log2(total)
+
+        @pl.when((some > 0) & (warpgroup == WARPGROUPS))
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            plgpu.warp_map(lambda warp: pl.when(warp == 0)(load))
+
+        @pl.when((some > 0) & (warpgroup < WARPGROUPS))
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            compute()
+
+    rows = blocks * BLOCK
+    tiles, of_chunks = plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct((b, kv_heads, rows, groups * TILES), jnp.float32),
+            jax.ShapeDtypeStruct((b, kv_heads, chunks, rows), jnp.float32),
+        ],
+        scratch_types={
+            "q_smem": plgpu.SMEM((WARPGROUPS, ROWS, h), k.dtype, transforms=tiling),
+            "k_smem": plgpu.SMEM((stages, STEP, h), k.dtype, transforms=tiling),
+            "q_full": plgpu.Barrier(num_arrivals=WARPGROUPS),
+            "k_full": plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+            "k_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+        },
+        grid=(blocks, b * kv_heads, chunks),
+        grid_names=("rows", "head", "chunk"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        interpret=interpret,
+        kernel_name="tile_lse",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    )(probes, k, positions, bounds)
+    return tiles, of_chunks

@@ -1,0 +1,64 @@
+"""How functions are traced, whatever JAX settings and mesh axes the caller has."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+
+def under_own_settings[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """Traces `function` with 32-bit types and implicit broadcasting, as it is written, whatever the caller's settings.
+
+    `jax_enable_x64` would make 64-bit numbers of Python's, which meet 32-bit arrays in loops and slices;
+    `jax_numpy_rank_promotion="raise"` is a check of the caller's code. Integers of 64 bits among the arguments become
+    int32, cut to its range. Results are those that the function has without these settings.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if jax.config.read("jax_enable_x64"):
+            args, kwargs = jax.tree.map(_narrow, (args, kwargs))
+        with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _narrow(x: Any) -> Any:
+    if isinstance(x, jax.Array) and x.dtype in (jnp.int64, jnp.uint64):
+        most = jnp.iinfo(jnp.int32)
+        low = jnp.asarray(0 if x.dtype == jnp.uint64 else most.min, x.dtype)
+        return jnp.clip(x, low, jnp.asarray(most.max, x.dtype)).astype(jnp.int32)
+    return x
+
+
+def varying_axes(*trees: Any) -> frozenset[str]:
+    """The mesh axes of a surrounding `jax.shard_map` along which any of the arrays differs between devices."""
+    leaves = jax.tree.leaves(trees)
+    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
+
+
+def vary_alike[T](tree: T, *others: Any) -> T:
+    """The same arrays, all marked as differing along every mesh axis along which one of them (or of `others`) does.
+
+    Loops under `jax.shard_map` want their carries so: what starts as a constant meets what differs.
+    """
+    axes = varying_axes(tree, others)
+
+    def mark(x: Any) -> Any:
+        missing = axes - varying_axes(x)
+        return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+    return jax.tree.map(mark, tree) if axes else tree
+
+
+def sum_as(cotangent: Array, primal: Array) -> Array:
+    """A cotangent summed over the mesh axes along which it differs between devices, but its array does not."""
+    axes = varying_axes(cotangent) - varying_axes(primal)
+    return lax.psum(cotangent, tuple(sorted(axes))) if axes else cotangent

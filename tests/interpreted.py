@@ -1,0 +1,39 @@
+"""Runs one case of a GPU's kernel in the Mosaic GPU interpreter, with its race detector, in a process of its own.
+
+    python -m tests.interpreted hopper no-overlap
+
+A kernel that forgets an arrival hangs; the caller sets the time limit.
+"""
+
+import sys
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.reference import reference_attention
+from tests.backend_cases import UNDER_TEST
+from tests.helpers import assert_close, assert_lse_close
+
+
+def main(backend: str, name: str) -> None:
+    (tested,) = (tested for tested in UNDER_TEST if tested.name == backend)
+    assert tested.interpreted is not None
+    case, config = tested.interpreted.cases[name]
+    *arrays, lengths, q_offset = case.arguments(seed=1)
+    options = {"lengths": lengths, "q_offset": q_offset, "scale": case.scale}
+    out, lse = tested.interpreted.attend(
+        *arrays,
+        **options,
+        return_lse=True,
+        config=tested.interpreted.config(**config),
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+    expected, expected_lse = reference_attention(*arrays, **options)
+    assert_close(out, expected)
+    assert_lse_close(lse, expected_lse)
+    print("agrees")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    main(*sys.argv[1:])

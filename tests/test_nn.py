@@ -1,0 +1,34 @@
+"""Sparse attention inside Flax's own layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from minference_jax import AShape, Dense
+from minference_jax.nn import attention_fn
+
+
+def layer(pattern, **options):
+    function = attention_fn(pattern) if pattern is not None else nnx.dot_product_attention
+    return nnx.MultiHeadAttention(2, 32, decode=False, rngs=nnx.Rngs(0), attention_fn=function, **options)
+
+
+def test_a_layer_is_that_of_flax_where_the_pattern_is_dense_and_another_where_it_is_not():
+    x = jax.random.normal(jax.random.key(0), (1, 300, 32))
+    causal = layer(None)(x, mask=nnx.make_causal_mask(x[..., 0]))
+    np.testing.assert_allclose(layer(Dense())(x, is_causal=True), causal, atol=1e-5)
+    sparse = layer(AShape(2, 65))(x)
+    np.testing.assert_allclose(sparse[:, :128], causal[:, :128], atol=1e-5)  # within the window
+    assert float(jnp.abs(sparse - causal).max()) > 1e-3
+
+
+def test_what_would_be_left_out_is_refused():
+    x = jnp.ones((1, 130, 32))
+    with pytest.raises(ValueError, match="takes no mask"):
+        layer(AShape(2, 65))(x, mask=nnx.make_causal_mask(x[..., 0]))
+    with pytest.raises(ValueError, match="no dropout"):
+        layer(AShape(2, 65), dropout_rate=0.5)(x, deterministic=False, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match="takes no module"):
+        layer(AShape(2, 65))(x, sow_weights=True)

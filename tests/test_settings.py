@@ -1,0 +1,133 @@
+"""Every public attention function under JAX's settings: the same numbers, gradients included."""
+
+import contextlib
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import random_qkv
+from jax.sharding import PartitionSpec
+
+import pallas_kernels as pk
+from minference_jax import (
+    AShape,
+    BlockSparse,
+    Dense,
+    PerTile,
+    SharedDensity,
+    VerticalSlash,
+    make_plan,
+    sparse_attention,
+)
+from minference_jax.index.recall import recall
+
+PATTERNS = (
+    Dense(),
+    AShape(2, 70),
+    VerticalSlash(columns=6, slashes=6),
+    VerticalSlash(columns=6, slashes=6, tiles=1, probes="spread"),
+    BlockSparse(1),
+    PerTile(every=32, threshold=1e-3),
+    SharedDensity(0.6, every=32),
+)
+SETTINGS = {
+    "x64": lambda: jax.enable_x64(True),
+    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "NaN": lambda: jax.debug_nans(True),
+    "infinities": lambda: jax.debug_infs(True),
+    "leaks": jax.checking_leaks,
+}
+LENGTHS = [200, 130]
+
+
+def results(pattern, q, k, v):
+    """Output and gradients by pattern, and what a plan says of itself."""
+    out = sparse_attention(q, k, v, pattern, lengths=LENGTHS, q_offset=0)
+
+    def loss(q, k, v):
+        return jnp.sum(sparse_attention(q, k, v, pattern, lengths=LENGTHS) ** 2)
+
+    gradients = jax.grad(loss, (0, 1, 2))(q, k, v)
+    plan = make_plan(q, k, pattern, lengths=LENGTHS)
+    return out, gradients, plan.density(200, 200, lengths=LENGTHS), recall(q, k, plan, lengths=LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return random_qkv(np.random.default_rng(0), 2, 200, 200, 2, 1, 8)
+
+
+@pytest.fixture(scope="module")
+def expected(inputs):
+    return {pattern: results(pattern, *inputs) for pattern in PATTERNS[2:3]}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_results_are_the_same_under_a_setting(inputs, expected, name):
+    with SETTINGS[name]():
+        for pattern, want in expected.items():
+            found = results(pattern, *inputs)
+            assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(want)]
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, want)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_every_family_is_traced_under_every_setting(inputs, pattern):
+    with contextlib.ExitStack() as stack:
+        for name in ("x64", "rank promotion", "leaks"):
+            stack.enter_context(SETTINGS[name]())
+        jax.jit(lambda q, k, v: results(pattern, q, k, v)).trace(*inputs)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_shard_map_with_checked_axes(inputs, pattern):
+    """Batch or heads over devices: traced with `check_vma`, gradients of arrays that all devices share included."""
+    q, k, v = inputs
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+    heads, every = PartitionSpec(None, None, "x"), PartitionSpec()
+
+    def loss(q, k, v):
+        return jnp.sum(sparse_attention(q, k, v, pattern) ** 2)
+
+    def both(q, k, v):
+        return sparse_attention(q, k, v, pattern), jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    specs = {"in_specs": (heads, every, every), "out_specs": (heads, (heads, every, every))}
+    sharded = jax.jit(jax.shard_map(both, mesh=mesh, **specs))
+    if pattern != PATTERNS[2]:  # compiling one is enough: the axes are checked while tracing
+        sharded.trace(q, k, v)
+        return
+    found = sharded(q, k, v)
+    want = jax.jit(both)(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, want)
+
+
+def test_an_exported_program_gives_a_plan(inputs):
+    pytest.importorskip("flatbuffers")  # what JAX writes exported programs with
+    q, k, _ = inputs
+    exported = jax.export.export(jax.jit(lambda q, k: make_plan(q, k, PATTERNS[2])))(q, k)
+    plan = jax.export.deserialize(exported.serialize()).call(q, k)
+    assert isinstance(plan, pk.SparsePlan)
+    jax.tree.map(np.testing.assert_array_equal, plan, make_plan(q, k, PATTERNS[2]))
+
+
+def test_export_checkpoint_and_forward_mode(inputs):
+    q, k, v = inputs
+    pattern = VerticalSlash(columns=6, slashes=6)
+
+    def attend(q, k, v):
+        return sparse_attention(q, k, v, pattern)
+
+    symbols = jax.export.symbolic_shape("b, t, 2, 8")
+    with pytest.raises(ValueError, match="symbolic axes"):
+        jax.export.export(jax.jit(attend))(*[jax.ShapeDtypeStruct(symbols, q.dtype)] * 3)
+
+    def loss(q, attend):
+        return jnp.sum(attend(q, k, v) ** 2)
+
+    plain, kept = (jax.jit(jax.grad(lambda q, f=f: loss(q, f)))(q) for f in (attend, jax.checkpoint(attend)))
+    np.testing.assert_allclose(plain, kept, atol=1e-5)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda q: attend(q, k, v), (q,), (q,))
