@@ -16,7 +16,7 @@ CONFIG = {
     "num_attention_heads": 3,
     "num_key_value_heads": 1,
     "head_dim": 4,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "hidden_act": "silu",

@@ -51,9 +51,9 @@ def numpy_llama(config: LlamaConfig, params: dict, tokens: np.ndarray, frequenci
         layer = {name[7:]: value[i] for name, value in weights.items() if name.startswith("layers.")}
         y = norm(x, layer["attn_norm"])
         q, k, v = (np.einsum("td,dnh->tnh", y, layer[w]) for w in ("wq", "wk", "wv"))
-        if config.qkv_bias:
+        if config.traits.qkv_bias:
             q, k, v = q + layer["bq"], k + layer["bk"], v + layer["bv"]
-        if config.qk_norm:
+        if config.traits.qk_norm:
             q, k = norm(q, layer["q_norm"]), norm(k, layer["k_norm"])
         q, k = rotate(q), rotate(k)
         qkv.append((q, k, v))

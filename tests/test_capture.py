@@ -6,10 +6,11 @@ from numpy_llama import numpy_llama, random_params
 
 from minference_jax.models import LlamaConfig
 from minference_jax.models.capture import capture_qkv
+from minference_jax.models.config import Traits
 from minference_jax.models.llama import Llama
 from minference_jax.patterns import AShape
 
-CONFIG = LlamaConfig(61, 32, 40, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True)
+CONFIG = LlamaConfig(61, 32, 40, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, traits=Traits(qk_norm=True))
 
 
 def test_layers_come_in_order_after_rope(rng):

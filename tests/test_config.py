@@ -6,6 +6,7 @@ import pytest
 from variants import VARIANTS
 
 from minference_jax.models import LlamaConfig, RopeConfig, param_shapes
+from minference_jax.models.config import LayerKind, Traits
 
 LLAMA = {
     "model_type": "llama",
@@ -49,9 +50,10 @@ def test_left_out_keys_mean_the_family_defaults():
     config = LlamaConfig.from_hf(LLAMA)
     assert (config.num_kv_heads, config.head_dim, config.eos_token_ids) == (4, 8, (2,))
     assert (config.rms_norm_eps, config.tie_embeddings, config.rope) == (1e-6, False, RopeConfig())
-    qwen3 = LlamaConfig.from_hf(LLAMA | {"model_type": "qwen3"})
-    assert (qwen3.head_dim, qwen3.qk_norm, qwen3.qkv_bias, qwen3.eos_token_ids) == (128, True, False, ())
-    assert LlamaConfig.from_hf(LLAMA | {"model_type": "qwen2"}).qkv_bias
+    qwen3 = LlamaConfig.from_hf(LLAMA | {"model_type": "qwen3", "num_key_value_heads": None})
+    assert (qwen3.head_dim, qwen3.num_kv_heads, qwen3.traits, qwen3.eos_token_ids) == (128, 4, Traits(qk_norm=True), ())
+    with pytest.raises(ValueError, match="num_kv_heads=32"):  # transformers' default where the key is missing
+        LlamaConfig.from_hf(LLAMA | {"model_type": "qwen2"})
 
 
 def test_transformers_4_and_5_layouts_are_the_same():
@@ -89,15 +91,20 @@ def test_everything_unsupported_is_reported_at_once():
         "model_type": "mistral",
         "vocab_size": 9,
         "hidden_act": "gelu",
-        "sliding_window": 4096,
         "attention_bias": True,
         "quantization_config": {"bits": 4},
         "rope_scaling": {"rope_type": "fancy"},
     }
     with pytest.raises(ValueError) as error:
         LlamaConfig.from_hf(bad)
-    for part in ("hidden_size is missing", "gelu", "sliding_window 4096", "attention_bias", "quantization", "'fancy'"):
+    for part in ("hidden_size is missing", "num_attention_heads is missing"):
         assert part in str(error.value)
+    with pytest.raises(ValueError) as error:
+        LlamaConfig.from_hf(LLAMA | {key: bad[key] for key in ("hidden_act", "quantization_config")})
+    for part in ("gelu", "quantiz"):
+        assert part in str(error.value)
+    with pytest.raises(ValueError, match="'fancy'"):
+        LlamaConfig.from_hf(LLAMA | {"rope_scaling": bad["rope_scaling"]})
 
 
 @pytest.mark.parametrize(
@@ -107,7 +114,7 @@ def test_everything_unsupported_is_reported_at_once():
         ({"num_key_value_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
         ({"head_dim": 5}, "must be even"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor"),
-        ({"partial_rotary_factor": 0.5}, "phi3 only"),
+        ({"partial_rotary_factor": 0.5}, "phi3 and glm4 only"),
         (
             {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
             "short_factor must hold 4 numbers",
@@ -119,26 +126,78 @@ def test_unusable_values_are_named(change, message):
         LlamaConfig.from_hf(LLAMA | change)
 
 
-def test_sliding_window_is_accepted_only_where_it_cannot_act():
-    mistral = LLAMA | {"model_type": "mistral", "max_position_embeddings": 1000}
-    LlamaConfig.from_hf(mistral | {"sliding_window": 1000})
-    LlamaConfig.from_hf(mistral | {"sliding_window": None})
-    with pytest.raises(ValueError, match="sliding_window 999"):
-        LlamaConfig.from_hf(mistral | {"sliding_window": 999})
-    qwen = LLAMA | {"model_type": "qwen2", "sliding_window": 16}
-    LlamaConfig.from_hf(qwen | {"use_sliding_window": False})
-    with pytest.raises(ValueError, match="sliding_window 16"):
-        LlamaConfig.from_hf(qwen | {"use_sliding_window": True})
+def test_windows_are_of_the_layers_that_transformers_gives_them():
+    mistral = LLAMA | {"model_type": "mistral", "max_position_embeddings": 1000, "num_key_value_heads": 4}
+    for window in (1000, None):
+        assert LlamaConfig.from_hf(mistral | {"sliding_window": window}).layer_kinds == ()
+    config = LlamaConfig.from_hf(mistral | {"sliding_window": 999})
+    assert (config.sliding_window, config.layer_kinds) == (999, (LayerKind(window=True),) * 3)
+    qwen = LLAMA | {"model_type": "qwen2", "sliding_window": 16, "num_key_value_heads": 4}
+    assert not LlamaConfig.from_hf(qwen | {"use_sliding_window": False}).windowed
+    assert not LlamaConfig.from_hf(qwen | {"use_sliding_window": True}).windowed  # from layer 28 on
+    config = LlamaConfig.from_hf(qwen | {"use_sliding_window": True, "max_window_layers": 2})
+    assert [kind.window for kind in config.layer_kinds] == [False, False, True]
+    assert LlamaConfig.from_hf(config.to_hf()) == config
+    assert LlamaConfig.from_hf(LLAMA | {"sliding_window": 4}).layer_kinds == ()  # the family knows no windows
+
+
+def test_rope_scaling_counts_where_rope_parameters_are_there_too():
+    both = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    }
+    rope = LlamaConfig.from_hf(LLAMA | both).rope
+    assert (rope.kind, rope.factor, rope.theta) == ("yarn", 4.0, 10_000.0)  # as transformers: theta goes with the other
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "32"},
+        {"hidden_size": True},
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": -1},
+        {"rms_norm_eps": "tiny"},
+        {"rms_norm_eps": float("nan")},
+        {"rope_theta": float("inf")},
+        {"rope_theta": [1e4]},
+        {"tie_word_embeddings": "no"},
+        {"eos_token_id": "</s>"},
+        {"eos_token_id": [2, None]},
+        {"max_position_embeddings": 2.5},
+        {"rope_scaling": "linear"},
+        {"rope_scaling": {"rope_type": "linear", "factor": "4"}},
+        {"rope_scaling": {"rope_type": "linear", "factor": float("nan")}},
+        {"rope_scaling": {"rope_type": ["linear"]}},
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": 1.0, "long_factor": [1.0]}},
+        {"model_type": ["llama"]},
+    ],
+)
+def test_values_of_the_wrong_type_or_range_are_named(change):
+    with pytest.raises(ValueError, match=next(iter(change)).replace("rope_scaling", "rope")):
+        LlamaConfig.from_hf(LLAMA | change)
+
+
+def test_keys_that_a_family_ignores_do_not_matter():
+    for family in ("mistral", "qwen2", "phi3"):
+        config = LLAMA | {"model_type": family, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}
+        traits = LlamaConfig.from_hf(config).traits
+        assert (traits.o_bias, traits.mlp_bias, traits.qkv_bias) == (False, False, family == "qwen2")
+    traits = LlamaConfig.from_hf(LLAMA | {"attention_bias": True, "mlp_bias": True}).traits
+    assert traits == Traits(qkv_bias=True, o_bias=True, mlp_bias=True)
+    assert LlamaConfig.from_hf(LLAMA | {"pad_token_id": -1}).pad_token_id is None  # Llama 2 wrote it so
 
 
 def test_a_family_cannot_be_written_with_another_familys_switches():
-    config = dataclasses.replace(LlamaConfig.from_hf(LLAMA), qkv_bias=True)
-    with pytest.raises(ValueError, match="cannot express qkv_bias=True"):
+    config = dataclasses.replace(LlamaConfig.from_hf(LLAMA), traits=Traits(qk_norm=True))
+    with pytest.raises(ValueError, match=r"'llama' cannot express .*qk_norm=True"):
         config.to_hf()
 
 
 def test_parameter_shapes():
-    config = LlamaConfig(7, 6, 10, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True, qk_norm=True)
+    config = LlamaConfig(
+        7, 6, 10, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, traits=Traits(qkv_bias=True, qk_norm=True)
+    )
     assert param_shapes(config) == {
         "embed": (7, 6),
         "layers.attn_norm": (3, 6),

@@ -7,9 +7,10 @@ import pytest
 from helpers import relative_error
 
 from minference_jax.models import LlamaConfig, fp8, param_shapes
+from minference_jax.models.config import Traits
 from minference_jax.models.llama import Llama
 
-TINY = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True)
+TINY = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, traits=Traits(qkv_bias=True))
 
 
 def test_a_row_is_numbers_times_its_own_scale():

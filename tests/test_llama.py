@@ -11,6 +11,7 @@ from numpy_llama import numpy_llama, random_params
 
 from minference_jax.models import LlamaConfig, RopeConfig, forward
 from minference_jax.models.checks import resolve_patterns
+from minference_jax.models.config import Traits
 from minference_jax.models.llama import Llama
 from minference_jax.patterns import AShape, Dense, HeadPatterns, VerticalSlash
 
@@ -18,8 +19,8 @@ BASE = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_d
 VARIANTS = {
     "gqa2": BASE,
     "mha_tied": dataclasses.replace(BASE, num_kv_heads=4, tie_embeddings=True),
-    "mqa_bias": dataclasses.replace(BASE, num_kv_heads=1, qkv_bias=True),
-    "qk_norm_wide_heads": dataclasses.replace(BASE, head_dim=12, qk_norm=True, rms_norm_eps=0.1),
+    "mqa_bias": dataclasses.replace(BASE, num_kv_heads=1, traits=Traits(qkv_bias=True)),
+    "qk_norm_wide_heads": dataclasses.replace(BASE, head_dim=12, traits=Traits(qk_norm=True), rms_norm_eps=0.1),
     "linear_rope": dataclasses.replace(BASE, rope=RopeConfig(kind="linear", theta=100.0, factor=2.0)),
 }
 
@@ -117,7 +118,7 @@ def test_works_under_jit_and_nnx_jit(rng):
 
 
 def test_random_weights_are_repeatable_and_normalised():
-    config = dataclasses.replace(BASE, hidden_size=64, qkv_bias=True)
+    config = dataclasses.replace(BASE, hidden_size=64, traits=Traits(qkv_bias=True))
     one, two = (Llama.random(config, jax.random.key(3), "bfloat16").params() for _ in range(2))
     assert all(bool(jnp.all(one[name] == two[name])) for name in one)
     assert one["layers.wq"].dtype == jnp.bfloat16

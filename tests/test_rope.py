@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minference_jax.models import LlamaConfig, RopeConfig
-from minference_jax.models.rope import apply_rope, attention_factor, inverse_frequencies, rope_tables
+from minference_jax.models.rope import LayerRope, apply_rope, attention_factor, inverse_frequencies, turns
 
 
 def config(head_dim: int = 8, **rope) -> LlamaConfig:
@@ -17,6 +17,10 @@ def config(head_dim: int = 8, **rope) -> LlamaConfig:
 
 def frequencies(of: LlamaConfig, *lengths: int) -> np.ndarray:
     return np.asarray(inverse_frequencies(of, jnp.asarray(lengths or (1,), jnp.int32)))
+
+
+def tables(of, frequencies, positions):
+    return turns(of, LayerRope(frequencies, attention_factor(of.rope)), positions)[:2]
 
 
 def test_default_and_linear():
@@ -71,7 +75,7 @@ def test_longrope_switches_factors_by_each_sequences_own_length():
 
 def test_rotation_is_multiplication_by_a_unit_complex_number(rng):
     x = rng.standard_normal((2, 5, 3, 8)).astype(np.float32)
-    cos, sin = rope_tables(config(), jnp.asarray(frequencies(config())), jnp.arange(5, dtype=jnp.int32)[None])
+    cos, sin = tables(config(), jnp.asarray(frequencies(config())), jnp.arange(5, dtype=jnp.int32)[None])
     got = np.asarray(apply_rope(jnp.asarray(x), cos, sin))
     angles = np.arange(5)[:, None] * np.array([1, 0.1, 0.01, 0.001])
     z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)[None, :, None]
@@ -84,7 +88,7 @@ def test_scores_depend_on_distance_only(rng):
     f = jnp.asarray(frequencies(config()))
 
     def at(x, position):
-        return np.asarray(apply_rope(jnp.asarray(x), *rope_tables(config(), f, jnp.full((1, 1), position, jnp.int32))))
+        return np.asarray(apply_rope(jnp.asarray(x), *tables(config(), f, jnp.full((1, 1), position, jnp.int32))))
 
     near, far = (np.sum(at(q, p + 7) * at(k, p)) for p in (0, 1000))
     np.testing.assert_allclose(near, far, rtol=1e-3)
@@ -94,7 +98,7 @@ def test_partial_rotation_passes_the_rest_and_keeps_the_dtype(rng):
     half = config(head_dim=16, partial_rotary_factor=0.5)
     assert half.rotary_dim == 8
     x = jnp.asarray(rng.standard_normal((1, 3, 1, 16)), jnp.bfloat16)
-    cos, sin = rope_tables(half, jnp.asarray(frequencies(half)), jnp.arange(3, dtype=jnp.int32)[None])
+    cos, sin = tables(half, jnp.asarray(frequencies(half)), jnp.arange(3, dtype=jnp.int32)[None])
     got = apply_rope(x, cos, sin)
     assert got.dtype == jnp.bfloat16 and cos.shape == (1, 3, 4)
     np.testing.assert_array_equal(np.asarray(got[..., 8:], np.float32), np.asarray(x[..., 8:], np.float32))

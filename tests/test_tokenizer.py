@@ -97,7 +97,10 @@ MERGES = ("1 2", "12 3", "123 4", "Ġ Ġ", "Ġ 1", "a b", "Ġ ab")
     ("pre", "text", "pieces"),
     [
         ("gpt-2", "ab  1234", ["ab", "Ġ", "Ġ", "1234"]),  # the last space stays with the number
-        (None, "ab  1234", ["ab", "Ġ", "Ġ", "1234"]),
+        ("tekken", "ab  1234", ["<s>", "ab", "Ġ", "Ġ", "1", "2", "3", "4"]),
+        ("gpt-4o", "abAb 1234", ["ab", "A", "b", "Ġ", "123", "4"]),
+        ("deepseek-llm", "ab  1234", ["ab", "ĠĠ", "1234"]),
+        ("falcon", "ab  1234", ["ab", "Ġ", "Ġ", "123", "4"]),
         ("smollm", "ab  1234", ["ab", "ĠĠ", "1", "2", "3", "4"]),
         ("qwen2", "ab  1234", ["ab", "Ġ", "Ġ", "1", "2", "3", "4"]),
         ("llama-bpe", "ab  1234", ["<s>", "ab", "Ġ", "Ġ", "123", "4"]),  # digits in threes, bos first
@@ -154,7 +157,7 @@ BROKEN = {
     "no model": ({"tokenizer.ggml.model": None}, "GGUF tokenizer None is not supported"),
     "no tokens": ({"tokenizer.ggml.tokens": []}, "tokens is missing or empty"),
     "repeated tokens": ({"tokenizer.ggml.tokens": ["a", "a", "b"]}, "holds 1 repeated tokens"),
-    "other pre-tokenizer": ({"tokenizer.ggml.pre": "tekken"}, "'tekken' is not supported; supported: gpt-2"),
+    "other pre-tokenizer": ({"tokenizer.ggml.pre": "elvish"}, "'elvish' is not supported; supported: llama-bpe"),
     "types are short": ({"tokenizer.ggml.token_type": np.ones(3, "int32")}, "token_type has 3 entries for 265 tokens"),
     "unknown merge": ({"tokenizer.ggml.merges": ["a b", "zz a"]}, "holds 1 merges of unknown tokens"),
     "merge of one": ({"tokenizer.ggml.merges": ["ab"]}, "holds 1 merges of unknown tokens"),
@@ -188,7 +191,7 @@ def write_gguf_with_tokenizer(path):
 
 
 def test_gguf_and_its_conversion_have_the_same_tokenizer(tmp_path):
-    path, _ = write_gguf_with_tokenizer(tmp_path / "model.gguf")
+    path, config = write_gguf_with_tokenizer(tmp_path / "model.gguf")
     from minference_jax.checkpoints.convert import load_checkpoint
 
     save_checkpoint(*load_checkpoint(path), tmp_path / "hf", tokenizer_from=path)
@@ -200,7 +203,7 @@ def test_gguf_and_its_conversion_have_the_same_tokenizer(tmp_path):
             assert tokenizer.encode(text) == from_gguf.encode(text)
             assert tokenizer.decode(tokenizer.encode(text)) == text
         assert tokenizer.decode(tokenizer.apply_chat_template(messages)) == "user: ab 12\n"
-        assert tokenizer.eos_token_ids == (2,)
+        assert tokenizer.eos_token_ids == (2, config["vocab_size"] - 1)  # "</s>" is known by its text
 
 
 def test_chat_template_errors(tmp_path):

@@ -74,8 +74,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rope_longrope": _llama(
         rope_scaling=_rope("longrope", factor=4.0, original_max_position_embeddings=64, **_LONGROPE)
     ),
+    "biases": _llama(attention_bias=True, mlp_bias=True),
     # The other families.
     "mistral": _SMALL | {"model_type": "mistral", "sliding_window": 512, "head_dim": 16},
+    "mistral_window": _SMALL | {"model_type": "mistral", "sliding_window": 37},
+    "qwen3_window_bias": _SMALL
+    | {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 40,
+        "max_window_layers": 1,
+    },
     "qwen2": _SMALL
     | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32, "max_window_layers": 2},
     "qwen3": _SMALL | {"model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 4},

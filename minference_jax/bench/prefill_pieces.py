@@ -16,7 +16,7 @@ from minference_jax.models import forward
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.layers import finish_layer, map_chunks
 from minference_jax.models.llama import Llama
-from minference_jax.models.rope import inverse_frequencies
+from minference_jax.models.rope import layer_rope
 from minference_jax.patterns import Pattern
 
 
@@ -41,7 +41,7 @@ def time_pieces(
     config, t = model.config, tokens.shape[1]
     params = model.params()
     layer = {name: value[0] for name, value in forward.stacked_layers(params).items()}
-    x = forward.embed(params, tokens)
+    x = forward.embed(config, params, tokens)
     project = _compiled(_project, (config,), layer, x)
     q, k, v = project()
     projecting = seconds(project)
@@ -62,8 +62,8 @@ def time_pieces(
 
 @partial(jax.jit, static_argnums=0)
 def _project(config: LlamaConfig, layer: dict[str, Array], x: Array) -> Any:
-    frequencies = inverse_frequencies(config, jnp.full((1,), x.shape[1], jnp.int32))
-    return forward.layer_qkv(config, layer, x, frequencies, jnp.int32(0), forward.CHUNK)
+    rope = layer_rope(config, jnp.full((1,), x.shape[1], jnp.int32), 0)
+    return forward.layer_qkv(config, layer, x, rope, jnp.int32(0), forward.CHUNK)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +18,8 @@ from jaxtyping import Array
 
 from minference_jax.checkpoints import names
 from minference_jax.checkpoints.gguf_config import hf_config
-from minference_jax.checkpoints.gguf_file import GGUFFile
-from minference_jax.checkpoints.hf_files import HFFiles, find_gguf, pickle_refusal
+from minference_jax.checkpoints.gguf_split import open_gguf
+from minference_jax.checkpoints.hf_files import HFFiles, check_config, find_gguf, pickle_refusal
 from minference_jax.checkpoints.save import save_checkpoint as save_checkpoint
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.params import param_shapes
@@ -46,9 +46,10 @@ class GGUFFiles:
     format = "gguf"
 
     def __init__(self, path: Path):
-        self._file = GGUFFile(path)
+        self._file = open_gguf(path)
         self.path = path
         self.config = hf_config(self._file)
+        check_config(path, self.config)
         self.shapes = {name: tensor.shape for name, tensor in self._file.tensors.items()}
         self.read = self._file.read
 
@@ -78,6 +79,7 @@ def load_checkpoint(
     dtype: str = "bfloat16",
     progress: Progress | None = None,
     convert: Callable[[str, Array], Mapping[str, Array]] | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
 ) -> tuple[LlamaConfig, dict[str, Array]]:
     """Reads a checkpoint into our stacked parameters on the default device.
 
@@ -89,6 +91,8 @@ def load_checkpoint(
     - `path`: a Hugging Face directory with safetensors (whole or sharded), a .gguf file, or a directory with one.
     - `dtype`: "bfloat16", "float16" or "float32", for every parameter.
     - `progress`: called as `progress(done, total)` after each of the file's tensors.
+    - `rope_scaling`: takes the place of the checkpoint's, in the words of a config.json, for prompts longer than the
+      model was trained for: `{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}`.
     - `convert`: called with the name and array of each parameter as it is placed; what it returns is kept instead, so
       that the device never holds the whole model both ways (`fp8.quantize_param`).
 
@@ -104,10 +108,8 @@ def load_checkpoint(
     if jnp.dtype(dtype).name not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     files = open_checkpoint(path)
-    try:
-        config = LlamaConfig.from_hf(files.config)
-    except ValueError as error:
-        raise ValueError(f"{files.path}: {error}") from None
+    changes = {} if rope_scaling is None else {"rope_scaling": dict(rope_scaling)}
+    config = check_config(files.path, files.config | changes)
     if config.num_layers > len(files.shapes):  # before anything loops over the layers of a hostile config
         layers, tensors = f"{config.num_layers:,} layers", f"{len(files.shapes):,} tensors"
         raise ValueError(f"{files.path}: the config has {layers}, but the checkpoint holds {tensors}")

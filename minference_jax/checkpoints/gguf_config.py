@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from minference_jax.checkpoints.gguf_file import GGUFFile
+from minference_jax.checkpoints.gguf_split import SplitGGUF
 
 # GGUF keeps Mistral under "llama".
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3")
@@ -16,11 +17,26 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def hf_config(file: GGUFFile) -> dict[str, Any]:
+# Many chat models' files name only the end of the text as eos. llama.cpp finds the other ends by their text
+# (`special_eog_ids` in llama-vocab.cpp), the ends of an infilled file with them.
+_ENDS = frozenset(
+    (
+        *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>"),
+        *("<end_of_turn>", "<turn|>", "<|tool_response>", "<eos>", "</s>", "<|endoftext|>", "<|end_of_text|>"),
+        *("<EOT>", "_<EOT>", "[EOT]", "[EOS]", "[e~[", "<｜end▁of▁sentence｜>", "<end_of_utterance>"),
+        *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>"),
+        *("<REPO>", "<reponame>", "<|file_sep|>"),
+    )
+)
+# Where all of these are there too, the token ends no turn (the formats of gpt-oss, and of Gemma 4).
+_NOT_WITH = {"<|end|>": {"<|return|>", "<|call|>"}, "</s>": {"<|tool_response>"}}
+
+
+def hf_config(file: GGUFFile | SplitGGUF) -> dict[str, Any]:
     """The config of a GGUF model in Hugging Face's terms.
 
-    Raises `ValueError` naming the file: for an architecture other than `ARCHITECTURES`, a mixture of experts, a part
-    of a split file, sizes that vary by layer, or a RoPE scaling that cannot be expressed.
+    Raises `ValueError` naming the file: for an architecture other than `ARCHITECTURES`, a mixture of experts, sizes
+    that vary by layer, or a RoPE scaling that cannot be expressed.
     """
     try:
         return _hf_config(file)
@@ -28,13 +44,11 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         raise ValueError(f"{file.path}: {error}") from None
 
 
-def _hf_config(file: GGUFFile) -> dict[str, Any]:
+def _hf_config(file: GGUFFile | SplitGGUF) -> dict[str, Any]:
     metadata = file.metadata
     family = metadata.get("general.architecture")
     if family not in ARCHITECTURES:
         raise ValueError(f"GGUF architecture {family!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    if metadata.get("split.count", 1) > 1:
-        raise ValueError("this is one part of a split GGUF model; merge the parts first (llama-gguf-split --merge)")
     if metadata.get(f"{family}.expert_count", 0):
         raise ValueError("mixture-of-experts models are not supported")
 
@@ -73,13 +87,11 @@ def _hf_config(file: GGUFFile) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "rope_theta": _shortest(get("rope.freq_base", 10_000.0)),
         "partial_rotary_factor": get("rope.dimension_count", head_dim) / head_dim,
-        "sliding_window": get("attention.sliding_window"),
+        "sliding_window": get("attention.sliding_window") or None,  # 0: no window
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": eos_token_ids(metadata),
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
     }
-    if config["sliding_window"] is not None:
-        config["use_sliding_window"] = True
     config["rope_scaling"] = _rope_scaling(file, config, get)
     if config["rope_scaling"] and "original_max_position_embeddings" in config["rope_scaling"]:
         config["original_max_position_embeddings"] = config["rope_scaling"]["original_max_position_embeddings"]
@@ -87,9 +99,21 @@ def _hf_config(file: GGUFFile) -> dict[str, Any]:
 
 
 def eos_token_ids(metadata: dict[str, Any]) -> list[int]:
-    """Every token at which generation ends: end of sequence, end of turn, end of message."""
+    """Every token at which generation ends: those that keys name, then those that llama.cpp knows by their text."""
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
-    return list(dict.fromkeys(metadata[key] for key in keys if key in metadata))
+    named = [metadata[key] for key in keys if key in metadata]
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    tokens = tokens if isinstance(tokens, list) else []
+    found = {token: i for i, token in enumerate(tokens) if ends_generation(token)}
+    for ends, kept in _NOT_WITH.items():
+        if kept <= found.keys():
+            found.pop(ends, None)
+    return list(dict.fromkeys([*named, *found.values()]))
+
+
+def ends_generation(token: str) -> bool:
+    """Whether a token of this text ends a turn, a message or the text."""
+    return token in _ENDS
 
 
 def _shortest(value: float) -> float:
@@ -97,7 +121,7 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _rope_scaling(file: GGUFFile, config: dict[str, Any], get: Any) -> dict[str, Any] | None:
+def _rope_scaling(file: GGUFFile | SplitGGUF, config: dict[str, Any], get: Any) -> dict[str, Any] | None:
     kind = get("rope.scaling.type")
     original = get("rope.scaling.original_context_length")
     if "rope_factors_long.weight" in file.tensors:

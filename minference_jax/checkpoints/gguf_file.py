@@ -48,9 +48,41 @@ _TENSOR_TYPES = {
     12: ("Q4_K", 256, 144),
     13: ("Q5_K", 256, 176),
     14: ("Q6_K", 256, 210),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
     30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
 }
-_PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+# Types that have a number and that nothing here decodes: files for one kind of processor, or of integers.
+_OTHER_TYPES = {
+    4: "Q4_2",
+    5: "Q4_3",
+    9: "Q8_1",
+    15: "Q8_K",
+    24: "I8",
+    25: "I16",
+    26: "I32",
+    27: "I64",
+    31: "Q4_0_4_4",
+    32: "Q4_0_4_8",
+    33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+    40: "NVFP4",
+    41: "Q1_0",
+}
+_PLAIN = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
 @dataclass(frozen=True)
@@ -126,7 +158,8 @@ class GGUFFile:
     def _locate(self, name, shape, number: int, start: int, offset: int, alignment: int) -> GGUFTensor:
         if number not in _TENSOR_TYPES:
             known = ", ".join(known_name for known_name, _, _ in _TENSOR_TYPES.values())
-            raise _MalformedError(f"tensor {name!r} has the unsupported type number {number}; supported: {known}")
+            kind = _OTHER_TYPES.get(number, f"number {number}")
+            raise _MalformedError(f"tensor {name!r} has the unsupported type {kind}; supported: {known}")
         type_name, block, block_bytes = _TENSOR_TYPES[number]
         if 0 in shape or shape[-1] % block:
             raise _MalformedError(

@@ -10,10 +10,36 @@ from typing import Any
 import ml_dtypes  # registers NumPy's bfloat16, which safetensors looks up by name
 import numpy as np
 
+from minference_jax.checkpoints.gguf_split import first_part
+from minference_jax.checkpoints.names import own_names
+from minference_jax.models.config import LlamaConfig
+
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+# Directories without a config.json: a file that tells what they are → what to say.
+_FOREIGN = {
+    "adapter_config.json": "an adapter (LoRA or the like), not a model: merge it into its base model first",
+    "adapters.safetensors": "an adapter of MLX, not a model: fuse it with its base model first",
+    "model_index.json": "a diffusion pipeline (diffusers), not a language model",
+    "params.json": "a checkpoint in its author's own layout (params.json); use the Hugging Face version of the model",
+    "*.nemo": "a NeMo checkpoint; use the Hugging Face version of the model",
+    "*.onnx": "an ONNX model; use the Hugging Face version with safetensors",
+    "*.engine": "a TensorRT engine; use the Hugging Face version with safetensors",
+    "*.mlmodel*": "a Core ML model; use the Hugging Face version with safetensors",
+    "*.tflite": "a TensorFlow Lite model; use the Hugging Face version with safetensors",
+    "*.litertlm": "a LiteRT model; use the Hugging Face version with safetensors",
+    "saved_model.pb": "a TensorFlow model; use the Hugging Face version with safetensors",
+}
+_FOREIGN_WEIGHTS = {
+    "tf_model.h5": "TensorFlow weights",
+    "flax_model.msgpack": "Flax weights",
+    "consolidated*.safetensors": "weights in their author's own layout (consolidated.safetensors)",
+    "*.onnx": "an ONNX model",
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -30,7 +56,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_hf_config(directory: Path) -> dict[str, Any]:
-    """config.json, with the end-of-sequence ids of generation_config.json where there is one."""
+    """config.json, with the end-of-sequence ids of generation_config.json where there is one.
+
+    Raises `ValueError` naming the directory, and the format it is in if it is one that we know and do not read.
+    """
+    if not (directory / "config.json").exists():
+        for pattern, what in _FOREIGN.items():
+            if any(directory.glob(pattern)):
+                raise ValueError(f"{directory} holds {what}")
     config = read_json(directory / "config.json")
     generation = directory / "generation_config.json"
     if generation.exists() and (eos := read_json(generation).get("eos_token_id")) is not None:
@@ -41,13 +74,15 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
 def find_gguf(path: Path) -> Path | None:
     """The GGUF file that `path` means: itself, or the only one in a directory without config.json; else None.
 
-    Raises `ValueError` when such a directory holds several.
+    Of a split model that is the first part. Raises `ValueError` when such a directory holds several models.
     """
     if path.is_file():
         with open(path, "rb") as file:
             return path if path.suffix == ".gguf" or file.read(4) == b"GGUF" else None
     if path.is_dir() and not (path / "config.json").exists():
         found = sorted(path.glob("*.gguf"))
+        if len(found) > 1 and (first := first_part(found)):
+            return first
         if len(found) > 1:
             raise ValueError(f"{path} holds {len(found)} GGUF files ({', '.join(p.name for p in found)}); name one")
         return found[0] if found else None
@@ -59,7 +94,8 @@ class HFFiles:
 
     Reads `model.safetensors`, else the shards that `model.safetensors.index.json` names, else
     `model-0000i-of-0000n.safetensors`. Only headers are read until `read`.
-    Raises `ValueError` naming the file for anything missing, malformed or pickled.
+    Raises `ValueError` naming the file for anything missing, malformed or pickled. What the config alone tells is
+    said before any other file is opened.
     """
 
     format = "hf"
@@ -67,13 +103,17 @@ class HFFiles:
     def __init__(self, directory: Path):
         self.path = directory
         self.config = read_hf_config(directory)
+        check_config(directory, self.config)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._handles: dict[str, Any] = {}
+        self._names: dict[str, str] = {}
         problems = []
         for shard in self._shards():
             problems += self._open(directory / shard)
         if problems:
             raise ValueError(f"{directory}: " + "; ".join(problems))
+        self._names = own_names(self.shapes)
+        self.shapes = {ours: self.shapes[theirs] for ours, theirs in self._names.items()}
 
     def _shards(self) -> list[str]:
         if (self.path / _SINGLE).exists():
@@ -90,6 +130,9 @@ class HFFiles:
                 absent = sorted(set(expected) - set(found))
                 raise ValueError(f"{self.path}: the shards are not complete: missing {absent[:20]}, found {found[:20]}")
             return expected
+        for pattern, what in _FOREIGN_WEIGHTS.items():
+            if any(self.path.glob(pattern)):
+                raise ValueError(f"{self.path} holds {what}; use the version of the model with {_SINGLE}")
         if pickles := [name for name in names if name.endswith(_PICKLES)]:
             raise ValueError(pickle_refusal(self.path / pickles[0]))
         raise ValueError(f"{self.path}: no {_SINGLE}, no {_INDEX} and no shards in this directory")
@@ -127,7 +170,16 @@ class HFFiles:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the dtype of the file."""
+        name = self._names[name]
         return self._handles[name].get_tensor(name)
+
+
+def check_config(path: Path, config: dict[str, Any]) -> LlamaConfig:
+    """The config of a checkpoint. Raises `ValueError` naming the path for a model that is not supported."""
+    try:
+        return LlamaConfig.from_hf(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def pickle_refusal(path: Path) -> str:

@@ -52,11 +52,15 @@ _ROWS = (
     Row("layers.bq", "self_attn.q_proj.bias", "attn_q.bias", "(n h) -> n h"),
     Row("layers.bk", "self_attn.k_proj.bias", "attn_k.bias", "(k h) -> k h"),
     Row("layers.bv", "self_attn.v_proj.bias", "attn_v.bias", "(k h) -> k h"),
+    Row("layers.bo", "self_attn.o_proj.bias", "attn_output.bias", "d -> d"),
     Row("layers.q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight", "h -> h"),
     Row("layers.k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight", "h -> h"),
     Row("layers.w_gate", "mlp.gate_proj.weight", "ffn_gate.weight", "f d -> d f"),
     Row("layers.w_up", "mlp.up_proj.weight", "ffn_up.weight", "f d -> d f"),
     Row("layers.w_down", "mlp.down_proj.weight", "ffn_down.weight", "d f -> f d"),
+    Row("layers.b_gate", "mlp.gate_proj.bias", "ffn_gate.bias", "f -> f"),
+    Row("layers.b_up", "mlp.up_proj.bias", "ffn_up.bias", "f -> f"),
+    Row("layers.b_down", "mlp.down_proj.bias", "ffn_down.bias", "d -> d"),
 )
 
 _QKV, _GATE_UP = ("n h", "k h", "k h"), ("f", "f")
@@ -69,13 +73,25 @@ _PHI3_ROWS = (
 )
 
 # llama.cpp rotates neighbouring pairs for its "llama" architecture, so its converter interleaves the rows of q and k.
-_GGUF_LLAMA_LAYOUTS = {"layers.wq": "(n p r) d -> d n (r p)", "layers.wk": "(k p r) d -> d k (r p)"}
-
-# Names that may be in a file and are not parameters: RoPE tables, which the config describes.
-IGNORED = {
-    "hf": re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)"),
-    "gguf": re.compile(r"rope_(freqs|factors_long|factors_short)\.weight"),
+_GGUF_LLAMA_LAYOUTS = {
+    "layers.wq": "(n p r) d -> d n (r p)",
+    "layers.wk": "(k p r) d -> d k (r p)",
+    "layers.bq": "(n p r) -> n (r p)",
+    "layers.bk": "(k p r) -> k (r p)",
 }
+_GGUF_INTERLEAVED = ("llama", "mistral", "smollm3", "granite")  # llama.cpp architectures that rotate so
+
+# Names that may be in a file and are not parameters: RoPE tables, which the config describes, buffers of old versions
+# (causal masks), and the scales of a quantized KV cache.
+IGNORED = {
+    "hf": re.compile(
+        r"(.*\.)?(rotary_emb\.\w+|(self_attn|attention)\.(bias|masked_bias|[kvq]_scale|[kv]_proj\.[kv]_scale|kv_scale))"
+    ),
+    "gguf": re.compile(r"(blk\.\d+\.)?(rope_(freqs|factors_long|factors_short)|attn_rot_embd)\.weight"),
+}
+PREFIXES = ("model.", "", "language_model.model.", "model.language_model.", "language_model.")
+"""What may stand before the names of a Hugging Face model's layers: of the base model alone, or of a larger one's text
+part. Our rows spell out the first."""
 
 
 def table(config: LlamaConfig, file_format: str) -> dict[str, Row]:
@@ -83,7 +99,7 @@ def table(config: LlamaConfig, file_format: str) -> dict[str, Row]:
     rows = {row.path: row for row in _ROWS}
     if config.model_type == "phi3":
         rows |= {row.path: row for row in _PHI3_ROWS}
-    if file_format == "gguf" and config.model_type == "llama":
+    if file_format == "gguf" and config.model_type in _GGUF_INTERLEAVED:
         rows |= {path: replace(rows[path], layout=layout) for path, layout in _GGUF_LLAMA_LAYOUTS.items()}
     return {path: rows[path] for path in param_shapes(config)}
 
@@ -161,3 +177,21 @@ class Layout:
         """Our parameter as its rows of the file's tensor: the inverse of `read`."""
         split = tuple(self.axis_sizes[axis] for axis in self.order)
         return param.reshape(split).transpose(np.argsort(self.order)).reshape(self.part_shape)
+
+
+def own_names(names: Iterable[str]) -> dict[str, str]:
+    """Name in our rows → name in a Hugging Face checkpoint, whatever stands before the names of its layers.
+
+    Of a larger model, the tensors of its other parts are left out; a checkpoint of another kind keeps its names.
+    """
+    names = list(names)
+    for prefix in PREFIXES:
+        if f"{prefix}embed_tokens.weight" not in names:
+            continue
+        outer = prefix.removesuffix("model.") if prefix != "model.language_model." else ""
+        found = {f"model.{name.removeprefix(prefix)}": name for name in names if name.startswith(prefix)}
+        heads = (f"{outer}lm_head.", "lm_head.")
+        found |= {f"lm_head.{name.split('lm_head.')[1]}": name for name in names if name.startswith(heads)}
+        others = [name for name in names if name not in found.values()]
+        return found if prefix.startswith(("language_", "model.l")) else found | {name: name for name in others}
+    return {name: name for name in names}

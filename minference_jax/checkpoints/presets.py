@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from minference_jax.models.config import LlamaConfig, RopeConfig
+from minference_jax.models.config import LlamaConfig, RopeConfig, Traits
 
 _LLAMA_3_8B = LlamaConfig(
     vocab_size=128_256,
@@ -41,7 +41,7 @@ CONFIGS: dict[str, LlamaConfig] = {
         head_dim=128,
         rope=RopeConfig(theta=1_000_000.0),
         rms_norm_eps=1e-6,
-        qkv_bias=True,
+        traits=Traits(qkv_bias=True),
         max_position_embeddings=131_072,
         eos_token_ids=(151_643,),
         model_type="qwen2",

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from minference_jax.checkpoints import names
-from minference_jax.checkpoints.gguf_file import GGUFFile
+from minference_jax.checkpoints.gguf_split import open_gguf
 from minference_jax.checkpoints.hf_files import find_gguf
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.params import param_shapes
@@ -80,7 +80,7 @@ def copy_tokenizer(source: str | Path, directory: Path) -> None:
     """Puts the tokenizer of a checkpoint (directory or GGUF file) into a directory, as Hugging Face's files."""
     source = Path(source)
     if gguf := find_gguf(source):
-        for name, content in tokenizer_files(GGUFFile(gguf).metadata).items():
+        for name, content in tokenizer_files(open_gguf(gguf).metadata).items():
             (directory / name).write_text(content, encoding="utf-8")
         return
     found = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]

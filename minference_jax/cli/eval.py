@@ -65,7 +65,7 @@ def evaluate(
     tokenizer = load_tokenizer(model)
     with usage("--methods"):
         compared = [_method(name, config, tokenizer) for name in names]
-    network, _ = load_model(model, "dense", dtype)
+    network = load_model(model, None, dtype)
     with progress("Evaluating") as update:
         results = run(
             network,

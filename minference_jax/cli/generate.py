@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json as json_text
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +47,19 @@ def generate(
             "llama-3-8b, llama-3.1-8b, qwen2-7b, smollm2.",
         ),
     ] = 0,
+    template: Annotated[str, typer.Option(help="The name of a chat template, where there are several.")] = "",
+    template_variable: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=VALUE for the chat template, e.g. enable_thinking=false; VALUE may be JSON; repeatable."
+        ),
+    ] = None,
+    rope_scaling: Annotated[
+        str, typer.Option(help='JSON to use as the model\'s rope_scaling, e.g. {"rope_type":"yarn","factor":2.0}.')
+    ] = "",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail, rather than warn, if the prompt and reply exceed the context.")
+    ] = False,
     stats: Annotated[bool, typer.Option(help="Print tokens, times and density on standard error.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
@@ -62,18 +79,26 @@ def generate(
     import jax
 
     from minference_jax.models.generate import generate as continue_tokens
+    from minference_jax.models.requests import check_context, check_prompts
     from minference_jax.text.tokenizer import load_tokenizer
 
-    network, patterns = load_model(Path(model), pattern, dtype, fp8)
-    tokenizer = load_tokenizer(model)
-    ids = tokenizer.encode(text) if raw else _chat(tokenizer, text, system, reply_prefix)
+    scaling = _json_option("--rope-scaling", rope_scaling) if rope_scaling else None
+    variables = dict(map(_variable, template_variable or []))
+    config, patterns = check_model(Path(model), pattern, scaling)
+    with _plain_warnings():
+        tokenizer = load_tokenizer(model)
+        ids = tokenizer.encode(text) if raw else _chat(tokenizer, text, system, reply_prefix, template, variables)
+        check_prompts([ids], None, config.vocab_size)
+        check_context(config, len(ids), max_new_tokens, strict)
+    network = load_model(Path(model), patterns, dtype, fp8, scaling)
     decoder = tokenizer.stream()
 
     def write(new: list[list[int]]) -> None:
         if not json:
             print("".join(map(decoder.push, new[0])), end="", flush=True)
 
-    with progress("Reading the prompt") as update:
+    with progress("Reading the prompt") as update, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # said above
         result = continue_tokens(
             network,
             [ids],
@@ -100,21 +125,59 @@ def generate(
         _print_figures(figures, stderr())
 
 
-def load_model(path: Path, pattern: str, dtype: str, fp8: bool = False) -> tuple[Any, Any]:
-    """The model and its patterns; the pattern is checked before the weights are read."""
-    import jax
-
+def check_model(path: Path, pattern: str, rope_scaling: Any = None) -> tuple[Any, Any]:
+    """The config and the patterns, from the headers of a checkpoint: what can be wrong before weights are read."""
     from minference_jax.checkpoints.convert import open_checkpoint
-    from minference_jax.models.config import LlamaConfig
-    from minference_jax.models.llama import Llama
+    from minference_jax.checkpoints.hf_files import check_config
 
-    config = LlamaConfig.from_hf(open_checkpoint(path).config)
+    files = open_checkpoint(path)
+    config = check_config(files.path, files.config | ({"rope_scaling": rope_scaling} if rope_scaling else {}))
     with usage("--pattern"):
         patterns = pattern if pattern == "auto" else resolve_patterns(pattern, config.num_layers, config.num_heads)
+    return config, patterns
+
+
+def load_model(path: Path, patterns: Any, dtype: str, fp8: bool = False, rope_scaling: Any = None) -> Any:
+    """The model with its weights."""
+    import jax
+
+    from minference_jax.models.llama import Llama
+
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with progress("Loading weights") as update:
-        network = Llama.from_pretrained(path, dtype=dtype, patterns=patterns, fp8_projections=fp8, progress=update)
-        return network, patterns
+        options: dict[str, Any] = {"fp8_projections": fp8, "progress": update, "rope_scaling": rope_scaling}
+        return Llama.from_pretrained(path, dtype=dtype, patterns=patterns, **options)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as lines of standard error, without a place in the source; each once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        stderr().print(f"warning: {warning.message}", markup=False)
+
+
+def _variable(option: str) -> tuple[str, Any]:
+    """NAME=VALUE; a value that is JSON means what it says, any other is text."""
+    name, equals, value = option.partition("=")
+    if not (name.isidentifier() and equals):
+        raise usage_error(f"--template-variable takes NAME=VALUE, got {option!r}")
+    try:
+        return name, json_text.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _json_option(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json_text.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise usage_error(f"{name} takes a JSON object, got {text!r}")
+    return value
 
 
 def _random(
@@ -170,12 +233,15 @@ def _described(network: Any, patterns: Any, tokens: int, chunk: int | None, capa
     return describe_patterns(patterns) if choice is None else f"auto: {choice}"
 
 
-def _chat(tokenizer: Any, text: str, system: str, reply_prefix: str) -> list[int]:
+def _chat(
+    tokenizer: Any, text: str, system: str, reply_prefix: str, template: str, variables: dict[str, Any]
+) -> list[int]:
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
     if reply_prefix:
         messages.append({"role": "assistant", "content": reply_prefix})
-    return tokenizer.apply_chat_template(messages, continue_final_message=bool(reply_prefix))
+    options = {"continue_final_message": bool(reply_prefix), "template": template or None}
+    return tokenizer.apply_chat_template(messages, **options, **variables)
 
 
 def _print_figures(figures: dict[str, Any], console: Any) -> None:

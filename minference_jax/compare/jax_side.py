@@ -93,8 +93,8 @@ def run_jax(
 
     if layers and len(positions):
         rows = np.asarray(positions)
-        last = forward.rms_norm(x, params["final_norm"], config.rms_norm_eps)
-        for level, hidden in enumerate((forward.embed(params, device_tokens), *levels, last)):
+        last = forward.norm(config, x, params["final_norm"])
+        for level, hidden in enumerate((forward.embed(config, params, device_tokens), *levels, last)):
             arrays["hidden"][:, level] = np.asarray(hidden[:, rows].astype(jnp.float32))
     del levels
     following = np.roll(tokens, -1, axis=1)

@@ -134,9 +134,9 @@ class KVCache:
         return dataclasses.replace(self, **{name: moved(put, x, new[name]) for name, x in self._rows().items()})
 
     def read(
-        self, layer: Array | int, dtype: Any, extent: int | None = None
+        self, layer: Array | int, dtype: Any, extent: int | None = None, start: Array | int = 0
     ) -> tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]]:
-        """Keys and values of one layer in `dtype`, of the first `extent` positions (static; None: of all).
+        """Keys and values of one layer in `dtype`, of `extent` positions from `start` on (extent static; None: all).
 
         Keys of a quantized cache are turned, as `queries` turns queries.
         """
@@ -144,9 +144,24 @@ class KVCache:
 
         def first(x: Array) -> Array:
             size = (1, x.shape[1], extent, *x.shape[3:])
-            return moved(lambda x: jax.lax.dynamic_slice(x, (layer, *(0,) * (x.ndim - 1)), size)[0], x)
+            return moved(lambda x: jax.lax.dynamic_slice(x, (layer, 0, start, *(0,) * (x.ndim - 3)), size)[0], x)
 
-        rows = {name: first(x) for name, x in self._rows().items()}
+        return self._decoded({name: first(x) for name, x in self._rows().items()}, dtype)
+
+    def read_from(
+        self, layer: Array | int, dtype: Any, starts: Int32[Array, " b"], extent: int
+    ) -> tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]]:
+        """As `read`, with a start of its own for each sequence."""
+
+        def rows(x: Array) -> Array:
+            def one(x: Array, start: Array) -> Array:
+                return jax.lax.dynamic_slice_in_dim(x, start, extent, axis=0)
+
+            return moved(lambda x: jax.vmap(one)(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), starts), x)
+
+        return self._decoded({name: rows(x) for name, x in self._rows().items()}, dtype)
+
+    def _decoded(self, rows: dict[str, Array], dtype: Any) -> tuple[Array, Array]:
         if self.k_scale is None:
             return rows["k"], rows["v"]
         return dequantize(rows["k"], rows["k_scale"], dtype), dequantize(rows["v"], rows["v_scale"], dtype)

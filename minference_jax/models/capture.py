@@ -15,7 +15,8 @@ from minference_jax.models.checks import check_tokens
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.layers import finish_layer, map_chunks
 from minference_jax.models.llama import Llama
-from minference_jax.models.rope import inverse_frequencies
+from minference_jax.models.rope import layer_rope
+from minference_jax.models.window import attend_layer
 
 
 def capture_qkv(
@@ -32,7 +33,7 @@ def capture_qkv(
 
 
 def _layers(config: LlamaConfig, params: forward.Params, tokens: Array, lengths: Array) -> Iterator[Any]:
-    x = forward.embed(params, tokens)
+    x = forward.embed(config, params, tokens)
     for index in range(config.num_layers):
         q, k, v = _project(config, params, x, lengths, jnp.int32(index))
         yield q, k, v
@@ -48,8 +49,8 @@ def _layer(params: forward.Params, index: Array) -> dict[str, Array]:
 
 @partial(jax.jit, static_argnames="config")
 def _project(config: LlamaConfig, params: forward.Params, x: Array, lengths: Array, index: Array) -> Any:
-    frequencies = inverse_frequencies(config, lengths)
-    return forward.layer_qkv(config, _layer(params, index), x, frequencies, jnp.int32(0), forward.CHUNK)
+    rope = layer_rope(config, lengths, index)
+    return forward.layer_qkv(config, _layer(params, index), x, rope, jnp.int32(0), forward.CHUNK)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="x")
@@ -57,5 +58,9 @@ def _finish(
     config: LlamaConfig, params: forward.Params, x: Array, q: Array, k: Array, v: Array, lengths: Array, index: Array
 ) -> Array:
     layer = _layer(params, index)
-    out, _ = forward.attend(q, k, v, None, lengths=lengths, q_offset=0, implementation=None)
+
+    def whole() -> tuple[Array, Any]:
+        return forward.attend(q, k, v, None, lengths=lengths, q_offset=0, implementation=None)
+
+    out, _ = attend_layer(config, index, (q, k, v), None, whole, start=None, lengths=lengths)
     return map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), forward.CHUNK, in_place=True)

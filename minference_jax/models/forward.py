@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Int32
 import pallas_kernels
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.layers import Layer, StackedLayer, finish_layer, map_chunks, project_qkv, rms_norm
+from minference_jax.models.layers import Layer, StackedLayer, finish_layer, map_chunks, norm, project_qkv
 from minference_jax.models.part_attention import attend_to_cache
-from minference_jax.models.rope import inverse_frequencies, rope_tables
+from minference_jax.models.rope import LayerRope, layer_rope, turns
+from minference_jax.models.window import attend_layer, decode_layer
 
 Params = Mapping[str, Array]
 
@@ -37,27 +38,31 @@ def stacked_layers(params: Params) -> Layer:
     return {name.removeprefix("layers."): value for name, value in params.items() if name.startswith("layers.")}
 
 
-def embed(params: Params, tokens: Int32[Array, "b t"]) -> Float[Array, "b t d"]:
+def embed(config: LlamaConfig, params: Params, tokens: Int32[Array, "b t"]) -> Float[Array, "b t d"]:
     """Token embeddings; ids outside the vocabulary are clipped into it."""
-    return jnp.take(params["embed"], tokens, axis=0, mode="clip")
+    x = jnp.take(params["embed"], tokens, axis=0, mode="clip")
+    return x if config.traits.embed_scale == 1 else x * jnp.asarray(config.traits.embed_scale, x.dtype)
 
 
 def logits(config: LlamaConfig, params: Params, x: Float[Array, "b t d"]) -> Float[Array, "b t vocab"]:
     """Final norm and head, float32."""
-    x = rms_norm(x, params["final_norm"], config.rms_norm_eps)
+    x = norm(config, x, params["final_norm"])
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     head, equation = (params["embed"], "btd,vd->btv") if config.tie_embeddings else (params["lm_head"], "btd,dv->btv")
-    return jnp.einsum(equation, x, head, precision=precision, preferred_element_type=jnp.float32)
+    y = jnp.einsum(equation, x, head, precision=precision, preferred_element_type=jnp.float32)
+    y = y if config.traits.logit_divisor == 1 else y / config.traits.logit_divisor
+    cap = config.traits.logit_cap
+    return y if cap is None else cap * jnp.tanh(y / cap)
 
 
 def layer_qkv(
-    config: LlamaConfig, layer: Layer, x: Array, frequencies: Array, start: Array, chunk: int
+    config: LlamaConfig, layer: Layer, x: Array, rope: LayerRope, start: Array, chunk: int
 ) -> tuple[Array, Array, Array]:
     """One layer's q, k, v for rows at positions start, start + 1, …, in chunks."""
 
     def project(first: Array, rows: Array) -> tuple[Array, Array, Array]:
         positions = start + first + jnp.arange(rows.shape[1], dtype=jnp.int32)
-        return project_qkv(config, layer, rows, *rope_tables(config, frequencies, positions[None]))
+        return project_qkv(config, layer, rows, turns(config, rope, positions[None]))
 
     return map_chunks(project, (x,), chunk)
 
@@ -107,24 +112,26 @@ def prefill(
     t = tokens.shape[1]
     q_offset = jnp.int32(0) if start is None else start
     seen = jnp.minimum(lengths, q_offset + t)
-    frequencies = inverse_frequencies(config, rope_lengths)
     served = partial(attend, implementation=implementation, return_info=keep == "info")
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, Any]:
         x, cache = carry
         index, layer, layer_patterns = inputs
-        q, k, v = layer_qkv(config, layer, x, frequencies, q_offset, chunk)
+        q, k, v = layer_qkv(config, layer, x, layer_rope(config, rope_lengths, index), q_offset, chunk)
         if cache is not None:
             cache = cache.write(index, q_offset, k, v)
-        if start is None or cache is None:
-            out, info = served(q, k, v, layer_patterns, lengths=seen, q_offset=0)
-        else:
-            out, info = attend_to_cache(served, q, cache, index, layer_patterns, start=start, lengths=lengths)
+
+        def whole() -> tuple[Array, Any]:
+            if start is None or cache is None:
+                return served(q, k, v, layer_patterns, lengths=seen, q_offset=0)
+            return attend_to_cache(served, q, cache, index, layer_patterns, start=start, lengths=lengths)
+
+        out, info = attend_layer(config, index, (q, k, v), cache, whole, start=start, lengths=seen)
         x = map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), chunk, in_place=True)
         return (x, cache), {"nothing": None, "info": info, "hidden": x}[keep]
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
-    carry = (embed(params, tokens), cache)
+    carry = (embed(config, params, tokens), cache)
     (x, cache), kept = jax.lax.scan(step, carry, (indices, stacked_layers(params), patterns))
     if cache is not None:
         written = jax.lax.dynamic_update_slice(cache.tokens, tokens, (jnp.int32(0), q_offset))
@@ -153,19 +160,19 @@ def decode(
     cache is full writes nothing.
     """
     rows, positions = jnp.arange(tokens.shape[0], dtype=jnp.int32), cache.lengths
-    cos, sin = rope_tables(config, inverse_frequencies(config, positions + 1), positions[:, None])
     stacked = stacked_layers(params)
 
     def step(carry: tuple, index: Array) -> tuple[tuple, None]:
         x, cache = carry
         layer = StackedLayer(stacked, index)
-        q, k, v = project_qkv(config, layer, x, cos, sin)
+        rope = layer_rope(config, positions + 1, index)
+        q, k, v = project_qkv(config, layer, x, turns(config, rope, positions[:, None]))
         cache = cache.append(index, positions, k[:, 0], v[:, 0])
-        out = cache.attend(index, q[:, 0], positions + 1)
+        out = decode_layer(config, index, q[:, 0], cache, positions + 1)
         return (finish_layer(config, layer, x, out[:, None]), cache), None
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
-    (x, cache), _ = jax.lax.scan(step, (embed(params, tokens[:, None]), cache), indices)
+    (x, cache), _ = jax.lax.scan(step, (embed(config, params, tokens[:, None]), cache), indices)
     written = cache.tokens.at[rows, positions].set(tokens, mode="drop")
     longer = positions + (1 if active is None else active.astype(jnp.int32))
     cache = dataclasses.replace(cache, tokens=written, lengths=jnp.minimum(longer, cache.capacity))

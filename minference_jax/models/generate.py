@@ -21,8 +21,16 @@ from minference_jax.models import forward, llama
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
+from minference_jax.models.requests import (
+    check_context,
+    check_numbers,
+    check_prompts,
+    padding_id,
+    random_key,
+    token_ids,
+)
 from minference_jax.models.sampling import next_token
-from minference_jax.planning.buckets import QUERY_TILE, bucket_length
+from minference_jax.planning.buckets import bucket_length
 from minference_jax.planning.memory import advise
 from minference_jax.text.prompts import PromptRunner, steps_before_new_rope
 
@@ -89,8 +97,8 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    key: Array | None = None,
-    eos_token_ids: Sequence[int] | None = None,
+    key: Array | int | None = None,
+    eos_token_ids: Sequence[int] | int | None = None,
     pad_token_id: int | None = None,
     cache: KVCache | None = None,
     cache_dtype: str | None = None,
@@ -100,14 +108,17 @@ def generate(
     stream: Callable[[list[list[int]]], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     return_info: bool = False,
+    strict: bool = False,
 ) -> Generation:
     """Continues each prompt by up to `max_new_tokens` tokens, or to its end-of-sequence token.
 
     **Arguments:**
 
-    - `tokens`: integers `[b, t]`, padded on the right; `lengths`: `[b]`, None for no padding.
-    - `temperature`: 0 is greedy. `top_p`: in (0, 1]. `key`: of `jax.random`, default `jax.random.key(0)`.
+    - `tokens`: integers `[b, t]`, padded on the right, and their `lengths` `[b]`, None for no padding; or a list of
+      prompts of any lengths (`[ids, ids]`); or what a transformers tokenizer returns, with its `attention_mask`.
+    - `temperature`: 0 is greedy. `top_p`: in (0, 1]. `key`: of `jax.random`, or a seed; default 0.
     - `eos_token_ids`, `pad_token_id`: default to the config's; an empty tuple generates on to the limit.
+    - `strict`: a prompt and reply that exceed the model's context are an error; else a warning.
     - `cache`: of an earlier `Generation`, for a follow-up turn. `tokens` are the whole conversation again; the
       longest prefix that the cache shares with them, over all sequences and rounded down to a multiple of 128, is
       not processed again. The cache is given up: its buffers are donated.
@@ -119,17 +130,16 @@ def generate(
     - `stream`: called with each sequence's new tokens every few steps. `progress`: called with prompt positions done
       and their total, during prefill. `implementation`: of attention.
 
-    Raises `ValueError` for malformed arguments, empty prompts included, and `OutOfDeviceMemoryError`, with what would
-    fit, where the device's memory does not suffice.
+    Raises `ValueError` for malformed arguments, empty prompts and ids outside the vocabulary, and
+    `OutOfDeviceMemoryError`, with what would fit, where the device's memory does not suffice.
     """
-    prompts, sizes = _check_prompts(tokens, lengths)
-    _check_numbers(max_new_tokens, temperature, top_p, prefill_chunk)
-    eos = tuple(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-    if pad_token_id is None:
-        pad_token_id = model.config.pad_token_id
-    pad = pad_token_id if pad_token_id is not None else eos[0] if eos else 0
+    prompts, sizes = check_prompts(tokens, lengths, model.config.vocab_size)
+    check_numbers(max_new_tokens, temperature, top_p, prefill_chunk)
+    check_context(model.config, int(sizes.max()), max_new_tokens, strict)
+    eos = model.config.eos_token_ids if eos_token_ids is None else token_ids("eos_token_ids", eos_token_ids)
+    pad = padding_id(model.config, pad_token_id, eos)
     choose = {
-        "key": jax.random.key(0) if key is None else key,
+        "key": random_key(key),
         "temperature": np.float32(temperature),
         "top_p": np.float32(top_p),
         "eos": np.asarray(eos or (-1,), np.int32),
@@ -208,32 +218,6 @@ def _valid_counts(new: np.ndarray, finished: np.ndarray, eos: tuple[int, ...]) -
     ends = np.isin(new, eos)
     first = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, new.shape[1])
     return np.where(finished, 0, first).astype(np.int32)
-
-
-def _check_prompts(tokens: Any, lengths: Any) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or 0 in tokens.shape:
-        raise ValueError(f"tokens must have shape [batch, tokens] without empty axes, got {tokens.shape}")
-    sizes = np.full(len(tokens), tokens.shape[1]) if lengths is None else np.asarray(lengths)
-    if sizes.shape != (len(tokens),):
-        raise ValueError(f"lengths must have shape ({len(tokens)},), one for each row of tokens, got {sizes.shape}")
-    for name, array in (("tokens", tokens), ("lengths", sizes)):
-        if not np.issubdtype(array.dtype, np.integer):
-            raise TypeError(f"{name} must be integers, got {array.dtype}")
-    if sizes.min() < 1 or sizes.max() > tokens.shape[1]:
-        raise ValueError(f"lengths must lie between 1 and {tokens.shape[1]}, got {sizes.tolist()}")
-    return tokens.astype(np.int32), sizes.astype(np.int32)
-
-
-def _check_numbers(max_new_tokens: int, temperature: float, top_p: float, prefill_chunk: int | None) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    if prefill_chunk is not None and (prefill_chunk <= 0 or prefill_chunk % QUERY_TILE):
-        raise ValueError(f"prefill_chunk must be a positive multiple of {QUERY_TILE}, got {prefill_chunk}")
 
 
 def _programs() -> int:

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int32
 
 from minference_jax.models import fp8
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.rope import apply_rope
+from minference_jax.models.experts import gated, mixture
+from minference_jax.models.rope import Turns, apply_rope
 from pallas_kernels.decode.matvec import stacked_matvec, unsupported_reason
 
 Layer = Mapping[str, Array]
@@ -87,38 +88,66 @@ def project(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"]) ->
     return [matmul(f"st{inside},{inside}{o}->st{o}", x, layer[n]) for n, o in zip(names, outs, strict=True)]
 
 
-def rms_norm(x: Float[Array, "*rows d"], weight: Float[Array, " d"], eps: float) -> Float[Array, "*rows d"]:
-    """x / √(mean(x²) + eps) in float32, rounded to x's dtype before the weight, as checkpoints expect."""
+def rms_norm(
+    x: Float[Array, "*rows d"], weight: Float[Array, " d"], eps: float, offset: float = 0.0
+) -> Float[Array, "*rows d"]:
+    """x / √(mean(x²) + eps) in float32, rounded to x's dtype before the weight, as checkpoints expect.
+
+    With an `offset`, times offset + weight in float32, and rounded after that, as Gemma's expect.
+    """
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    if offset:
+        return (y * (offset + weight.astype(jnp.float32))).astype(x.dtype)
     return weight * y.astype(x.dtype)
 
 
+def norm(config: LlamaConfig, x: Float[Array, "*rows d"], weight: Float[Array, " d"]) -> Float[Array, "*rows d"]:
+    """The model's RMSNorm."""
+    return rms_norm(x, weight, config.rms_norm_eps, config.traits.norm_offset)
+
+
 def project_qkv(
-    config: LlamaConfig,
-    layer: Layer,
-    x: Float[Array, "b t d"],
-    cos: Float[Array, "#b t r"],
-    sin: Float[Array, "#b t r"],
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], turns: Turns
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]:
     """Normalised input → queries and keys after RoPE, and values."""
-    x = rms_norm(x, layer["attn_norm"], config.rms_norm_eps)
+    traits = config.traits
+    x = norm(config, x, layer["attn_norm"])
     q, k, v = project(layer, ("wq", "wk", "wv"), x)
-    if config.qkv_bias:
+    if traits.qkv_bias:
         q, k, v = q + layer["bq"], k + layer["bk"], v + layer["bv"]
-    if config.qk_norm:
-        q = rms_norm(q, layer["q_norm"], config.rms_norm_eps)
-        k = rms_norm(k, layer["k_norm"], config.rms_norm_eps)
-    return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+    if traits.qk_norm:
+        q, k = norm(config, q, layer["q_norm"]), norm(config, k, layer["k_norm"])
+    q = apply_rope(q, turns.cos, turns.sin, turns.queries, traits.neighbours)
+    return q, apply_rope(k, turns.cos, turns.sin, neighbours=traits.neighbours), v
 
 
 def finish_layer(
     config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], attended: Float[Array, "b t n h"]
 ) -> Float[Array, "b t d"]:
-    """Output projection and SwiGLU MLP, each added to the residual stream."""
-    x = x + project(layer, ("wo",), attended)[0]
-    gate, up = project(layer, ("w_gate", "w_up"), rms_norm(x, layer["mlp_norm"], config.rms_norm_eps))
-    return x + project(layer, ("w_down",), jax.nn.silu(gate) * up)[0]
+    """Output projection and MLP (or experts), each added to the residual stream."""
+    traits = config.traits
+    out = project(layer, ("wo",), attended)[0]
+    out = out + layer["bo"] if traits.o_bias else out
+    x = x + _added(config, out, layer["post_attn_norm"] if traits.post_norms else None)
+    rows = norm(config, x, layer["mlp_norm"])
+    out = mlp(config, layer, rows) if traits.experts is None else mixture(config, layer, rows)
+    return x + _added(config, out, layer["post_mlp_norm"] if traits.post_norms else None)
+
+
+def _added(config: LlamaConfig, out: Array, post_norm: Array | None) -> Array:
+    """What a block adds to the residual stream, from its output."""
+    out = out if post_norm is None else norm(config, out, post_norm)
+    return out if config.traits.residual_scale == 1 else out * jnp.asarray(config.traits.residual_scale, out.dtype)
+
+
+def mlp(config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """The gated MLP."""
+    gate, up = project(layer, ("w_gate", "w_up"), x)
+    if config.traits.mlp_bias:
+        gate, up = gate + layer["b_gate"], up + layer["b_up"]
+    out = project(layer, ("w_down",), gated(config, gate, up))[0]
+    return out + layer["b_down"] if config.traits.mlp_bias else out
 
 
 def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *, in_place: bool = False) -> Any:

@@ -111,16 +111,19 @@ class Llama(nnx.Module):
         patterns: Patterns = None,
         fp8_projections: bool = False,
         progress: Any = None,
+        rope_scaling: Mapping[str, Any] | None = None,
     ) -> Llama:
         """Loads a Hugging Face directory or a GGUF file; see `minference_jax.checkpoints.convert.load_checkpoint`.
 
-        `fp8_projections`: see `with_fp8_projections`; each projection is quantized as it is read, so the device holds
-        one of them at most in `dtype` too. `progress(done, total)` is called as tensors are read.
+        `rope_scaling`: instead of the checkpoint's, for longer prompts. `fp8_projections`: see
+        `with_fp8_projections`; each projection is quantized as it is read, so the device holds one of them at most in
+        `dtype` too. `progress(done, total)` is called as tensors are read.
         """
         from minference_jax.checkpoints.convert import load_checkpoint
 
         convert = fp8.quantize_param if fp8_projections else None
-        config, params = load_checkpoint(os.fspath(path), dtype=dtype, progress=progress, convert=convert)
+        options: dict[str, Any] = {"progress": progress, "convert": convert, "rope_scaling": rope_scaling}
+        config, params = load_checkpoint(os.fspath(path), dtype=dtype, **options)
         return cls.from_params(config, params, patterns)
 
     def with_patterns(self, patterns: Patterns) -> Llama:
@@ -306,8 +309,8 @@ def _all_logits(config: LlamaConfig, params: forward.Params, patterns: Any, toke
 @partial(jax.jit, static_argnums=0)
 def _hidden_states(config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array) -> Array:
     x, _, levels = forward.prefill(config, params, patterns, tokens, lengths, lengths, None, None, keep="hidden")
-    last = forward.rms_norm(x, params["final_norm"], config.rms_norm_eps)
-    return jnp.concatenate([forward.embed(params, tokens)[None], levels, last[None]])
+    last = forward.norm(config, x, params["final_norm"])
+    return jnp.concatenate([forward.embed(config, params, tokens)[None], levels, last[None]])
 
 
 @partial(jax.jit, static_argnums=0)

@@ -20,11 +20,29 @@ def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         "w_up": (d, f),
         "w_down": (f, d),
     }
-    if config.qkv_bias:
+    traits = config.traits
+    if traits.qkv_bias:
         shapes |= {"bq": (n, h), "bk": (k, h), "bv": (k, h)}
-    if config.qk_norm:
+    if traits.o_bias:
+        shapes |= {"bo": (d,)}
+    if traits.qk_norm:
         shapes |= {"q_norm": (h,), "k_norm": (h,)}
+    if traits.sinks:
+        shapes |= {"sinks": (n,)}
+    if traits.post_norms:
+        shapes |= {"post_attn_norm": (d,), "post_mlp_norm": (d,)}
+    if traits.mlp_bias:
+        shapes |= {"b_gate": (f,), "b_up": (f,), "b_down": (d,)}
+    if (experts := traits.experts) is not None:
+        e, w = experts.number, experts.width
+        shapes |= {"router": (d, e), "w_gate": (e, d, w), "w_up": (e, d, w), "w_down": (e, w, d)}
+        if experts.bias:
+            shapes |= {"b_router": (e,), "b_gate": (e, w), "b_up": (e, w), "b_down": (e, d)}
     return shapes
+
+
+BIASES = frozenset(("bq", "bk", "bv", "bo", "b_gate", "b_up", "b_down", "b_router", "sinks"))
+"""Names of what is added, which random weights have as zeros."""
 
 
 def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.params import layer_shapes, param_shapes
+from minference_jax.models.params import BIASES, layer_shapes, param_shapes
 
 
 @partial(jax.jit, static_argnums=(0, 2))
 def random_params(config: LlamaConfig, key: Array, dtype: str) -> dict[str, Array]:
-    """Norms of one, biases of zero, matrices of standard deviation 1/√(inputs), as `param_shapes` names them.
+    """Norms of one, biases and sinks of zero, matrices of standard deviation 1/√(inputs), as `param_shapes` names them.
 
     Drawn layer by layer, so float32 numbers exist for one layer only. `config`, `dtype`: static.
     """
@@ -25,11 +25,13 @@ def random_params(config: LlamaConfig, key: Array, dtype: str) -> dict[str, Arra
         params = {}
         for index, (name, shape) in enumerate(shapes.items()):
             if name.endswith("norm"):
-                params[name] = jnp.ones(shape, dtype)
-            elif name in ("bq", "bk", "bv"):
+                params[name] = jnp.full(shape, 1 - config.traits.norm_offset, dtype)
+            elif name in BIASES:
                 params[name] = jnp.zeros(shape, dtype)
             else:
                 inputs = {"embed": shape[-1], "wo": config.num_heads * config.head_dim}.get(name, shape[0])
+                if config.traits.experts is not None and name in ("w_gate", "w_up", "w_down"):
+                    inputs = shape[1]
                 noise = jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
                 params[name] = (noise * inputs**-0.5).astype(dtype)
         return params

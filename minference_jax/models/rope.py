@@ -15,7 +15,9 @@ unit in the last place of f_j already shows in the logits.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,24 +64,82 @@ def attention_factor(rope: RopeConfig) -> float:
     return _yarn_mscale(rope.factor, 1.0)
 
 
-def rope_tables(
-    config: LlamaConfig, frequencies: Float[Array, "#b r"], positions: Int32[Array, "#b t"]
-) -> tuple[Float[Array, "#b t r"], Float[Array, "#b t r"]]:
-    """float32 cos and sin of every position's angles."""
-    angles = positions[:, :, None].astype(jnp.float32) * frequencies[:, None, :]
-    scale = attention_factor(config.rope)
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+class LayerRope(NamedTuple):
+    """What a layer rotates by: float32 frequencies, one row or one for each sequence, and a factor on cos and sin."""
+
+    frequencies: Float[Array, "#b r"]
+    factor: Float[Array, ""] | float
+
+
+def layer_rope(config: LlamaConfig, sequence_lengths: Int32[Array, " b"], layer: int | Int32[Array, ""]) -> LayerRope:
+    """The rotation of one layer (its number may be traced): the model's RoPE, its second one, or none.
+
+    `sequence_lengths` as in `inverse_frequencies`.
+    """
+    main = LayerRope(inverse_frequencies(config, sequence_lengths), attention_factor(config.rope))
+    names = [kind.rope for kind in config.layer_kinds]
+    if set(names) <= {"main"}:
+        return main
+    kinds = [main, LayerRope(jnp.zeros_like(main.frequencies), 1.0)]
+    if config.local_rope is not None:
+        other = dataclasses.replace(config, rope=config.local_rope)
+        local = LayerRope(inverse_frequencies(other, sequence_lengths), attention_factor(other.rope))
+        kinds.append(local)
+    place = jnp.asarray([("main", "none", "local").index(name) for name in names], jnp.int32)[layer]
+    shape = jnp.broadcast_shapes(*(kind.frequencies.shape for kind in kinds))
+    frequencies = jnp.stack([jnp.broadcast_to(kind.frequencies, shape) for kind in kinds])
+    factors = jnp.asarray([kind.factor for kind in kinds], jnp.float32)
+    return LayerRope(frequencies[place], factors[place])
+
+
+class Turns(NamedTuple):
+    """float32 cos and sin of every position's angles, and what queries are multiplied by (None: nothing)."""
+
+    cos: Float[Array, "#b t r"]
+    sin: Float[Array, "#b t r"]
+    queries: Float[Array, "#b t"] | None = None
+
+
+def turns(config: LlamaConfig, rope: LayerRope, positions: Int32[Array, "#b t"]) -> Turns:
+    """The rotation of each position of a layer.
+
+    Where a family scales its scores by other than 1/√head_dim, or its queries by their position, queries carry that
+    factor, so that attention itself needs to know of neither.
+    """
+    angles = positions[:, :, None].astype(jnp.float32) * rope.frequencies[:, None, :]
+    cos, sin = jnp.cos(angles) * rope.factor, jnp.sin(angles) * rope.factor
+    traits = config.traits
+    if traits.attention_scale is None and not traits.query_growth:
+        return Turns(cos, sin)
+    scale = 1.0 if traits.attention_scale is None else traits.attention_scale * config.head_dim**0.5
+    trained = config.rope.original_max_position_embeddings or config.max_position_embeddings
+    growth = traits.query_growth * jnp.log1p((positions // trained).astype(jnp.float32))
+    return Turns(cos, sin, scale * (1 + growth))
 
 
 def apply_rope(
-    x: Float[Array, "b t n h"], cos: Float[Array, "#b t r"], sin: Float[Array, "#b t r"]
+    x: Float[Array, "b t n h"],
+    cos: Float[Array, "#b t r"],
+    sin: Float[Array, "#b t r"],
+    scale: Float[Array, "#b t"] | None = None,
+    neighbours: bool = False,
 ) -> Float[Array, "b t n h"]:
-    """Rotates the first 2r dimensions of each head, in float32, and passes the others; the result has x's dtype."""
+    """Rotates the first 2r dimensions of each head, in float32, and passes the others; the result has x's dtype.
+
+    `scale` multiplies all dimensions, before the result is rounded. `neighbours`: pairs are dimensions 2j and 2j + 1,
+    not j and j + r.
+    """
     r = cos.shape[-1]
-    first, second = x[..., :r].astype(jnp.float32), x[..., r : 2 * r].astype(jnp.float32)
+    rotated, rest = x[..., : 2 * r].astype(jnp.float32), x[..., 2 * r :]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-    return turned if 2 * r == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * r :]], axis=-1)
+    first, second = (rotated[..., ::2], rotated[..., 1::2]) if neighbours else (rotated[..., :r], rotated[..., r:])
+    pair = [first * cos - second * sin, second * cos + first * sin]
+    turned = jnp.stack(pair, axis=-1).reshape(rotated.shape) if neighbours else jnp.concatenate(pair, axis=-1)
+    if scale is not None:
+        turned = turned * scale[:, :, None, None]
+        rest = (rest.astype(jnp.float32) * scale[:, :, None, None]).astype(x.dtype)
+    turned = turned.astype(x.dtype)
+    return turned if 2 * r == x.shape[-1] else jnp.concatenate([turned, rest], axis=-1)
 
 
 def _exponents(dim: int) -> np.ndarray:

@@ -8,46 +8,42 @@ unknown name is an error.
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minference_jax.checkpoints.gguf_config import ends_generation
+from minference_jax.text.gguf_pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # tokenizer.ggml.token_type
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator"}  # sic: GGUF's key
 
-# What `tokenizer.ggml.pre` stands for: the splitting regex; None is GPT-2's, which ByteLevel has built in.
-_GPT2 = None
-_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_REGEX = {
-    **dict.fromkeys(("gpt-2", "gpt2", "default", "smollm", "mistral-bpe"), _GPT2),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LETTERS + r"\p{N}{1,3}" + _REST),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _LETTERS + r"\p{N}" + _REST),
-}
-_SINGLE_DIGITS = ("smollm",)  # every digit is cut off first
-_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")  # whole words of the vocabulary need no merges; a bos token is put first
-_NFC = ("qwen2", "deepseek-r1-qwen")
+# Phi-3's chat tokens swallow the white space after them. Its files do not say so; llama.cpp goes by the model's name.
+_SWALLOWS_SPACE = re.compile("phi-?3", re.IGNORECASE)
+_SWALLOWS_NOTHING = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
     """A `tokenizers.Tokenizer` from a GGUF file's metadata.
 
-    `tokenizer.ggml.model` may be "gpt2" (byte-level BPE) or "llama" (SentencePiece BPE with scores). A file without
-    `tokenizer.ggml.pre` is read as GPT-2's, as llama.cpp does. Raises `ValueError` for any other model or pre-tokenizer
-    and for a vocabulary that is inconsistent.
+    `tokenizer.ggml.model` may be "gpt2" (byte-level BPE) or "llama" (SentencePiece BPE with scores). Raises
+    `ValueError` for any other model or pre-tokenizer and for a vocabulary that is inconsistent; see `pre_tokenizer` for
+    files that name none.
     """
     from tokenizers import AddedToken, processors
 
     model = metadata.get("tokenizer.ggml.model")
-    tokens = metadata.get("tokenizer.ggml.tokens")
+    tokens = _tokens(metadata)
     if model not in ("gpt2", "llama"):
         raise ValueError(
             f"GGUF tokenizer {model!r} is not supported; supported: 'gpt2' (byte-level BPE), 'llama' (SPM)"
         )
-    if not isinstance(tokens, list) or not tokens:
+    if not tokens:
         raise ValueError("tokenizer.ggml.tokens is missing or empty")
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
@@ -57,13 +53,20 @@ def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
         raise ValueError(f"tokenizer.ggml.token_type has {types.size} entries for {len(tokens)} tokens")
 
     tokenizer = (_byte_level_bpe if model == "gpt2" else _sentencepiece_bpe)(metadata, vocab)
-    tokenizer.add_special_tokens(
-        [AddedToken(tokens[i], special=True, normalized=False) for i in np.flatnonzero(types == _CONTROL)]
-    )
-    tokenizer.add_tokens([AddedToken(tokens[i], normalized=False) for i in np.flatnonzero(types == _USER_DEFINED)])
+    ends = [ends_generation(token) for token in tokens]  # control tokens, whatever the file says
+    swallows = _swallows_space(metadata)
+
+    def added(i: np.intp, special: bool) -> AddedToken:
+        rstrip = swallows and tokens[i] not in _SWALLOWS_NOTHING
+        return AddedToken(tokens[i], special=special, normalized=False, rstrip=rstrip)
+
+    control = (types == _CONTROL) | np.array(ends) | (swallows & (types == _UNKNOWN))
+    tokenizer.add_special_tokens([added(i, True) for i in np.flatnonzero(control)])
+    tokenizer.add_tokens([added(i, False) for i in np.flatnonzero((types == _USER_DEFINED) & ~control)])
 
     names = special_tokens(metadata)
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", model == "llama" or _pre(metadata) in _LLAMA3)
+    rule = PRE_TOKENIZERS.get(metadata.get("tokenizer.ggml.pre", ""))
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", model == "llama" or (rule is not None and rule.bos))
     before = [names["bos_token"]] if adds_bos and "bos_token" in names else []
     after = [names["eos_token"]] if metadata.get("tokenizer.ggml.add_eos_token", False) and "eos_token" in names else []
     if before or after:
@@ -79,12 +82,12 @@ def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
 
 def special_tokens(metadata: dict[str, Any]) -> dict[str, str]:
     """ "bos_token", "eos_token", "unk_token", "pad_token", "sep_token" → text, as far as the file names them."""
-    tokens = metadata["tokenizer.ggml.tokens"]
+    tokens = _tokens(metadata)
     found = {}
     for name, key in _SPECIAL.items():
         number = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if number is not None:
-            if not 0 <= number < len(tokens):
+            if type(number) is not int or not 0 <= number < len(tokens):
                 raise ValueError(f"tokenizer.ggml.{key}_token_id is {number}, but there are {len(tokens)} tokens")
             found[f"{name}_token"] = tokens[number]
     return found
@@ -99,8 +102,13 @@ def tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         **special_tokens(metadata),
     }
-    if template := metadata.get("tokenizer.chat_template"):
-        config["chat_template"] = template
+    prefix = "tokenizer.chat_template"
+    named = {key.removeprefix(f"{prefix}."): text for key, text in metadata.items() if key.startswith(f"{prefix}.")}
+    if template := metadata.get(prefix):
+        named = {"default": template, **named}
+    if named:
+        only = list(named) == ["default"]
+        config["chat_template"] = template if only else [{"name": n, "template": text} for n, text in named.items()]
     return {key: value for key, value in config.items() if value is not None}
 
 
@@ -112,28 +120,30 @@ def tokenizer_files(metadata: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _pre(metadata: dict[str, Any]) -> str:
-    return metadata.get("tokenizer.ggml.pre", "default")
+def _tokens(metadata: dict[str, Any]) -> list[str]:
+    """The vocabulary. An empty token gets a name, as in llama.cpp, since several may be."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    return [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)] if isinstance(tokens, list) else []
+
+
+def _swallows_space(metadata: dict[str, Any]) -> bool:
+    is_phi3 = metadata.get("general.architecture") == "phi3" and metadata.get("tokenizer.ggml.model") == "llama"
+    return is_phi3 or _SWALLOWS_SPACE.search(str(metadata.get("general.name", ""))) is not None
 
 
 def _byte_level_bpe(metadata: dict[str, Any], vocab: dict[str, int]) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    pre = _pre(metadata)
-    if pre not in _REGEX:
-        raise ValueError(f"GGUF pre-tokenizer {pre!r} is not supported; supported: {', '.join(_REGEX)}")
+    rule = pre_tokenizer(metadata.get("tokenizer.ggml.pre"))
     merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", [])]
     strange = [merge for merge in merges if len(merge) != 2 or any(p not in vocab for p in (*merge, "".join(merge)))]
     if strange or not merges:
         raise ValueError(f"tokenizer.ggml.merges is missing or holds {len(strange)} merges of unknown tokens")
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in _LLAMA3))
-    regex = _REGEX[pre]
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if pre in _SINGLE_DIGITS else []
-    if regex is not None:
-        steps.append(pre_tokenizers.Split(Regex(regex), "isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex is None))
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=rule.whole_words))
+    steps: list[Any] = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in rule.cuts]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    if pre in _NFC:
+    if rule.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

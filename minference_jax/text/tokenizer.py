@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from minference_jax.checkpoints.gguf_config import eos_token_ids
-from minference_jax.checkpoints.gguf_file import GGUFFile
+from minference_jax.checkpoints.gguf_split import open_gguf
 from minference_jax.checkpoints.hf_files import find_gguf, read_hf_config
+from minference_jax.models.config import text_config
 from minference_jax.text.gguf_tokenizer import build_tokenizer, tokenizer_config
 
 _UNKNOWN_CHARACTER = "\ufffd"  # what decoders print for bytes that are not (yet) UTF-8
@@ -61,40 +63,80 @@ class Tokenizer:
 
     def apply_chat_template(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        template: str | None = None,
+        **variables: Any,
     ) -> list[int]:
         """Ids of a conversation, as the checkpoint's own template writes it.
 
         **Arguments:**
 
-        - `messages`: `{"role": "system" | "user" | "assistant", "content": text}`, oldest first.
+        - `messages`: `{"role": "system" | "user" | "assistant", "content": text}`, oldest first. A content that is a
+          list of `{"type": "text", "text": …}` is the texts one after another.
         - `add_generation_prompt`: ends with the opening of the assistant's turn.
         - `continue_final_message`: leaves the last message open, so that the model goes on writing it; the generation
           prompt is left out then.
+        - `template`: the name of a template, where the checkpoint has several ("default", "tool_use", "rag").
+        - `variables`: whatever the template reads: `enable_thinking=False`, `tools=[…]`, `documents=[…]`, a date.
 
-        Raises `ValueError` when the checkpoint has no template, or the template refuses the messages.
+        Raises `ValueError` when the checkpoint has no such template, or the template refuses the messages.
         """
-        if not self.hf.chat_template:
-            raise ValueError("this checkpoint has no chat template: encode the prompt as plain text")
-        from jinja2 import TemplateError
-
+        name = self._template_name(template, variables)
+        plain = [{**message, "content": _plain_content(message.get("content"))} for message in messages]
         try:
             text = self.hf.apply_chat_template(
-                [dict(message) for message in messages],
+                plain,
+                chat_template=name,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt and not continue_final_message,
                 continue_final_message=continue_final_message,
+                **variables,
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it may fail in any way
             raise ValueError(f"the chat template refuses these messages: {error}") from error
         return self.encode(text, add_special_tokens=False)  # the template has written them already
+
+    def check_chat_template(self, template: str | None = None) -> None:
+        """Raises `ValueError` when the checkpoint has no chat template (of that name)."""
+        self._template_name(template, {})
+
+    def _template_name(self, template: str | None, variables: Mapping[str, Any]) -> str | None:
+        """What selects the template: None for the only one."""
+        known = self.hf.chat_template
+        if not known:
+            raise ValueError("this checkpoint has no chat template: encode the prompt as plain text")
+        if not isinstance(known, dict):
+            if template not in (None, "default"):
+                raise ValueError(f"this checkpoint has one chat template, and none of the name {template!r}")
+            return None
+        if template is None:
+            template = "tool_use" if variables.get("tools") and "tool_use" in known else "default"
+        if template not in known:
+            raise ValueError(f"this checkpoint has no chat template {template!r}; there are {', '.join(known)}")
+        return template
 
     def stream(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
         """A decoder for ids that arrive one by one."""
         return StreamDecoder(self, skip_special_tokens=skip_special_tokens)
+
+
+def _plain_content(content: Any) -> Any:
+    """A message's content as text, where it is a list of texts."""
+    if not isinstance(content, list | tuple):
+        return content
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise ValueError(f"messages may hold text only, got a content of type {kind!r}")
+    return "".join(texts)
 
 
 class StreamDecoder:
@@ -134,6 +176,7 @@ class StreamDecoder:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint: a Hugging Face directory, a .gguf file, or a directory with one.
 
+    A tokenizer.json is used as it is: transformers' classes for some models would replace its rules by their own.
     Never uses the network and never runs code from the checkpoint. Raises `ValueError` naming the path when there is
     no tokenizer or it cannot be read.
     """
@@ -147,22 +190,31 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{path}: neither a GGUF file nor a checkpoint directory")
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ValueError(f"{path} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
-    eos = read_hf_config(path).get("eos_token_id") if (path / "config.json").is_file() else None
+    config = text_config(read_hf_config(path)) if (path / "config.json").is_file() else {}
+    eos = config.get("eos_token_id")
+    whole = (path / "tokenizer.json").is_file()
+    only_model = not whole and (path / "tokenizer.model").is_file() and not (path / "vocab.json").is_file()
+    if only_model and importlib.util.find_spec("sentencepiece") is None:
+        raise ValueError(
+            f"{path} has tokenizer.model and no tokenizer.json: reading it needs the 'sentencepiece' package "
+            "(pip install sentencepiece protobuf), or save the tokenizer again with transformers"
+        )
 
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    kind: Any = PreTrainedTokenizerFast if whole else AutoTokenizer
     try:
-        hf = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        hf = kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise everything from OSError to bare Exception here
         raise ValueError(f"{path}: the tokenizer cannot be loaded: {error}") from error
     hf.model_max_length = _NO_LIMIT
-    return Tokenizer(hf, () if eos is None else eos if isinstance(eos, list) else (eos,))
+    return Tokenizer(hf, [x for x in (eos if isinstance(eos, list) else [eos]) if type(x) is int and x >= 0])
 
 
 def _from_gguf(path: Path) -> Tokenizer:
     from transformers import PreTrainedTokenizerFast
 
-    metadata = GGUFFile(path).metadata
+    metadata = open_gguf(path).metadata
     try:
         settings = tokenizer_config(metadata) | {"model_max_length": _NO_LIMIT}
         del settings["tokenizer_class"]
