@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import CONFIG, random_tensors, write_byte_model, write_hf
+from gguf_files import gguf_tensors, write_gguf
 from helpers import run_command as run
 from test_tokenizer import MERGES, bpe_metadata, sentencepiece_metadata
 
@@ -17,7 +18,6 @@ from minference_jax.checkpoints.gguf_config import eos_token_ids
 from minference_jax.text.gguf_pre_tokenizers import PRE_TOKENIZERS
 from minference_jax.text.gguf_tokenizer import build_tokenizer, tokenizer_config
 from minference_jax.text.tokenizer import Tokenizer
-from tests.gguf_files import gguf_tensors, write_gguf
 
 # -- what llama.cpp infers from a GGUF file's names and texts
 

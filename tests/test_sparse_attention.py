@@ -68,7 +68,11 @@ def test_bad_arguments_name_themselves(rng):
         (lambda: sparse_attention(q[:, :, :3], k, v, plan), ValueError, "multiple of KV heads"),
         (lambda: sparse_attention(q, k[:, :64], v[:, :64], plan), ValueError, "more positions than k"),
         (lambda: sparse_attention(q, k.astype(jnp.bfloat16), v, plan), TypeError, "share one dtype"),
-        (lambda: sparse_attention(q.astype(jnp.int32), k, v, plan), TypeError, "q must be float32, bfloat16, float16, got int32"),
+        (
+            lambda: sparse_attention(q.astype(jnp.int32), k, v, plan),
+            TypeError,
+            "q must be float32, bfloat16, float16, got int32",
+        ),
         (
             lambda: sparse_attention(q, k, v, a_shape_plan(1, 2, sink=1, window=64)),
             ValueError,
