@@ -142,6 +142,7 @@ def sparse_attention(
     q_offset: int | Int[Array, ""] = 0,
     scale: float | None = None,
     implementation: Implementation | None = None,
+    return_lse: bool = False,
     return_info: bool = False,
 ) -> Any:
     """Causal attention in which each head visits only the keys that its pattern names for this prompt.
@@ -151,10 +152,11 @@ def sparse_attention(
     - `q`: `[b, t, n, h]`; `k`, `v`: `[b, s, k, h]`, after position embedding; n a multiple of k.
     - `pattern`: as `make_plan`. Static, except for the leaves of `LayerPatterns` and plan builders.
     - `lengths`: int32 `[b]` (right padding). `q_offset`: int32 scalar, may be traced; a multiple of 128.
-    - `scale`, `implementation`, `return_info`: static. `implementation` as in `pallas_kernels.sparse_attention`.
+    - `scale`, `implementation`, `return_lse`, `return_info`: static. `implementation` as in
+      `pallas_kernels.sparse_attention`.
 
-    **Returns:** `[b, t, n, h]` in q's dtype, zero at rows at or past a sequence's length; with `return_info` also an
-    `AttentionInfo`.
+    **Returns:** `[b, t, n, h]` in q's dtype, zero at rows at or past a sequence's length; with `return_lse` also the
+    log-sum-exp of the scores, float32 `[b, t, n]`; with `return_info` also an `AttentionInfo`, last.
 
     Where the budgets of all heads cover all s keys, this is dense attention and served as such.
 
@@ -164,11 +166,14 @@ def sparse_attention(
     lengths = check_lengths(lengths, q.shape[0], k.shape[1])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
     heads = _heads(pattern, q.shape[2])
-    out, info = _attend(q, k, v, heads, lengths, offset, check_scale(scale, q), implementation, return_info)
-    return (out, info) if return_info else out
+    options = {"implementation": implementation, "return_lse": return_lse, "return_info": return_info}
+    out, info = _attend(q, k, v, heads, lengths, offset, check_scale(scale, q), **options)
+    found = out if return_lse else (out,)
+    found = (*found, info) if return_info else found
+    return found if len(found) > 1 else found[0]
 
 
-@partial(jax.jit, static_argnames=("scale", "implementation", "return_info"))
+@partial(jax.jit, static_argnames=("scale", "implementation", "return_lse", "return_info"))
 def _attend(
     q: Array,
     k: Array,
@@ -178,22 +183,24 @@ def _attend(
     q_offset: Array,
     scale: float,
     implementation: Any,
+    return_lse: bool,
     return_info: bool,
-) -> tuple[Array, AttentionInfo | None]:
+) -> tuple[Any, AttentionInfo | None]:
     b, n = q.shape[0], q.shape[2]
     where: dict[str, Any] = {"lengths": lengths, "q_offset": q_offset, "scale": scale}
+    served: dict[str, Any] = where | {"return_lse": return_lse}
     everything = jnp.ones((b, n), jnp.float32)
     keeps_to_plans = implementation is not None and find_backend(implementation).keeps_to_plans
     dense_name = None if keeps_to_plans else implementation
     if heads.covers >= k.shape[1] and not keeps_to_plans:
         choice = choose_implementation(q, k, v, None, implementation=dense_name)
-        out: Any = pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **where)
+        out: Any = pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **served)
         reason = f"the budgets cover all {k.shape[1]} keys: dense attention; {choice.reason}"
         return out, AttentionInfo(everything, everything, choice.name, reason) if return_info else None
 
     def sparse() -> tuple[Any, Array, Array]:
         plan = make_plan(q, k, heads, **where)
-        out: Any = pallas_kernels.sparse_attention(q, k, v, plan, implementation=implementation, **where)
+        out: Any = pallas_kernels.sparse_attention(q, k, v, plan, implementation=implementation, **served)
         if not return_info:
             return out, everything, everything
         density = plan.density(q.shape[1], k.shape[1], q_offset=q_offset, lengths=lengths)
@@ -202,7 +209,7 @@ def _attend(
         return out, density, held
 
     def dense() -> tuple[Any, Array, Array]:
-        out: Any = pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **where)
+        out: Any = pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **served)
         return out, everything, everything
 
     all_dense = heads.all_dense()

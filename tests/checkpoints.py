@@ -27,7 +27,7 @@ CONFIG = {
 
 
 def hf_shapes(config):
-    """Name → shape of a Llama, Qwen2, Qwen3 or Phi-3 checkpoint."""
+    """Name → shape of a checkpoint of any supported family."""
     d, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     h = config["head_dim"]
     q, kv = config["num_attention_heads"] * h, config["num_key_value_heads"] * h
@@ -36,21 +36,55 @@ def hf_shapes(config):
         "input_layernorm.weight": (d,),
         "post_attention_layernorm.weight": (d,),
         "self_attn.o_proj.weight": (d, q),
-        "mlp.down_proj.weight": (d, f),
     }
+    heads = (("q", q), ("k", kv), ("v", kv))
     if family == "phi3":
-        layer |= {"self_attn.qkv_proj.weight": (q + 2 * kv, d), "mlp.gate_up_proj.weight": (2 * f, d)}
+        layer |= {"self_attn.qkv_proj.weight": (q + 2 * kv, d)}
     else:
-        layer |= {"mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d)}
-        layer |= {f"self_attn.{name}_proj.weight": (rows, d) for name, rows in (("q", q), ("k", kv), ("v", kv))}
-    if family == "qwen2":
-        layer |= {f"self_attn.{name}_proj.bias": (rows,) for name, rows in (("q", q), ("k", kv), ("v", kv))}
-    if family == "qwen3":
+        layer |= {f"self_attn.{name}_proj.weight": (rows, d) for name, rows in heads}
+    if family == "qwen2" or config.get("attention_bias"):
+        layer |= {f"self_attn.{name}_proj.bias": (rows,) for name, rows in heads}
+    if family in ("llama", "qwen3", "smollm3", "granite", "gpt_oss") and config.get("attention_bias"):
+        layer |= {"self_attn.o_proj.bias": (d,)}
+    if config.get("attention_out_bias"):
+        layer |= {"self_attn.o_proj.bias": (d,)}
+    if family in ("qwen3", "qwen3_moe", "gemma3_text"):
         layer |= {"self_attn.q_norm.weight": (h,), "self_attn.k_norm.weight": (h,)}
+    if family == "glm4":
+        layer |= {"post_self_attn_layernorm.weight": (d,), "post_mlp_layernorm.weight": (d,)}
+    if family == "gemma3_text":
+        layer |= {"pre_feedforward_layernorm.weight": (d,), "post_feedforward_layernorm.weight": (d,)}
+    layer |= _mlp_shapes(config, family, d, f)
     shapes = {f"model.layers.{i}.{k}": v for i in range(config["num_hidden_layers"]) for k, v in layer.items()}
     shapes |= {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (v, d)
+    return shapes
+
+
+def _mlp_shapes(config, family, d, f):
+    if family == "gpt_oss":
+        e = config["num_local_experts"]
+        return {
+            "self_attn.sinks": (config["num_attention_heads"],),
+            "mlp.router.weight": (e, d),
+            "mlp.router.bias": (e,),
+            "mlp.experts.gate_up_proj": (e, d, 2 * f),
+            "mlp.experts.gate_up_proj_bias": (e, 2 * f),
+            "mlp.experts.down_proj": (e, f, d),
+            "mlp.experts.down_proj_bias": (e, d),
+        }
+    if family == "qwen3_moe":
+        e, w = config["num_experts"], config["moe_intermediate_size"]
+        projections = {"gate_proj": (w, d), "up_proj": (w, d), "down_proj": (d, w)}
+        shapes = {f"mlp.experts.{i}.{name}.weight": shape for i in range(e) for name, shape in projections.items()}
+        return {"mlp.gate.weight": (e, d)} | shapes
+    if family in ("phi3", "glm4"):
+        return {"mlp.gate_up_proj.weight": (2 * f, d), "mlp.down_proj.weight": (d, f)}
+    projections = {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
+    shapes = {f"mlp.{name}.weight": shape for name, shape in projections.items()}
+    if config.get("mlp_bias"):
+        shapes |= {f"mlp.{name}.bias": shape[:1] for name, shape in projections.items()}
     return shapes
 
 

@@ -33,23 +33,66 @@ def interleave(rows, heads):
     return np.stack([first, second], axis=2).reshape(rows.shape)
 
 
+_NAMES_OF = {
+    "seed_oss": {"post_attention_layernorm": "post_attention_norm"},
+    "gpt_oss": {
+        "post_attention_layernorm": "post_attention_norm",
+        "self_attn.sinks": "attn_sinks.weight",
+        "mlp.router": "ffn_gate_inp",
+    },
+    "glm4": {"post_self_attn_layernorm": "post_attention_norm", "post_mlp_layernorm": "post_ffw_norm"},
+    "gemma3_text": {
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+    "qwen3_moe": {"mlp.gate.": "ffn_gate_inp."},
+}
+ARCHITECTURES = {"ministral3": "mistral3", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3", "gpt_oss": "gpt-oss"}
+_INTERLEAVED = ("llama", "ministral3", "smollm3", "granite")
+
+
 def gguf_tensors(tensors, config):
     """Hugging Face tensors under GGUF's names, in GGUF's row order."""
-    result = {}
+    family, result = config["model_type"], {}
     for name, tensor in tensors.items():
-        if config["model_type"] == "llama" and "q_proj" in name:
+        if family in _INTERLEAVED and "q_proj" in name:
             tensor = interleave(tensor, config["num_attention_heads"])
-        if config["model_type"] == "llama" and "k_proj" in name:
+        if family in _INTERLEAVED and "k_proj" in name:
             tensor = interleave(tensor, config["num_key_value_heads"])
-        for theirs, ours in _NAMES.items():
+        if family == "gemma3_text" and name.endswith("norm.weight"):
+            tensor = tensor + 1
+        for theirs, ours in (*_NAMES_OF.get(family, {}).items(), *_NAMES.items()):
             name = name.replace(theirs, ours)
-        result[name] = tensor
+        result |= _experts(name, tensor, result)
     return result
+
+
+def _experts(name, tensor, before):
+    """llama.cpp keeps the experts of a layer in one tensor for each projection."""
+    if ".mlp.experts." not in name:
+        return {name: tensor}
+    layer, rest = name.split(".mlp.experts.")
+    if rest.startswith("gate_up_proj"):
+        end = "bias" if rest.endswith("bias") else "weight"
+        halves = {"gate": tensor[..., ::2], "up": tensor[..., 1::2]}
+        return {
+            f"{layer}.ffn_{half}_exps.{end}": np.ascontiguousarray(values if end == "bias" else values.swapaxes(1, 2))
+            for half, values in halves.items()
+        }
+    if rest == "down_proj":
+        return {f"{layer}.ffn_down_exps.weight": np.ascontiguousarray(tensor.swapaxes(1, 2))}
+    if rest == "down_proj_bias":
+        return {f"{layer}.ffn_down_exps.bias": tensor}
+    expert, projection, _ = rest.split(".")
+    name = f"{layer}.ffn_{projection.removesuffix('_proj')}_exps.weight"
+    old = [before[name]] if int(expert) else []
+    return {name: np.concatenate([*old, tensor[None]])}
 
 
 def write_gguf(path, tensors, config=CONFIG, extra=(), raw_types=None):
     """A GGUF file of a config in Hugging Face's terms; `extra` calls more of the writer's methods."""
-    family = config["model_type"]
+    family = ARCHITECTURES.get(config["model_type"], config["model_type"])
     writer = gguf.GGUFWriter(path, family)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])

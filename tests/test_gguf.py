@@ -6,19 +6,61 @@ import pytest
 from checkpoints import CONFIG, random_tensors
 from gguf_files import gguf_tensors, load, write_gguf
 
+# What differs from CONFIG in a config.json of each family, and what its GGUF file says beside the common keys.
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+_MSCALE = {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+_YARN_KEYS = [
+    ("add_rope_scaling_type", gguf.RopeScalingType.YARN),
+    ("add_rope_scaling_factor", 4.0),
+    ("add_rope_scaling_orig_ctx_len", 256),
+]
+_MULTIPLIERS = {
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 1.7,
+}
+_EXPERTS = [("add_expert_count", 3), ("add_expert_used_count", 2)]
+FAMILIES = {
+    "llama": ({"attention_bias": True, "mlp_bias": True}, []),
+    "qwen2": ({}, []),
+    "qwen3": ({}, []),
+    "phi3": ({}, []),
+    "smollm3": ({"num_hidden_layers": 4}, []),
+    "seed_oss": ({"attention_bias": True}, []),
+    "ministral3": (
+        {"rope_scaling": _YARN | _MSCALE},
+        [*_YARN_KEYS, ("add_rope_scaling_yarn_log_mul", 1.0), ("add_attn_temperature_scale", 0.1)],
+    ),
+    "granite": (
+        _MULTIPLIERS,
+        [
+            ("add_attention_scale", 0.2),
+            ("add_embedding_scale", 3.0),
+            ("add_residual_scale", 0.4),
+            ("add_logit_scale", 1.7),
+        ],
+    ),
+    "glm4": ({"attention_bias": True, "partial_rotary_factor": 0.5}, [("add_rope_dimension_count", 2)]),
+}
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gguf_and_hugging_face_give_the_same_parameters(tmp_path, family):
     from checkpoints import write_hf
 
-    config = CONFIG | {"model_type": family, "sliding_window": None, "pad_token_id": None}
+    changes, extra = FAMILIES[family]
+    config = CONFIG | {"model_type": family, "sliding_window": None, "pad_token_id": None} | changes
     tensors = random_tensors(config)
     expected_config, expected = load(write_hf(tmp_path / "hf", tensors, config))
-    actual_config, actual = load(write_gguf(tmp_path / "model.gguf", gguf_tensors(tensors, config), config))
+    path = write_gguf(tmp_path / "model.gguf", gguf_tensors(tensors, config), config, extra)
+    actual_config, actual = load(path)
     assert actual_config == expected_config
     assert list(actual) == list(expected)
     for name, param in expected.items():
-        np.testing.assert_array_equal(np.asarray(actual[name]), np.asarray(param), err_msg=name)
+        # Gemma's files have one added to the weights of norms.
+        tolerance = 1e-6 if family == "gemma3_text" and name.endswith("norm") else 0
+        np.testing.assert_allclose(actual[name], param, atol=tolerance, rtol=0, err_msg=name)
 
 
 def test_llama_rows_are_put_back_in_order(tmp_path):

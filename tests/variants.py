@@ -1,4 +1,4 @@
-"""Small Hugging Face configs, one for each thing that a config of the Llama family can switch.
+"""Small Hugging Face configs, one for each thing that a config of a supported family can switch.
 
 They have `model_type` and only the fields a published config.json of that family has. Sequences of up to 150 tokens
 run through them: more than one 128-row query tile, and past the 64 or 128 positions where the RoPE variants that
@@ -35,6 +35,40 @@ def _rope(kind: str, **scaling: Any) -> dict[str, Any]:
 
 # Every head_dim 8 model rotates 4 pairs: LongRoPE wants one factor for each.
 _LONGROPE = {"short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [1.2, 2.0, 5.0, 9.0]}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4, "tie_word_embeddings": True},
+    "smollm3_window": {
+        "model_type": "smollm3",
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 40,
+        "no_rope_layers": [1, 0],
+    },
+    "seed_oss": {"model_type": "seed_oss", "head_dim": 16, "attention_out_bias": True},
+    "ministral3": {
+        "model_type": "ministral3",
+        "head_dim": 16,
+        "rope_scaling": _rope(
+            "yarn",
+            factor=8.0,
+            original_max_position_embeddings=64,
+            mscale=1.0,
+            mscale_all_dim=1.0,
+            llama_4_scaling_beta=0.3,
+        ),
+    },
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 1.7,
+        "attention_multiplier": 0.2,
+        "tie_word_embeddings": True,
+    },
+    "glm4": {"model_type": "glm4", "head_dim": 16, "partial_rotary_factor": 0.5, "attention_bias": True},
+}
+"""Of the other families: what differs from `_SMALL`."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     # Query heads for each KV head.
@@ -111,4 +145,5 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5,
         "sliding_window": 2047,
     },
+    **{name: _SMALL | config for name, config in FAMILIES.items()},
 }

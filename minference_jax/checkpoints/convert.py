@@ -22,6 +22,7 @@ from minference_jax.checkpoints.gguf_split import open_gguf
 from minference_jax.checkpoints.hf_files import HFFiles, check_config, find_gguf, pickle_refusal
 from minference_jax.checkpoints.save import save_checkpoint as save_checkpoint
 from minference_jax.models.config import LlamaConfig
+from minference_jax.models.hf_config import text_config
 from minference_jax.models.params import param_shapes
 
 Progress = Callable[[int, int], None]
@@ -109,7 +110,7 @@ def load_checkpoint(
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     files = open_checkpoint(path)
     changes = {} if rope_scaling is None else {"rope_scaling": dict(rope_scaling)}
-    config = check_config(files.path, files.config | changes)
+    config = check_config(files.path, dict(text_config(files.config)) | changes)
     if config.num_layers > len(files.shapes):  # before anything loops over the layers of a hostile config
         layers, tensors = f"{config.num_layers:,} layers", f"{len(files.shapes):,} tensors"
         raise ValueError(f"{files.path}: the config has {layers}, but the checkpoint holds {tensors}")
@@ -119,11 +120,11 @@ def load_checkpoint(
 
     params: dict[str, Array] = {}
     not_finite: list[str] = []
-    done, total = 0, sum(names.num_layers(rows[0], config) for rows in groups)
+    done, total = 0, sum(sum(1 for _ in names.places(rows[0], config)) for rows in groups)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for rows in groups:
             reader = _GroupReader(files, config, rows, aliases, jnp.dtype(dtype))
-            for trouble in pool.map(reader.place, range(names.num_layers(rows[0], config))):
+            for trouble in pool.map(reader.place, names.places(rows[0], config)):
                 not_finite += trouble
                 done += 1
                 if progress is not None:
@@ -137,7 +138,7 @@ def load_checkpoint(
 
 
 class _GroupReader:
-    """Fills the stacked host arrays of the parameters that share a file tensor, one layer at a time."""
+    """Fills the stacked host arrays of the parameters that share a file tensor, one of its tensors at a time."""
 
     def __init__(self, files: TensorFiles, config: LlamaConfig, rows: list[names.Row], aliases, dtype: np.dtype):
         self._files, self._rows, self._aliases, self._dtype = files, rows, aliases, dtype
@@ -145,16 +146,18 @@ class _GroupReader:
         shapes = param_shapes(config)
         self.stacks = {row.path: np.empty(shapes[row.path], dtype) for row in rows}
 
-    def place(self, layer: int) -> list[str]:
+    def place(self, place: names.Place) -> list[str]:
         """Reads, casts and transposes one file tensor; returns its name in a list if it is not finite."""
-        name = names.file_name(self._rows[0], self._files.format, layer)
+        name = names.file_name(self._rows[0], self._files.format, place)
         with np.errstate(over="ignore", invalid="ignore"):  # a cast that overflows is found below
-            tensor = self._files.read(self._aliases.get(name, name)).astype(self._dtype, copy=False)
+            tensor = self._files.read(self._aliases.get(name, name))
+            added = self._rows[0].added
+            tensor = (tensor - tensor.dtype.type(added) if added else tensor).astype(self._dtype, copy=False)
         # NumPy copies plain integers faster than bfloat16, and compares them without Python's lock.
         bits = tensor.view(f"u{self._dtype.itemsize}")
         for row, layout in zip(self._rows, self._layouts, strict=True):
             stack = self.stacks[row.path].view(bits.dtype)
-            (stack[layer] if names.in_layers(row) else stack)[...] = layout.read(bits)
+            stack[place] = layout.read(bits)
         exponent = np.array(np.inf, self._dtype).view(bits.dtype)
         return [name] if np.any(bits & exponent == exponent) else []
 
@@ -162,7 +165,7 @@ class _GroupReader:
 def _resolve_tying(files: TensorFiles, config: LlamaConfig) -> tuple[LlamaConfig, dict[str, str]]:
     """The config with `tie_embeddings` as the tensors have it, and aliases: expected name → name in the file."""
     rows = names.table(dataclasses.replace(config, tie_embeddings=False), files.format)
-    embed, head = (names.file_name(rows[path], files.format, 0) for path in ("embed", "lm_head"))
+    embed, head = (names.file_name(rows[path], files.format, ()) for path in ("embed", "lm_head"))
     if not config.tie_embeddings or head not in files.shapes:
         return config, {}
     if embed not in files.shapes:
@@ -177,8 +180,8 @@ def _check_names(files: TensorFiles, config: LlamaConfig, groups, aliases: Mappi
     expected = {}
     for rows in groups:
         shape = names.Layout.of(rows[0], config).file_shape
-        for layer in range(names.num_layers(rows[0], config)):
-            name = names.file_name(rows[0], files.format, layer)
+        for place in names.places(rows[0], config):
+            name = names.file_name(rows[0], files.format, place)
             expected[aliases.get(name, name)] = shape
     known = expected.keys() | aliases.keys()
     troubles = {

@@ -8,9 +8,32 @@ import numpy as np
 
 from minference_jax.checkpoints.gguf_file import GGUFFile
 from minference_jax.checkpoints.gguf_split import SplitGGUF
+from minference_jax.models.families import FAMILIES
 
-# GGUF keeps Mistral under "llama".
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3")
+# llama.cpp's architecture → model_type. GGUF keeps Mistral under "llama".
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral3": "ministral3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "phi3": "phi3",
+    "smollm3": "smollm3",
+    "seed_oss": "seed_oss",
+    "granite": "granite",
+    "glm4": "glm4",
+    "gemma3": "gemma3_text",
+    "gpt-oss": "gpt_oss",
+}
+# What some architectures' files say beside the common keys: key → config.json's.
+_NUMBERS = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+_GEMMA3_27B_LAYERS = 62  # the one size whose scores llama.cpp scales by other than 1/√head_dim, by this number
 
 # Llama 3 files give no parameters of their RoPE scaling, only the resulting divisors. Every released Llama 3.x shares
 # these three; the factor is the largest divisor.
@@ -35,8 +58,8 @@ _NOT_WITH = {"<|end|>": {"<|return|>", "<|call|>"}, "</s>": {"<|tool_response>"}
 def hf_config(file: GGUFFile | SplitGGUF) -> dict[str, Any]:
     """The config of a GGUF model in Hugging Face's terms.
 
-    Raises `ValueError` naming the file: for an architecture other than `ARCHITECTURES`, a mixture of experts, sizes
-    that vary by layer, or a RoPE scaling that cannot be expressed.
+    Raises `ValueError` naming the file: for an architecture other than `ARCHITECTURES`, sizes that vary by layer, or a
+    RoPE scaling that cannot be expressed.
     """
     try:
         return _hf_config(file)
@@ -49,8 +72,10 @@ def _hf_config(file: GGUFFile | SplitGGUF) -> dict[str, Any]:
     family = metadata.get("general.architecture")
     if family not in ARCHITECTURES:
         raise ValueError(f"GGUF architecture {family!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    if metadata.get(f"{family}.expert_count", 0):
-        raise ValueError("mixture-of-experts models are not supported")
+    name = ARCHITECTURES[family]
+    takes_experts = FAMILIES[name].experts is not None
+    if metadata.get(f"{family}.expert_count", 0) and not takes_experts:
+        raise ValueError(f"mixtures of experts of architecture {family!r} are not supported")
 
     def get(key: str, otherwise: Any = None) -> Any:
         value = metadata.get(f"{family}.{key}", otherwise)
@@ -79,7 +104,7 @@ def _hf_config(file: GGUFFile | SplitGGUF) -> dict[str, Any]:
             f"keys of {head_dim} dimensions and values of {get('attention.value_length')} are not supported"
         )
     config |= {
-        "model_type": family,
+        "model_type": name,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "num_key_value_heads": get("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -92,10 +117,32 @@ def _hf_config(file: GGUFFile | SplitGGUF) -> dict[str, Any]:
         "eos_token_id": eos_token_ids(metadata),
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
     }
+    config |= _biases(file) | _by_family(name, config, get)
     config["rope_scaling"] = _rope_scaling(file, config, get)
     if config["rope_scaling"] and "original_max_position_embeddings" in config["rope_scaling"]:
         config["original_max_position_embeddings"] = config["rope_scaling"]["original_max_position_embeddings"]
     return config
+
+
+def _biases(file: GGUFFile | SplitGGUF) -> dict[str, bool]:
+    """The switches of biases, by the tensors of the first layer."""
+    tensors = {"attention_bias": "attn_q", "attention_out_bias": "attn_output", "mlp_bias": "ffn_up"}
+    return {key: f"blk.0.{tensor}.bias" in file.tensors for key, tensor in tensors.items()}
+
+
+def _by_family(name: str, config: dict[str, Any], get: Any) -> dict[str, Any]:
+    """What only some architectures' files say, or leave to llama.cpp."""
+    found = {key: _shortest(get(theirs)) for theirs, key in _NUMBERS.items() if get(theirs) is not None}
+    if FAMILIES[name].experts is not None:
+        counts = {"number": get("expert_count"), "chosen": get("expert_used_count")}
+        counts["width"] = get("expert_feed_forward_length", config["intermediate_size"])
+        found |= {key: counts[field] for field, key in (FAMILIES[name].experts or {}).items() if field in counts}
+        found["norm_topk_prob"] = get("expert_weights_norm", True)
+    if name == "gemma3_text":
+        whole = config["num_hidden_layers"] == _GEMMA3_27B_LAYERS
+        scalar = config["hidden_size"] // config["num_attention_heads"] if whole else config["head_dim"]
+        found |= {"query_pre_attn_scalar": scalar, "rope_local_base_freq": _shortest(get("rope.freq_base_swa", 1e4))}
+    return found
 
 
 def eos_token_ids(metadata: dict[str, Any]) -> list[int]:
@@ -124,6 +171,7 @@ def _shortest(value: float) -> float:
 def _rope_scaling(file: GGUFFile | SplitGGUF, config: dict[str, Any], get: Any) -> dict[str, Any] | None:
     kind = get("rope.scaling.type")
     original = get("rope.scaling.original_context_length")
+    scaling: dict[str, Any] | None
     if "rope_factors_long.weight" in file.tensors:
         scaling = {
             "rope_type": "longrope",
@@ -143,9 +191,27 @@ def _rope_scaling(file: GGUFFile | SplitGGUF, config: dict[str, Any], get: Any) 
             "factor": get("rope.scaling.factor"),
             "original_max_position_embeddings": original if kind == "yarn" else None,
         }
+        if kind == "yarn":
+            scaling |= _yarn(config["model_type"], get)
     else:
         raise ValueError(f"RoPE scaling {kind!r} is not supported")
     return {key: value for key, value in scaling.items() if value is not None} if scaling else None
+
+
+def _yarn(name: str, get: Any) -> dict[str, Any]:
+    """The finer settings of YaRN. The files of some architectures leave them to llama.cpp."""
+    found = {
+        "beta_fast": get("rope.scaling.yarn_beta_fast"),
+        "beta_slow": get("rope.scaling.yarn_beta_slow"),
+        "mscale_all_dim": get("rope.scaling.yarn_log_multiplier") or None,
+    }
+    if found["mscale_all_dim"]:
+        found["mscale"] = 1.0
+    if name == "ministral3":
+        found["llama_4_scaling_beta"] = _shortest(get("attention.temperature_scale", 0.0))
+    if name == "gpt_oss":
+        found["truncate"] = False
+    return found
 
 
 def _llama3_scaling(divisors: np.ndarray, theta: float) -> dict[str, Any] | None:

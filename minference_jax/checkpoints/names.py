@@ -1,15 +1,17 @@
 """The one table of conversion: our parameter ↔ its name in a Hugging Face checkpoint and in a GGUF file.
 
 Layouts are written as `"(n h) d -> d n h"`: the axes of the file's tensor, then ours; parentheses merge axes.
-Axis letters: v vocabulary, d hidden, f MLP width, n query heads, k key-value heads, h head dimension; `p r` are h split
-as pairs and 2 (`(r p)`: the two halves that Hugging Face rotates, `(p r)`: the neighbours that GGUF's llama rotates).
+Axis letters: v vocabulary, d hidden, f MLP width, n query heads, k key-value heads, h head dimension, e experts,
+w their width; `p r` are h split as pairs and 2 (`(r p)`: the two halves that Hugging Face rotates, `(p r)`: the
+neighbours that GGUF's llama rotates). An axis `r` that ours lacks alternates between parameters.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -26,9 +28,10 @@ class Row:
     """How one of our parameters lies in a file.
 
     - `path`: our name, as in `minference_jax.models.params.param_shapes`.
-    - `hf`, `gguf`: names in the two formats; `{layer}` stands for the layer's number.
-    - `layout`: axes in the file and ours, see the module's docstring.
+    - `hf`, `gguf`: names in the two formats, within the layer; `{expert}` stands for an expert's number.
+    - `layout`: axes in the file and ours, see the module's docstring; `gguf_layout`: in a GGUF file, where another.
     - `fused`: the row groups of a file tensor that holds several parameters; `part` is this parameter's place in it.
+    - `added`: what the file has added to our numbers.
     """
 
     path: str
@@ -37,6 +40,13 @@ class Row:
     layout: str
     fused: tuple[str, ...] = ()
     part: int = 0
+    gguf_layout: str = ""
+    added: float = 0.0
+
+    @property
+    def axes(self) -> int:
+        """Leading axes of our parameter that the file spreads over tensors: none, layers, or layers and experts."""
+        return self.path.startswith("layers.") + ("{expert}" in self.hf)
 
 
 _ROWS = (
@@ -45,6 +55,8 @@ _ROWS = (
     Row("lm_head", "lm_head.weight", "output.weight", "v d -> d v"),
     Row("layers.attn_norm", "input_layernorm.weight", "attn_norm.weight", "d -> d"),
     Row("layers.mlp_norm", "post_attention_layernorm.weight", "ffn_norm.weight", "d -> d"),
+    Row("layers.post_attn_norm", "post_self_attn_layernorm.weight", "post_attention_norm.weight", "d -> d"),
+    Row("layers.post_mlp_norm", "post_mlp_layernorm.weight", "post_ffw_norm.weight", "d -> d"),
     Row("layers.wq", "self_attn.q_proj.weight", "attn_q.weight", "(n h) d -> d n h"),
     Row("layers.wk", "self_attn.k_proj.weight", "attn_k.weight", "(k h) d -> d k h"),
     Row("layers.wv", "self_attn.v_proj.weight", "attn_v.weight", "(k h) d -> d k h"),
@@ -64,13 +76,21 @@ _ROWS = (
 )
 
 _QKV, _GATE_UP = ("n h", "k h", "k h"), ("f", "f")
-_PHI3_ROWS = (
+_QKV_ROWS = (
     Row("layers.wq", "self_attn.qkv_proj.weight", "attn_qkv.weight", "(n h) d -> d n h", _QKV, 0),
     Row("layers.wk", "self_attn.qkv_proj.weight", "attn_qkv.weight", "(k h) d -> d k h", _QKV, 1),
     Row("layers.wv", "self_attn.qkv_proj.weight", "attn_qkv.weight", "(k h) d -> d k h", _QKV, 2),
+)
+_GATE_UP_ROWS = (
     Row("layers.w_gate", "mlp.gate_up_proj.weight", "ffn_up.weight", "f d -> d f", _GATE_UP, 0),
     Row("layers.w_up", "mlp.gate_up_proj.weight", "ffn_up.weight", "f d -> d f", _GATE_UP, 1),
 )
+_FAMILY_ROWS: dict[str, tuple[Row, ...]] = {
+    "phi3": (*_QKV_ROWS, *_GATE_UP_ROWS),
+    "glm4": _GATE_UP_ROWS,
+    "seed_oss": (Row("layers.mlp_norm", "post_attention_layernorm.weight", "post_attention_norm.weight", "d -> d"),),
+}
+"""What a family names or lays out in its own way."""
 
 # llama.cpp rotates neighbouring pairs for its "llama" architecture, so its converter interleaves the rows of q and k.
 _GGUF_LLAMA_LAYOUTS = {
@@ -79,7 +99,7 @@ _GGUF_LLAMA_LAYOUTS = {
     "layers.bq": "(n p r) -> n (r p)",
     "layers.bk": "(k p r) -> k (r p)",
 }
-_GGUF_INTERLEAVED = ("llama", "mistral", "smollm3", "granite")  # llama.cpp architectures that rotate so
+_GGUF_INTERLEAVED = ("llama", "mistral", "ministral3", "smollm3", "granite")  # llama.cpp architectures that rotate so
 
 # Names that may be in a file and are not parameters: RoPE tables, which the config describes, buffers of old versions
 # (causal masks), and the scales of a quantized KV cache.
@@ -96,36 +116,49 @@ part. Our rows spell out the first."""
 
 def table(config: LlamaConfig, file_format: str) -> dict[str, Row]:
     """Path → row of every parameter of `config`, with layouts as in `file_format` ("hf" or "gguf")."""
-    rows = {row.path: row for row in _ROWS}
-    if config.model_type == "phi3":
-        rows |= {row.path: row for row in _PHI3_ROWS}
-    if file_format == "gguf" and config.model_type in _GGUF_INTERLEAVED:
-        rows |= {path: replace(rows[path], layout=layout) for path, layout in _GGUF_LLAMA_LAYOUTS.items()}
-    return {path: rows[path] for path in param_shapes(config)}
+    rows = {row.path: row for row in (*_ROWS, *_FAMILY_ROWS.get(config.model_type, ()))}
+    rows = {path: rows[path] for path in param_shapes(config)}
+    if file_format == "gguf":
+        rows = {path: _in_gguf(row, config) for path, row in rows.items()}
+    return rows
 
 
-def file_name(row: Row, file_format: str, layer: int) -> str:
-    """The name of the row's tensor of one layer (`layer` is ignored by rows outside the layers)."""
+def _in_gguf(row: Row, config: LlamaConfig) -> Row:
+    """The row as it is in a GGUF file, which keeps all experts in one tensor, and each parameter in one of its own."""
+    if row.gguf_layout:
+        row = replace(row, hf=row.gguf, layout=row.gguf_layout)
+    if config.model_type in _GGUF_INTERLEAVED:
+        row = replace(row, layout=_GGUF_LLAMA_LAYOUTS.get(row.path, row.layout))
+    if row.path.endswith("norm"):  # llama.cpp's converter adds the offset to the weights
+        row = replace(row, added=config.traits.norm_offset or 0.0)
+    return row
+
+
+Place = tuple[int, ...]
+"""Which tensor of a row: (), (layer,) or (layer, expert), the index of our stacked parameter."""
+
+
+def file_name(row: Row, file_format: str, place: Place) -> str:
+    """The name of one of the row's tensors."""
     name = row.hf if file_format == "hf" else row.gguf
-    if not in_layers(row):
+    if not place:
         return name
-    return f"model.layers.{layer}.{name}" if file_format == "hf" else f"blk.{layer}.{name}"
+    name = name.replace("{expert}", str(place[-1]))
+    return f"model.layers.{place[0]}.{name}" if file_format == "hf" else f"blk.{place[0]}.{name}"
 
 
-def in_layers(row: Row) -> bool:
-    return row.path.startswith("layers.")
-
-
-def num_layers(row: Row, config: LlamaConfig) -> int:
-    """How many tensors of the file the row stands for."""
-    return config.num_layers if in_layers(row) else 1
+def places(row: Row, config: LlamaConfig) -> Iterator[Place]:
+    """The tensors of the file that the row stands for."""
+    experts = config.traits.experts
+    counts = (config.num_layers, experts.number if experts else 0)[: row.axes]
+    return itertools.product(*map(range, counts))
 
 
 def group_by_file_tensor(rows: Iterable[Row], file_format: str) -> list[list[Row]]:
     """Rows that share a fused tensor of the file, so that it is read once."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(file_name(row, file_format, 0), []).append(row)
+        groups.setdefault(file_name(row, file_format, (0, 0)[: row.axes]), []).append(row)
     return list(groups.values())
 
 
@@ -133,23 +166,26 @@ def group_by_file_tensor(rows: Iterable[Row], file_format: str) -> list[list[Row
 class Layout:
     """A row's layout with the sizes of one config. Hashable by value, so that it can be a static argument of a jit.
 
-    - `file_shape`: of the file's tensor, all its fused parts included; `rows` are this parameter's.
-    - `part_shape`, `axis_sizes`: of those rows, with axes merged as in the file and split into single axes.
+    - `file_shape`: of the file's tensor, all its fused parts included; `rows` are this parameter's, and `axis_sizes`
+      theirs, split into single axes.
     - `order`: the permutation of single axes; `shape`: ours.
+    - `chosen`: an axis, and the one entry of it that is ours; None for all of the tensor.
     """
 
     file_shape: tuple[int, ...]
     rows: tuple[int, int]
-    part_shape: tuple[int, ...]
     axis_sizes: tuple[int, ...]
     order: tuple[int, ...]
     shape: tuple[int, ...]
+    chosen: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, row: Row, config: LlamaConfig) -> Layout:
         n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
         sizes = {"n": n, "k": k, "h": h, "p": h // 2, "r": 2}
         sizes |= {"v": config.vocab_size, "d": config.hidden_size, "f": config.intermediate_size}
+        if config.traits.experts is not None:
+            sizes |= {"e": config.traits.experts.number, "w": config.traits.experts.width}
 
         def shape_of(side: str) -> tuple[int, ...]:
             groups = re.findall(r"\(([\w ]+)\)|(\w)", side)
@@ -157,26 +193,34 @@ class Layout:
 
         source, target = row.layout.split(" -> ")
         axes = re.findall(r"\w", source)
+        alternate = "r" in axes and "r" not in target
+        kept = [axis for axis in axes if not (alternate and axis == "r")]
         part_shape = shape_of(source)
         heights = [math.prod(shape_of(group)) for group in row.fused] or [part_shape[0]]
         return cls(
             file_shape=(sum(heights), *part_shape[1:]),
-            rows=(sum(heights[: row.part]), sum(heights[: row.part + 1])),
-            part_shape=part_shape,
+            rows=(0, heights[0]) if alternate else (sum(heights[: row.part]), sum(heights[: row.part + 1])),
             axis_sizes=tuple(sizes[axis] for axis in axes),
-            order=tuple(axes.index(axis) for axis in re.findall(r"\w", target)),
+            order=tuple(kept.index(axis) for axis in re.findall(r"\w", target)),
             shape=shape_of(target),
+            chosen=(axes.index("r"), row.part) if alternate else None,
         )
 
     def read(self, tensor: ArrayT) -> ArrayT:
         """The file's tensor, of `file_shape`, as our parameter."""
-        part = tensor[self.rows[0] : self.rows[1]]
-        return part.reshape(self.axis_sizes).transpose(self.order).reshape(self.shape)
+        part = tensor[self.rows[0] : self.rows[1]].reshape(self.axis_sizes)
+        if self.chosen is not None:
+            axis, entry = self.chosen
+            part = part[(slice(None),) * axis + (entry,)]
+        return part.transpose(self.order).reshape(self.shape)
 
-    def write(self, param: np.ndarray) -> np.ndarray:
-        """Our parameter as its rows of the file's tensor: the inverse of `read`."""
-        split = tuple(self.axis_sizes[axis] for axis in self.order)
-        return param.reshape(split).transpose(np.argsort(self.order)).reshape(self.part_shape)
+    def write(self, tensor: np.ndarray, param: np.ndarray) -> None:
+        """Puts our parameter into the file's tensor: the inverse of `read`."""
+        part = tensor[self.rows[0] : self.rows[1]].reshape(self.axis_sizes)  # a view: only axes are split
+        if self.chosen is not None:
+            axis, entry = self.chosen
+            part = part[(slice(None),) * axis + (entry,)]
+        part[...] = param.reshape([part.shape[axis] for axis in self.order]).transpose(np.argsort(self.order))
 
 
 def own_names(names: Iterable[str]) -> dict[str, str]:

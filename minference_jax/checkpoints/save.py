@@ -123,15 +123,14 @@ def _write_tensors(config: LlamaConfig, params: Mapping[str, Array], directory: 
     for number, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
-        for name, rows, layer in shard:
+        for name, rows, place in shard:
             if host.keys() != {row.path for row in rows}:
                 host = {row.path: np.asarray(params[row.path]) for row in rows}
-            parts = [
-                names.Layout.of(row, config).write(host[row.path][layer] if names.in_layers(row) else host[row.path])
-                for row in rows
-            ]
-            # safetensors writes an array's memory as it lies, whatever its strides.
-            tensors[name] = np.ascontiguousarray(np.concatenate(parts))
+            layouts = [names.Layout.of(row, config) for row in rows]
+            tensor = np.empty(layouts[0].file_shape, host[rows[0].path].dtype)
+            for row, layout in zip(rows, layouts, strict=True):
+                layout.write(tensor, host[row.path][place])
+            tensors[name] = tensor
         save_file(tensors, directory / file, metadata={"format": "pt"})
         (directory / file).chmod((directory / "config.json").stat().st_mode)  # it is created readable by its owner only
         weight_map |= dict.fromkeys(tensors, file)
@@ -143,16 +142,16 @@ def _write_tensors(config: LlamaConfig, params: Mapping[str, Array], directory: 
 
 
 def _plan_shards(config: LlamaConfig, params: Mapping[str, Array], limit: int):
-    """Lists of (file name, its rows, layer), each list at most `limit` bytes where a tensor alone is not larger."""
-    shards: list[list[tuple[str, list[names.Row], int]]] = [[]]
+    """Lists of (file name, its rows, place), each list at most `limit` bytes where a tensor alone is not larger."""
+    shards: list[list[tuple[str, list[names.Row], names.Place]]] = [[]]
     filled = 0
     for rows in names.group_by_file_tensor(names.table(config, "hf").values(), "hf"):
-        layers = names.num_layers(rows[0], config)
-        size = sum(params[row.path].size * params[row.path].dtype.itemsize for row in rows) // layers
-        for layer in range(layers):
+        places = list(names.places(rows[0], config))
+        size = sum(params[row.path].size * params[row.path].dtype.itemsize for row in rows) // len(places)
+        for place in places:
             if shards[-1] and filled + size > limit:
                 shards.append([])
                 filled = 0
-            shards[-1].append((names.file_name(rows[0], "hf", layer), rows, layer))
+            shards[-1].append((names.file_name(rows[0], "hf", place), rows, place))
             filled += size
     return shards

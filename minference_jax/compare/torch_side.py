@@ -86,18 +86,21 @@ def create_model(job):
 def load_model(job):
     """The model, on its device and in its dtype; a checkpoint with missing or left-over tensors is an error."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if job["device"] == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: device 'cuda' was asked for, but this torch sees no CUDA device")
+    options = {"local_files_only": True, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(job["model"], **options)
+    # Attention sinks are in no implementation but "eager".
+    has_sinks = config.model_type == "gpt_oss"
     model, info = AutoModelForCausalLM.from_pretrained(
         job["model"],
         dtype=getattr(torch, job["dtype"]),
-        attn_implementation=job["attention"],
-        local_files_only=True,
+        attn_implementation="eager" if has_sinks else job["attention"],
         use_safetensors=True,
-        trust_remote_code=False,
         output_loading_info=True,
+        **options,
     )
     # transformers fills a missing tensor with random numbers and goes on.
     wrong = {name: sorted(map(str, info.get(name) or ())) for name in ("missing_keys", "unexpected_keys")}
@@ -110,15 +113,29 @@ def reset_rope(model):
     """Forgets the longest sequence so far: dynamic NTK scaling keeps its frequencies until a short sequence comes."""
     import torch
 
-    if "dynamic" in str(getattr(model.model.rotary_emb, "rope_type", "")):
-        model.model(torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
+    core = text_model(model)
+    if "dynamic" in str(getattr(core.rotary_emb, "rope_type", "")):
+        core(torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
+
+
+def text_model(model):
+    """The layers of the text model, which a model of pictures and text holds beside others."""
+    return getattr(model.model, "language_model", model.model)
+
+
+def head(model, hidden):
+    """Logits of rows, float32, as the model's own class makes them after its head."""
+    config = model.config.get_text_config()
+    logits = model.lm_head(hidden) / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return (logits if cap is None else cap * (logits / cap).tanh()).float()
 
 
 def run_row(model, tokens, positions, chunk, new_tokens, write):
     """One unpadded sequence `tokens` (a 1-D tensor): hands each result to `write(array, index, values)`."""
     import torch
 
-    core, length = model.model, len(tokens)
+    core, length = text_model(model), len(tokens)
     kept = [i for i, p in enumerate(positions) if p < length]
     rows = torch.tensor([positions[i] for i in kept], device=tokens.device)
 
@@ -129,8 +146,12 @@ def run_row(model, tokens, positions, chunk, new_tokens, write):
 
         return hook
 
-    modules = [core.embed_tokens, *core.layers, core.norm]
-    hooks = [module.register_forward_hook(keep_hidden(level)) for level, module in enumerate(modules)]
+    modules = [*core.layers, core.norm]
+    hooks = [module.register_forward_hook(keep_hidden(level)) for level, module in enumerate(modules, 1)]
+    # What the first layer reads, not what the embedding gives: some models scale it between the two.
+    hooks.append(
+        core.layers[0].register_forward_pre_hook(lambda _module, inputs: write("hidden", (0, kept), inputs[0][0, rows]))
+    )
     started = time.perf_counter()
     outputs = core(tokens[None], use_cache=new_tokens > 0)
     prefill = time.perf_counter() - started
@@ -140,7 +161,7 @@ def run_row(model, tokens, positions, chunk, new_tokens, write):
     # Logits in chunks of positions: 8,192 positions of a 49,152-word vocabulary are 1.6 GB in float32.
     hidden, wanted = outputs.last_hidden_state[0], {positions[i]: i for i in kept}
     for start in range(0, length, chunk):
-        logits = model.lm_head(hidden[start : start + chunk]).float()
+        logits = head(model, hidden[start : start + chunk])
         stop = start + len(logits)
         best = logits.topk(2)
         following = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
@@ -154,12 +175,12 @@ def run_row(model, tokens, positions, chunk, new_tokens, write):
             write("logits", [wanted[p] for p in inside], logits[[p - start for p in inside]])
 
     started = time.perf_counter()
-    token = model.lm_head(hidden[-1:]).argmax(-1)
+    token = head(model, hidden[-1:]).argmax(-1)
     for step in range(new_tokens):
         write("greedy", step, token[0])
         if step + 1 < new_tokens:
             outputs = core(token[None], past_key_values=outputs.past_key_values, use_cache=True)
-            token = model.lm_head(outputs.last_hidden_state[0, -1:]).argmax(-1)
+            token = head(model, outputs.last_hidden_state[0, -1:]).argmax(-1)
     return prefill, time.perf_counter() - started
 
 
@@ -173,9 +194,9 @@ def run_model(job):
     started = time.perf_counter()
     model = load_model(job)
     seconds = {"load": time.perf_counter() - started, "prefill": 0.0, "decode": 0.0}
-    (batch, t), config, positions = tokens.shape, model.config, job["positions"]
+    (batch, t), config, positions = tokens.shape, model.config.get_text_config(), job["positions"]
     levels, width, vocabulary = (
-        (len(model.model.layers) + 2) * job["layers"],
+        (len(text_model(model).layers) + 2) * job["layers"],
         config.hidden_size,
         model.lm_head.weight.shape[0],
     )

@@ -166,10 +166,13 @@ class KVCache:
             return rows["k"], rows["v"]
         return dequantize(rows["k"], rows["k_scale"], dtype), dequantize(rows["v"], rows["v_scale"], dtype)
 
-    def attend(self, layer: Array, q: Float[Array, "b n h"], lengths: Int32[Array, " b"]) -> Float[Array, "b n h"]:
-        """Dense attention of one query per sequence to the first `lengths` positions of a layer."""
+    def attend(
+        self, layer: Array, q: Float[Array, "b n h"], lengths: Int32[Array, " b"]
+    ) -> tuple[Float[Array, "b n h"], Float[Array, "b n"]]:
+        """Dense attention of one query per sequence to the first `lengths` positions of a layer; its log-sum-exp."""
         q = self.queries(q)
-        return decode_attention(q, self.k, self.v, layer, lengths, k_scale=self.k_scale, v_scale=self.v_scale)
+        scales: dict[str, Any] = {"k_scale": self.k_scale, "v_scale": self.v_scale}
+        return decode_attention(q, self.k, self.v, layer, lengths, **scales, return_lse=True)
 
     def queries(self, q: Float[Array, "*rows h"]) -> Float[Array, "*rows h"]:
         """Queries as the keys of this cache are stored: turned if it is quantized."""

@@ -34,24 +34,22 @@ def mixture(config: LlamaConfig, layer: Mapping[str, Array], x: Float[Array, "b 
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     scores = jnp.dot(rows, layer["router"], precision=precision)
     scores = (scores + layer["b_router"] if experts.bias else scores).astype(jnp.float32)
-    if experts.bias:  # a softmax of the chosen ones, which is the same as normalizing a softmax of all
-        best, number = jax.lax.top_k(scores, experts.chosen)
-        weights = jax.nn.softmax(best, axis=-1)
-    else:
-        weights, number = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), experts.chosen)
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True) if experts.normalized else weights
+    best, number = jax.lax.top_k(scores, experts.chosen)
+    # A softmax of the chosen ones is a softmax of all, divided by the sum of theirs.
+    every = best if experts.normalized else scores
+    weights = jnp.exp(best - jax.nn.logsumexp(every, axis=-1, keepdims=True))
 
     order = jnp.argsort(number.reshape(-1), stable=True)
     owner = number.reshape(-1)[order]
     sizes = jnp.zeros((experts.number,), jnp.int32).at[owner].add(1)
 
-    def product(x: Array, name: str, bias: str) -> Array:
+    def product(x: Array, name: str) -> Array:
         y = jax.lax.ragged_dot(x, _weights(layer, name, x.dtype), sizes, precision=precision)
-        return y + layer[bias][owner] if experts.bias else y
+        return y + layer[f"b_{name}"][owner] if experts.bias else y
 
     taken = rows[order // experts.chosen]
-    hidden = gated(config, product(taken, "w_gate", "b_gate"), product(taken, "w_up", "b_up"))
-    out = product(hidden, "w_down", "b_down").astype(jnp.float32) * weights.reshape(-1)[order][:, None]
+    hidden = gated(config, product(taken, "expert_gate"), product(taken, "expert_up"))
+    out = product(hidden, "expert_down").astype(jnp.float32) * weights.reshape(-1)[order][:, None]
     back = jnp.zeros_like(out).at[order].set(out).reshape(rows.shape[0], experts.chosen, -1)
     return jnp.sum(back, axis=1).astype(x.dtype).reshape(x.shape)
 

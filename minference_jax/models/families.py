@@ -5,88 +5,10 @@ Sources: the configuration and modeling files of transformers 5.23.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from minference_jax.models.traits import Experts, Family, Number, Traits
 
-Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
-
-
-@dataclass(frozen=True)
-class Experts:
-    """A mixture of experts in place of the MLP.
-
-    - `number`, `chosen`: experts, and how many serve a token. `width`: of one expert.
-    - `normalized`: the chosen experts' weights are divided by their sum.
-    - `bias`: router and experts have biases (gpt-oss), and the chosen experts' weights are their own softmax.
-    """
-
-    number: int
-    chosen: int
-    width: int
-    normalized: bool = False
-    bias: bool = False
-
-
-@dataclass(frozen=True)
-class Traits:
-    """What a model does differently from Llama. Each field is one switch, and Llama's value its default.
-
-    - `qkv_bias`, `o_bias`, `mlp_bias`: biases of the projections. `qk_norm`: RMSNorm on the heads of q and k.
-    - `post_norms`: RMSNorm on the output of attention and of the MLP, before each is added.
-    - `norm_offset`: norms multiply by this plus their weight, in float32 (Gemma: 1).
-    - `activation`: of the MLP's gate. `neighbours`: RoPE turns neighbouring dimensions (GLM-4), not the two halves.
-    - `embed_scale`, `residual_scale`, `logit_divisor`: of the embeddings, of what a layer adds, of the logits.
-    - `attention_scale`: of the scores; None for 1/√head_dim. `logit_cap`: c in c·tanh(logits/c); None for no cap.
-    - `query_growth`: queries at position p are multiplied by 1 + this · log(1 + ⌊p / trained length⌋) (Ministral 3).
-    - `sinks`: each head has a score without a key, which takes its share of the softmax (gpt-oss).
-    - `experts`: None for one MLP.
-    """
-
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    post_norms: bool = False
-    norm_offset: float = 0.0
-    activation: Activation = "silu"
-    neighbours: bool = False
-    embed_scale: float = 1.0
-    residual_scale: float = 1.0
-    logit_divisor: float = 1.0
-    attention_scale: float | None = None
-    logit_cap: float | None = None
-    query_growth: float = 0.0
-    sinks: bool = False
-    experts: Experts | None = None
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a family's config.json is read.
-
-    - `architecture`: the class that transformers names. `defaults`: of keys that a config.json leaves out.
-    - `traits`: those that every model of the family has.
-    - `attention_bias`, `mlp_bias`: traits that the key of that name sets; none where the family ignores the key.
-    - `numbers`: trait → the key that holds it.
-    - `window`: which layers `sliding_window` is for: "none"; "all"; "switch": those from `max_window_layers` on, if
-      `use_sliding_window` says so; "types": those that `layer_types` calls sliding.
-    - `pattern`: with "types" and no `layer_types`, every so manieth layer is not sliding.
-    - `partial_rotary`: whether a part of each head may be rotated.
-    """
-
-    architecture: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    traits: Traits = Traits()
-    attention_bias: tuple[str, ...] = ()
-    mlp_bias: tuple[str, ...] = ()
-    numbers: Mapping[str, str] = field(default_factory=dict)
-    window: Literal["none", "all", "switch", "types"] = "none"
-    pattern: int = 0
-    partial_rotary: bool = False
-
-
-_BOTH = ("qkv_bias", "o_bias")
+_BOTH, _MLP = {"attention_bias": ("qkv_bias", "o_bias")}, {"mlp_bias": ("mlp_bias",)}
+_BOS_EOS = {"bos_token_id": 1, "eos_token_id": 2}
 _QWEN = {
     "max_position_embeddings": 32768,
     "sliding_window": 4096,
@@ -95,26 +17,65 @@ _QWEN = {
 }
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        "LlamaForCausalLM",
-        {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
-        attention_bias=_BOTH,
-        mlp_bias=("mlp_bias",),
-    ),
+    "llama": Family("LlamaForCausalLM", {"max_position_embeddings": 2048, **_BOS_EOS}, biases=_BOTH | _MLP),
     "mistral": Family(
         "MistralForCausalLM",
-        {
-            "max_position_embeddings": 131072,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "sliding_window": 4096,
-            "num_key_value_heads": 8,
-        },
+        {"max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8, **_BOS_EOS},
         window="all",
     ),
-    "qwen2": Family("Qwen2ForCausalLM", _QWEN, Traits(qkv_bias=True), window="switch"),
+    "ministral3": Family(
+        "Ministral3ForCausalLM",
+        {
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "pad_token_id": 11,
+            **_BOS_EOS,
+        },
+        numbers={"query_growth": Number("llama_4_scaling_beta", in_rope=True)},
+        window="all",
+        rope={
+            "type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", _QWEN, Traits(qkv_bias=True), window="from", switch=True),
     "qwen3": Family(
-        "Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}, Traits(qk_norm=True), attention_bias=_BOTH, window="switch"
+        "Qwen3ForCausalLM",
+        {**_QWEN, "head_dim": 128},
+        Traits(qk_norm=True),
+        biases=_BOTH,
+        window="from",
+        switch=True,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+        },
+        Traits(qk_norm=True),
+        biases=_BOTH,
+        experts={
+            "number": "num_experts",
+            "chosen": "num_experts_per_tok",
+            "width": "moe_intermediate_size",
+            "normalized": "norm_topk_prob",
+        },
+        window="all",
+        switch=True,
+        only={"decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
@@ -129,5 +90,128 @@ FAMILIES: dict[str, Family] = {
         window="all",
         partial_rotary=True,
     ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        {
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "rope_theta": 2e6,
+            "no_rope_layer_interval": 4,
+            "tie_word_embeddings": True,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+            "pad_token_id": 128004,
+        },
+        biases=_BOTH | _MLP,
+        window="no_rope",
+        switch=True,
+    ),
+    "seed_oss": Family(
+        "SeedOssForCausalLM",
+        {
+            "max_position_embeddings": 524288,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "attention_bias": True,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "pad_token_id": 1,
+        },
+        biases={"attention_bias": ("qkv_bias",), "attention_out_bias": ("o_bias",)} | _MLP,
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        {
+            "max_position_embeddings": 2048,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "attention_multiplier": 1.0,
+            **_BOS_EOS,
+        },
+        biases=_BOTH | _MLP,
+        numbers={
+            "embed_scale": Number("embedding_multiplier"),
+            "residual_scale": Number("residual_multiplier"),
+            "logit_divisor": Number("logits_scaling"),
+            "attention_scale": Number("attention_multiplier"),
+        },
+    ),
+    "glm4": Family(
+        "Glm4ForCausalLM",
+        {
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rms_norm_eps": 1.5625e-7,
+            "partial_rotary_factor": 0.5,
+            "attention_bias": True,
+            "eos_token_id": [151329, 151336, 151338],
+            "pad_token_id": 151329,
+        },
+        Traits(post_norms=True, neighbours=True),
+        biases={"attention_bias": ("qkv_bias",)},
+        partial_rotary=True,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        {
+            "vocab_size": 262208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+            "query_pre_attn_scalar": 256,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 10_000.0,
+            "tie_word_embeddings": True,
+            "bos_token_id": 2,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+        },
+        Traits(qk_norm=True, post_norms=True, norm_offset=1.0, activation="gelu_tanh"),
+        biases=_BOTH,
+        numbers={
+            "embed_scale": Number("hidden_size", 0.5),
+            "attention_scale": Number("query_pre_attn_scalar", -0.5),
+            "logit_cap": Number("final_logit_softcapping"),
+        },
+        window="types",
+        pattern="sliding_window_pattern",
+        local_rope=True,
+        only={"use_bidirectional_attention": False},
+    ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        {
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 128,
+            "rope_theta": 150_000.0,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "attention_bias": True,
+        },
+        Traits(
+            norm_offset=0.0,
+            activation="clamped_swiglu",
+            sinks=True,
+            experts=Experts(normalized=True, bias=True),
+        ),
+        biases=_BOTH,
+        experts={"number": "num_local_experts", "chosen": "num_experts_per_tok", "width": "intermediate_size"},
+        window="types",
+        pattern=2,
+        rope={"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False},
+        only={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        quantized=("mxfp4",),
+    ),
 }
 """model_type → family, in the order that messages list them."""
+
+WRAPPERS: dict[str, str] = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+"""Models of pictures and text whose text part is a model of its own → its model_type, where the file names none."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from minference_jax.models.config import LlamaConfig
 from minference_jax.models.layers import Layer, StackedLayer, finish_layer, map_chunks, norm, project_qkv
 from minference_jax.models.part_attention import attend_to_cache
 from minference_jax.models.rope import LayerRope, layer_rope, turns
-from minference_jax.models.window import attend_layer, decode_layer
+from minference_jax.models.window import attend_layer, decode_layer, with_sinks
 
 Params = Mapping[str, Array]
 
@@ -77,15 +77,26 @@ def attend(
     q_offset: Any,
     implementation: str | None,
     return_info: bool = False,
+    sinks: Array | None = None,
 ) -> tuple[Array, Any]:
-    """Attention of one layer's prefill and, with `return_info`, what is known about it: None when it is dense."""
-    where = {"lengths": lengths, "q_offset": q_offset, "implementation": implementation}
-    if patterns is None:
-        return cast(Array, pallas_kernels.dense_attention(q, k, v, **where)), None
-    from minference_jax.attention import sparse_attention  # a dense model needs no index
+    """Attention of one layer's prefill and, with `return_info`, what is known about it: None when it is dense.
 
-    found = sparse_attention(q, k, v, patterns, **where, return_info=return_info)
-    return found if return_info else (found, None)
+    `sinks`: a score of each head that has no key (`with_sinks`).
+    """
+    where: dict[str, Any] = {"lengths": lengths, "q_offset": q_offset, "implementation": implementation}
+    where["return_lse"] = sinks is not None
+    found: Any
+    info = None
+    if patterns is None:
+        found = pallas_kernels.dense_attention(q, k, v, **where)
+    else:
+        from minference_jax.attention import sparse_attention  # a dense model needs no index
+
+        found = sparse_attention(q, k, v, patterns, **where, return_info=return_info)
+        if return_info:
+            *found, info = found
+            found = found[0] if sinks is None else found
+    return (found if sinks is None else with_sinks(found[0], found[1], sinks)), info
 
 
 def prefill(
@@ -112,7 +123,6 @@ def prefill(
     t = tokens.shape[1]
     q_offset = jnp.int32(0) if start is None else start
     seen = jnp.minimum(lengths, q_offset + t)
-    served = partial(attend, implementation=implementation, return_info=keep == "info")
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, Any]:
         x, cache = carry
@@ -121,12 +131,15 @@ def prefill(
         if cache is not None:
             cache = cache.write(index, q_offset, k, v)
 
+        sinks = layer.get("sinks")
+        served = partial(attend, implementation=implementation, return_info=keep == "info", sinks=sinks)
+
         def whole() -> tuple[Array, Any]:
             if start is None or cache is None:
                 return served(q, k, v, layer_patterns, lengths=seen, q_offset=0)
             return attend_to_cache(served, q, cache, index, layer_patterns, start=start, lengths=lengths)
 
-        out, info = attend_layer(config, index, (q, k, v), cache, whole, start=start, lengths=seen)
+        out, info = attend_layer(config, index, (q, k, v), cache, whole, start=start, lengths=seen, sinks=sinks)
         x = map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), chunk, in_place=True)
         return (x, cache), {"nothing": None, "info": info, "hidden": x}[keep]
 
@@ -168,7 +181,7 @@ def decode(
         rope = layer_rope(config, positions + 1, index)
         q, k, v = project_qkv(config, layer, x, turns(config, rope, positions[:, None]))
         cache = cache.append(index, positions, k[:, 0], v[:, 0])
-        out = decode_layer(config, index, q[:, 0], cache, positions + 1)
+        out = decode_layer(config, index, q[:, 0], cache, positions + 1, layer.get("sinks"))
         return (finish_layer(config, layer, x, out[:, None]), cache), None
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)

@@ -23,8 +23,25 @@ DTYPE = jnp.float8_e4m3fn
 LARGEST = 448.0
 """Largest finite e4m3 number."""
 
-CONTRACTED = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_gate": 1, "w_up": 1, "w_down": 1}
-"""The projections of a layer, and how many leading axes of their weights (after the layer axis) are summed over."""
+CONTRACTED = {
+    "wq": 1,
+    "wk": 1,
+    "wv": 1,
+    "wo": 2,
+    "w_gate": 1,
+    "w_up": 1,
+    "w_down": 1,
+    "expert_gate": 1,
+    "expert_up": 1,
+    "expert_down": 1,
+}
+"""The projections of a layer, and how many axes of their weights are summed over: the first ones after those of layers
+and of experts."""
+
+
+def _leading(name: str) -> int:
+    """How many axes of a stacked weight come before those of the matrix: layers, and experts where it has them."""
+    return 2 if name.startswith("expert_") else 1
 
 
 def quantize(
@@ -100,7 +117,9 @@ def quantize_param(name: str, value: Array) -> dict[str, Array]:
     leaf = name.removeprefix("layers.")
     if leaf not in CONTRACTED or value.dtype == DTYPE:
         return {name: value}
-    numbers, scale = quantize_weight(value, CONTRACTED[leaf])
+    before = value.shape[: _leading(leaf)]
+    found = quantize_weight(value.reshape(-1, *value.shape[len(before) :]), CONTRACTED[leaf])
+    numbers, scale = (x.reshape(*before, *x.shape[1:]) for x in found)
     return {name: numbers, f"{name}_scale": scale}
 
 
@@ -111,7 +130,8 @@ def fp8_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ..
         leaf = name.removeprefix("layers.")
         result[name] = shape
         if leaf in CONTRACTED:
-            inside, out = shape[1 : 1 + CONTRACTED[leaf]], shape[1 + CONTRACTED[leaf] :]
-            result[name] = (shape[0], *out, *inside)
-            result[f"{name}_scale"] = (shape[0], *out)
+            before, matrix = shape[: _leading(leaf)], shape[_leading(leaf) :]
+            inside, out = matrix[: CONTRACTED[leaf]], matrix[CONTRACTED[leaf] :]
+            result[name] = (*before, *out, *inside)
+            result[f"{name}_scale"] = (*before, *out)
     return result

@@ -89,15 +89,15 @@ def project(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"]) ->
 
 
 def rms_norm(
-    x: Float[Array, "*rows d"], weight: Float[Array, " d"], eps: float, offset: float = 0.0
+    x: Float[Array, "*rows d"], weight: Float[Array, " d"], eps: float, offset: float | None = None
 ) -> Float[Array, "*rows d"]:
     """x / √(mean(x²) + eps) in float32, rounded to x's dtype before the weight, as checkpoints expect.
 
-    With an `offset`, times offset + weight in float32, and rounded after that, as Gemma's expect.
+    With an `offset`, times offset + weight in float32, and rounded after that, as Gemma's and gpt-oss's expect.
     """
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    if offset:
+    if offset is not None:
         return (y * (offset + weight.astype(jnp.float32))).astype(x.dtype)
     return weight * y.astype(x.dtype)
 

@@ -16,11 +16,10 @@ def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         "wk": (d, k, h),
         "wv": (d, k, h),
         "wo": (n, h, d),
-        "w_gate": (d, f),
-        "w_up": (d, f),
-        "w_down": (f, d),
     }
     traits = config.traits
+    if traits.experts is None:
+        shapes |= {"w_gate": (d, f), "w_up": (d, f), "w_down": (f, d)}
     if traits.qkv_bias:
         shapes |= {"bq": (n, h), "bk": (k, h), "bv": (k, h)}
     if traits.o_bias:
@@ -35,13 +34,18 @@ def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {"b_gate": (f,), "b_up": (f,), "b_down": (d,)}
     if (experts := traits.experts) is not None:
         e, w = experts.number, experts.width
-        shapes |= {"router": (d, e), "w_gate": (e, d, w), "w_up": (e, d, w), "w_down": (e, w, d)}
+        shapes |= {"router": (d, e), "expert_gate": (e, d, w), "expert_up": (e, d, w), "expert_down": (e, w, d)}
         if experts.bias:
-            shapes |= {"b_router": (e,), "b_gate": (e, w), "b_up": (e, w), "b_down": (e, d)}
+            shapes |= {"b_router": (e,), "b_expert_gate": (e, w), "b_expert_up": (e, w), "b_expert_down": (e, d)}
     return shapes
 
 
-BIASES = frozenset(("bq", "bk", "bv", "bo", "b_gate", "b_up", "b_down", "b_router", "sinks"))
+BIASES = frozenset(
+    (
+        *("bq", "bk", "bv", "bo", "b_gate", "b_up", "b_down", "sinks"),
+        *("b_router", "b_expert_gate", "b_expert_up", "b_expert_down"),
+    )
+)
 """Names of what is added, which random weights have as zeros."""
 
 

@@ -25,13 +25,12 @@ def random_params(config: LlamaConfig, key: Array, dtype: str) -> dict[str, Arra
         params = {}
         for index, (name, shape) in enumerate(shapes.items()):
             if name.endswith("norm"):
-                params[name] = jnp.full(shape, 1 - config.traits.norm_offset, dtype)
+                params[name] = jnp.full(shape, 1 - (config.traits.norm_offset or 0), dtype)
             elif name in BIASES:
                 params[name] = jnp.zeros(shape, dtype)
             else:
                 inputs = {"embed": shape[-1], "wo": config.num_heads * config.head_dim}.get(name, shape[0])
-                if config.traits.experts is not None and name in ("w_gate", "w_up", "w_down"):
-                    inputs = shape[1]
+                inputs = shape[1] if name.startswith("expert_") else inputs
                 noise = jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
                 params[name] = (noise * inputs**-0.5).astype(dtype)
         return params

@@ -109,9 +109,9 @@ def turns(config: LlamaConfig, rope: LayerRope, positions: Int32[Array, "#b t"])
     angles = positions[:, :, None].astype(jnp.float32) * rope.frequencies[:, None, :]
     cos, sin = jnp.cos(angles) * rope.factor, jnp.sin(angles) * rope.factor
     traits = config.traits
-    if traits.attention_scale is None and not traits.query_growth:
-        return Turns(cos, sin)
     scale = 1.0 if traits.attention_scale is None else traits.attention_scale * config.head_dim**0.5
+    if scale == 1 and not traits.query_growth:
+        return Turns(cos, sin)
     trained = config.rope.original_max_position_embeddings or config.max_position_embeddings
     growth = traits.query_growth * jnp.log1p((positions // trained).astype(jnp.float32))
     return Turns(cos, sin, scale * (1 + growth))

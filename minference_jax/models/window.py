@@ -86,11 +86,12 @@ def attend_layer(
     *,
     start: Int32[Array, ""] | None,
     lengths: Int32[Array, " b"],
+    sinks: Float[Array, " n"] | None = None,
 ) -> tuple[Float[Array, "b t n h"], Any]:
     """Attention of one layer's prefill: to its window where it has one, else `whole()`, which also says what it did.
 
-    `start` None: the rows are the whole prompt. Otherwise they stand at positions start … of the cache. Of a layer with
-    a window the information is all ones.
+    `start` None: the rows are the whole prompt. Otherwise they stand at positions start … of the cache. `sinks`: see
+    `with_sinks`; `whole` has its own. Of a layer with a window the information is all ones.
     """
     if config.sliding_window is None:
         return whole()
@@ -99,24 +100,30 @@ def attend_layer(
 
     def windowed() -> tuple[Array, Any]:
         if start is None or cache is None:
-            out, _ = window_attention(*qkv, window, lengths=lengths, q_offset=0)
+            found = window_attention(*qkv, window, lengths=lengths, q_offset=0)
         else:
-            out, _ = cache_window(config, qkv[0], cache, layer, start=start, lengths=lengths)
+            found = cache_window(config, qkv[0], cache, layer, start=start, lengths=lengths)
         info = jax.eval_shape(whole)[1]
-        return out, jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), info)
+        return with_sinks(found[0], found[1], sinks), jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), info)
 
     return _choose(config, layer, windowed, whole)
 
 
 def decode_layer(
-    config: LlamaConfig, layer: Int32[Array, ""], q: Float[Array, "b n h"], cache: KVCache, lengths: Int32[Array, " b"]
+    config: LlamaConfig,
+    layer: Int32[Array, ""],
+    q: Float[Array, "b n h"],
+    cache: KVCache,
+    lengths: Int32[Array, " b"],
+    sinks: Float[Array, " n"] | None = None,
 ) -> Float[Array, "b n h"]:
     """Attention of one query a sequence, at position lengths - 1, to a layer's window or to all of its cache."""
 
-    def windowed() -> Array:
-        return decode_window(config, q, cache, layer, lengths)[0]
+    def windowed() -> tuple[Array, Array]:
+        return decode_window(config, q, cache, layer, lengths)
 
-    return _choose(config, layer, windowed, lambda: cache.attend(layer, q, lengths))
+    found: Any = _choose(config, layer, windowed, lambda: cache.attend(layer, q, lengths))
+    return with_sinks(found[0], found[1], sinks)
 
 
 def _choose(config: LlamaConfig, layer: Int32[Array, ""], windowed: Callable[[], Any], whole: Callable[[], Any]) -> Any:
@@ -161,7 +168,11 @@ def decode_window(
     return out[:, 0], lse[:, 0]
 
 
-def with_sinks(out: Float[Array, "*rows n h"], lse: Float[Array, "*rows n"], sinks: Float[Array, " n"]) -> Array:
-    """Attention with one more score a head that has no value: the softmax's sum grows by exp(sink)."""
+def with_sinks(
+    out: Float[Array, "*rows n h"], lse: Float[Array, "*rows n"], sinks: Float[Array, " n"] | None
+) -> Float[Array, "*rows n h"]:
+    """Attention with one more score a head that has no value: the softmax's sum grows by exp(sink). None: as it is."""
+    if sinks is None:
+        return out
     share = jax.nn.sigmoid(lse - sinks.astype(jnp.float32))
     return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)

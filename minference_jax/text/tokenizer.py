@@ -13,7 +13,7 @@ from typing import Any
 from minference_jax.checkpoints.gguf_config import eos_token_ids
 from minference_jax.checkpoints.gguf_split import open_gguf
 from minference_jax.checkpoints.hf_files import find_gguf, read_hf_config
-from minference_jax.models.config import text_config
+from minference_jax.models.hf_config import text_config
 from minference_jax.text.gguf_tokenizer import build_tokenizer, tokenizer_config
 
 _UNKNOWN_CHARACTER = "\ufffd"  # what decoders print for bytes that are not (yet) UTF-8

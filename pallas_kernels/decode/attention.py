@@ -44,7 +44,8 @@ def decode_attention(
     scale: float | None = None,
     implementation: DecodeImplementation | None = None,
     interpret: bool = False,
-) -> Float[Array, "b n h"]:
+    return_lse: bool = False,
+) -> Any:
     """Dense attention of one query per sequence to the first `lengths` keys of one layer's cache.
 
     **Arguments:**
@@ -57,7 +58,8 @@ def decode_attention(
       of two from 16 on, s >= 128), "xla" (jnp, everywhere), or None, the best for the call. `interpret`: run the
       kernel on a CPU.
 
-    **Returns:** `[b, n, h]` in q's dtype; softmax in float32.
+    **Returns:** `[b, n, h]` in q's dtype; softmax in float32. With `return_lse` (static) the pair of that and the
+    log-sum-exp of the scores, float32 `[b, n]` (−inf of a sequence without keys).
 
     **Raises:** ValueError for shapes that do not fit, or an implementation that cannot serve the call.
     """
@@ -78,15 +80,18 @@ def decode_attention(
     reason = unsupported_reason(q, k)
     if implementation is None:
         if reason is not None:
-            return plain(*arguments)
-        return jax.lax.platform_dependent(*arguments, cuda=kernel, default=plain)
+            found = plain(*arguments)
+        else:
+            found = jax.lax.platform_dependent(*arguments, cuda=kernel, default=plain)
+        return found if return_lse else found[0]
     forms = {"triton": (kernel, reason), "xla": (plain, None)}
     if implementation not in forms:
         raise ValueError(f'implementation must be None, "triton" or "xla", got {implementation!r}')
     run, reason = forms[implementation]
     if reason is not None:
         raise ValueError(f'implementation="{implementation}" cannot serve this call: {reason}')
-    return run(*arguments)
+    found = run(*arguments)
+    return found if return_lse else found[0]
 
 
 def unsupported_reason(q: Float[Array, "b n h"], k: Array) -> str | None:
@@ -113,7 +118,7 @@ def _tile(k: Array) -> int:
     return 128 if k.dtype.itemsize == 1 else 64
 
 
-def _plain_attention(q, k, v, k_scale, v_scale, layer, lengths, *, scale: float) -> Array:
+def _plain_attention(q, k, v, k_scale, v_scale, layer, lengths, *, scale: float) -> tuple[Array, Array]:
     b, n, h = q.shape
     k, v = (moved(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), x) for x in (k, v))
     if k_scale is not None:
@@ -125,10 +130,11 @@ def _plain_attention(q, k, v, k_scale, v_scale, layer, lengths, *, scale: float)
     valid = (jnp.arange(k.shape[1], dtype=jnp.int32) < lengths[:, None])[:, None, None]
     top = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min, where=valid)
     weights = jnp.where(valid, jnp.exp(scores - top), 0)
-    total = jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    weights = (weights / total).astype(v.dtype)
+    total = weights.sum(-1, keepdims=True)
+    lse = (top + jnp.log(total)).reshape(b, n)
+    weights = (weights / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)).astype(v.dtype)
     out = jnp.einsum("bkgs,bskh->bkgh", weights, v, precision=precision, preferred_element_type=jnp.float32)
-    return out.reshape(b, n, h).astype(q.dtype)
+    return out.reshape(b, n, h).astype(q.dtype), lse
 
 
 def dequantize(x: Array, scale: Float[Array, "*rows"], dtype: Any) -> Float[Array, "*rows h"]:
@@ -138,7 +144,7 @@ def dequantize(x: Array, scale: Float[Array, "*rows"], dtype: Any) -> Float[Arra
 
 def _split_attention(
     q, k, v, k_scale, v_scale, layer, lengths, *, scale: float, interpret: bool, warps: int = 4, stages: int = 3
-) -> Array:
+) -> tuple[Array, Array]:
     b, n, h = q.shape
     s, kv_heads = k.shape[2:4]
     if _wraps(k.dtype, k.size):  # so the layer is copied out: three bytes moved for one, on caches of 2 to 4 GiB only
@@ -171,9 +177,10 @@ def _split_attention(
     )(layer[None], lengths, q, factor, k, v, *scales)
     best = jnp.max(top, axis=2, keepdims=True)
     weight = jnp.where(total > 0, jnp.exp(top - best), 0)
-    whole = jnp.maximum(jnp.sum(total * weight, axis=2), jnp.finfo(jnp.float32).tiny)
-    merged = jnp.sum(out * weight[..., None], axis=2) / whole[..., None]
-    return merged[:, :, :group].reshape(b, n, h).astype(dtype)
+    whole = jnp.sum(total * weight, axis=2)
+    lse = best[:, :, 0] + jnp.log(whole)
+    merged = jnp.sum(out * weight[..., None], axis=2) / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)[..., None]
+    return merged[:, :, :group].reshape(b, n, h).astype(dtype), lse[:, :, :group].reshape(b, n)
 
 
 def _kernel(layer_ref, lengths_ref, q_ref, factor_ref, k_ref, v_ref, *refs, tile: int, quantized: bool) -> None:

@@ -1,0 +1,335 @@
+"""A Hugging Face `config.json` as the fields of a `LlamaConfig`, and back; `models.families` knows its keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from minference_jax.models.families import FAMILIES, WRAPPERS
+from minference_jax.models.rope_config import RopeConfig, rope_from_hf, rope_to_hf
+from minference_jax.models.traits import Experts, Family, LayerKind, Number, Traits
+
+# A key that a config.json leaves out means its family's default in transformers, not an error.
+_COMMON_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "bos_token_id": None, "eos_token_id": None}
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_INTEGERS = (
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings"),
+    *("sliding_window", "max_window_layers", "sliding_window_pattern", "no_rope_layer_interval"),
+)
+_NUMBERS = ("rms_norm_eps", "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+_SWITCHES = ("tie_word_embeddings", "use_sliding_window")
+_ACTIVATIONS = {"silu": ("silu", "swish"), "clamped_swiglu": ("silu",), "gelu_tanh": ("gelu_pytorch_tanh",)}
+_TYPES = {"full_attention": False, "sliding_attention": True}
+_MOST_LAYERS = 100_000
+
+Get = Callable[..., Any]
+"""`get(key, otherwise=None)`: the value of a key, its family's default, or `otherwise`. null is no value."""
+
+
+def read_hf(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `LlamaConfig`. Raises `ValueError` naming all that is missing, malformed or unsupported."""
+    config = text_config(config)
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(f"model_type {name!r} is not supported; supported: {', '.join((*FAMILIES, *WRAPPERS))}")
+    family = FAMILIES[name]
+    if family.experts and "num_experts" in family.experts.values() and "num_local_experts" in config:
+        config = {"num_experts": config["num_local_experts"]} | dict(config)  # transformers knows it by both names
+    defaults = _COMMON_DEFAULTS | dict(family.defaults)
+
+    def get(key: str, otherwise: Any = None) -> Any:
+        value = config.get(key, defaults.get(key))
+        return otherwise if value is None else value
+
+    problems = _malformed(family, get) or _unsupported(family, get)
+    values: dict[str, Any] = {}
+    if not problems:
+        try:
+            values = _ropes(name, config, family, get)
+            values |= _layers(config, family, get)
+            values["traits"] = _traits(config, family, get)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError(f"this {name} config cannot be used: " + "; ".join(problems))
+    heads = get("num_attention_heads")
+    return values | {
+        "vocab_size": get("vocab_size"),
+        "hidden_size": get("hidden_size"),
+        "intermediate_size": get("intermediate_size"),
+        "num_layers": get("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": get("num_key_value_heads", heads),
+        "head_dim": get("head_dim", get("hidden_size") // heads),
+        "rms_norm_eps": float(get("rms_norm_eps")),
+        "tie_embeddings": get("tie_word_embeddings", False),
+        "max_position_embeddings": get("max_position_embeddings"),
+        "bos_token_id": _ids(config.get("bos_token_id", defaults["bos_token_id"]), 1),
+        "eos_token_ids": _ids(config.get("eos_token_id", defaults["eos_token_id"])),
+        "pad_token_id": _ids(get("pad_token_id"), 1),
+        "model_type": name,
+    }
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the text model: of a model of pictures and text, its part; any other, as it is."""
+    kind = config.get("model_type")
+    inner = config.get("text_config")
+    if not isinstance(kind, str) or kind not in WRAPPERS or not isinstance(inner, Mapping):
+        return config
+    tokens = {key: config[key] for key in ("eos_token_id", "tie_word_embeddings") if config.get(key) is not None}
+    quantized = {key: config[key] for key in ("quantization_config", "quantization") if key in config}
+    return {"model_type": WRAPPERS[kind]} | dict(inner) | tokens | quantized
+
+
+def _malformed(family: Family, get: Get) -> list[str]:
+    """Which values are missing, of the wrong type, out of range or not finite."""
+    problems = [f"{name} is missing" for name in _SIZES if get(name) is None]
+    counts = [key for field, key in (family.experts or {}).items() if field != "normalized"]
+    for name in (*_SIZES, *_INTEGERS, *counts):
+        value = get(name)
+        if value is not None and (type(value) is not int or not 0 < value < 2**63):
+            if name == "sliding_window" and family.window == "none":
+                continue
+            if name == "max_window_layers" and value == 0 and type(value) is int:
+                continue
+            problems.append(f"{name} must be a positive integer, got {value!r}")
+    multipliers = [number.key for number in family.numbers.values() if not number.in_rope]
+    for name in (*_NUMBERS, *multipliers):
+        value = get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            problems.append(f"{name} must be a number, got {value!r}")
+        elif value is not None and not math.isfinite(value):
+            problems.append(f"{name} must be finite, got {value}")
+        elif value is not None and name in multipliers and value <= 0:
+            problems.append(f"{name} must be positive, got {value}")
+    switches = [key for field, key in (family.experts or {}).items() if field == "normalized"]
+    for name in (*_SWITCHES, *family.biases, *switches):
+        if not isinstance(get(name, False), bool):
+            problems.append(f"{name} must be true or false, got {get(name)!r}")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = get(name)
+        many = value if isinstance(value, list | tuple) and name != "pad_token_id" else [value]
+        if value is not None and not all(type(x) is int for x in many):
+            problems.append(f"{name} must be a token's number, got {value!r}")
+    return problems
+
+
+def _unsupported(family: Family, get: Get) -> list[str]:
+    """What this config asks for that the model does not do."""
+    problems = []
+    name = "hidden_activation" if family.traits.activation == "gelu_tanh" else "hidden_act"
+    known = _ACTIVATIONS[family.traits.activation]
+    if get(name, known[0]) not in known:
+        problems.append(f"{name} {get(name)!r} (only {', '.join(known)})")
+    problems += [f"{key} {get(key)!r} (only {only!r})" for key, only in family.only.items() if get(key, only) != only]
+    for key in ("quantization_config", "quantization", "compression_config"):
+        if found := get(key):
+            method = found.get("quant_method", found.get("mode", "")) if isinstance(found, Mapping) else found
+            if method not in family.quantized:
+                problems.append(f"{key} {method} (a quantized checkpoint; only unquantized weights, or GGUF files)")
+            break
+    if get("num_hidden_layers") > _MOST_LAYERS:  # before anything loops over the layers of a hostile config
+        problems.append(f"num_hidden_layers {get('num_hidden_layers'):,} (at most {_MOST_LAYERS:,})")
+    return problems
+
+
+def _ropes(name: str, config: Mapping[str, Any], family: Family, get: Get) -> dict[str, Any]:
+    """`rope`, and `local_rope` where the family has one."""
+
+    def read(scaling: Mapping[str, Any]) -> RopeConfig:
+        return rope_from_hf(scaling, get, partial=family.partial_rotary, old_names=name == "phi3")
+
+    if not family.local_rope:
+        return {"rope": read(_scaling(config, family))}
+    kinds = _mapping("rope_parameters", config.get("rope_parameters"))
+    if kinds and not kinds.keys() <= _TYPES.keys():
+        raise ValueError(f"rope_parameters must hold {' and '.join(_TYPES)}, got {', '.join(map(str, kinds))}")
+    full = _mapping("rope_parameters", kinds.get("full_attention"))
+    local = _mapping("rope_parameters", kinds.get("sliding_attention"))
+    full |= _mapping("rope_scaling", config.get("rope_scaling"))
+    return {"rope": read(full), "local_rope": read({"rope_theta": get("rope_local_base_freq")} | local)}
+
+
+def _scaling(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The settings of the model's RoPE beside those at top level."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if scaling := config.get(key):
+            return _mapping(key, scaling)
+    return dict(family.rope)
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a dictionary, got {value!r}")
+    found = dict(value or {})
+    if any(isinstance(inner, Mapping) for inner in found.values()) and not found.keys() <= _TYPES.keys():
+        raise ValueError(f"{name} that differ by layer type are not supported")
+    return found
+
+
+def _layers(config: Mapping[str, Any], family: Family, get: Get) -> dict[str, Any]:
+    """`sliding_window` and `layer_kinds`."""
+    layers, window = get("num_hidden_layers"), get("sliding_window")
+    turned = _turned(config, get, layers) if family.window == "no_rope" else [True] * layers
+    slides = [False] * layers
+    types = config.get("layer_types")
+    if types is not None and family.window in ("from", "types", "no_rope"):
+        slides = _slides(types, layers)
+    elif family.switch and not get("use_sliding_window", False):
+        pass
+    elif family.window == "all":
+        slides = [True] * layers
+    elif family.window == "from":
+        slides = [i >= get("max_window_layers", layers) for i in range(layers)]
+    elif family.window == "no_rope":
+        slides = [not turn for turn in turned]
+    elif family.window == "types":
+        every = get(family.pattern) if isinstance(family.pattern, str) else family.pattern
+        slides = [(i + 1) % every != 0 for i in range(layers)]
+    local = [slide and family.local_rope for slide in slides]
+    # A window as long as the model's context hides nothing. Where the switch is off, Qwen's models forget theirs.
+    off = family.window == "from" and not get("use_sliding_window", False)
+    if window is None or window >= get("max_position_embeddings") or off:
+        slides = [False] * layers
+    kinds = tuple(
+        LayerKind(window=slide, rope="local" if own else "main" if turn else "none")
+        for slide, own, turn in zip(slides, local, turned, strict=True)
+    )
+    if set(kinds) <= {LayerKind()}:
+        return {}
+    return {"sliding_window": window if any(slides) else None, "layer_kinds": kinds}
+
+
+def _turned(config: Mapping[str, Any], get: Get, layers: int) -> list[bool]:
+    """Which layers have RoPE: those whose entry in `no_rope_layers` is 1, by default all but every so manieth."""
+    flags = config.get("no_rope_layers")
+    if flags is None:
+        return [(i + 1) % get("no_rope_layer_interval") != 0 for i in range(layers)]
+    if not isinstance(flags, list) or len(flags) < layers or not all(flag in (0, 1) for flag in flags):
+        raise ValueError(f"no_rope_layers must hold 0 or 1 for each of {layers} layers, got {flags!r:.200}")
+    return [bool(flag) for flag in flags[:layers]]
+
+
+def _slides(types: Any, layers: int) -> list[bool]:
+    known = ", ".join(_TYPES)
+    if (
+        not isinstance(types, list)
+        or len(types) != layers
+        or not all(isinstance(t, str) and t in _TYPES for t in types)
+    ):
+        raise ValueError(f"layer_types must name {known} for each of {layers} layers, got {types!r:.200}")
+    return [_TYPES[kind] for kind in types]
+
+
+def _traits(config: Mapping[str, Any], family: Family, get: Get) -> Traits:
+    changes: dict[str, Any] = {}
+    for trait, number in family.numbers.items():
+        if number.in_rope:
+            changes[trait] = _rope_number(config, family, number.key)
+        elif get(number.key) is not None:
+            changes[trait] = get(number.key) ** number.power
+    for key, traits in family.biases.items():
+        changes |= {trait: get(key, False) for trait in traits}
+    if family.experts is not None:
+        changes["experts"] = dataclasses.replace(
+            family.traits.experts or Experts(), **{field: get(key) for field, key in family.experts.items()}
+        )
+        if changes["experts"].chosen > changes["experts"].number:
+            raise ValueError(f"{changes['experts'].chosen} experts serve a token, but there are fewer")
+    return dataclasses.replace(family.traits, **changes)
+
+
+def _rope_number(config: Mapping[str, Any], family: Family, key: str) -> float:
+    """A number among the settings of RoPE that is none of RoPE's; a scaling given at load leaves the model's own."""
+    found = _scaling(config, family).get(key, _mapping("rope_parameters", config.get("rope_parameters")).get(key))
+    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+        raise ValueError(f"rope {key} must be a finite number, got {found!r}")
+    return found
+
+
+def _ids(value: Any, most: int = 0) -> Any:
+    """Token ids, without those below 0, which mean none. `most` 1: the only one, or None."""
+    many = tuple(x for x in (value if isinstance(value, list | tuple) else (value,)) if x is not None and x >= 0)
+    return (many[0] if many else None) if most else many
+
+
+def write_hf(config: Any) -> dict[str, Any]:
+    """The `config.json` of a `LlamaConfig`. Raises `ValueError` when its `model_type` names no family."""
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"model_type {config.model_type!r} is not one of {', '.join(FAMILIES)}")
+    family, traits = FAMILIES[config.model_type], config.traits
+    eos = config.eos_token_ids
+    result: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
+        "pad_token_id": config.pad_token_id,
+        "sliding_window": config.sliding_window if config.windowed else None,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": _rope_scaling(config, family),
+    }
+    activation = "hidden_activation" if traits.activation == "gelu_tanh" else "hidden_act"
+    result[activation] = _ACTIVATIONS[traits.activation][0]
+    result |= {key: any(getattr(traits, name) for name in names) for key, names in family.biases.items()}
+    for trait, number in family.numbers.items():
+        if not number.in_rope and getattr(traits, trait) is not None:
+            result[number.key] = _key_value(getattr(traits, trait), number)
+    if family.experts is not None and traits.experts is not None:
+        result |= {key: getattr(traits.experts, field) for field, key in family.experts.items()}
+    if family.partial_rotary:
+        result["partial_rotary_factor"] = config.rope.partial_rotary_factor
+    if family.local_rope and config.local_rope is not None:
+        result["rope_local_base_freq"] = config.local_rope.theta
+    if config.model_type == "phi3":
+        original = config.rope.original_max_position_embeddings or config.max_position_embeddings
+        result["original_max_position_embeddings"] = original
+    return result | _layer_keys(config, family)
+
+
+def _layer_keys(config: Any, family: Family) -> dict[str, Any]:
+    """The keys that say which layers have a window, and which have no RoPE."""
+    kinds = config.layer_kinds or (LayerKind(),) * config.num_layers
+    result: dict[str, Any] = {}
+    if family.switch:
+        result["use_sliding_window"] = config.windowed
+    if family.window == "from":
+        result["max_window_layers"] = next((i for i, kind in enumerate(kinds) if kind.window), config.num_layers)
+    if family.window in ("types", "no_rope"):
+        names = {slides: name for name, slides in _TYPES.items()}
+        result["layer_types"] = [names[kind.window or kind.rope == "local"] for kind in kinds]
+    if family.window == "no_rope":
+        result["no_rope_layers"] = [int(kind.rope != "none") for kind in kinds]
+    return result
+
+
+def _key_value(value: float, number: Number) -> float:
+    """The key's value of a trait: a whole number where it was one."""
+    found = value ** (1 / number.power)
+    return round(found) if number.power != 1 and math.isclose(found, round(found), rel_tol=1e-9) else found
+
+
+def _rope_scaling(config: Any, family: Family) -> dict[str, Any] | None:
+    result, rope = rope_to_hf(config.rope), config.rope
+    extra = {number.key: getattr(config.traits, trait) for trait, number in family.numbers.items() if number.in_rope}
+    if extra or family.rope:
+        result = (result or {"rope_type": "default"}) | extra
+    if result is not None and config.model_type == "phi3":
+        # transformers 4 accepts exactly these three keys for Phi-3 and derives the rest from top-level ones.
+        derived = config.max_position_embeddings / (rope.original_max_position_embeddings or 1)
+        if rope.attention_factor is None and rope.factor == derived:
+            return {"type": "longrope", **{key: result[key] for key in ("short_factor", "long_factor")}}
+    return result

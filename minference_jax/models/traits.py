@@ -1,0 +1,113 @@
+"""What makes one model family different from another: the fields of `models.families`, its table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the MLP.
+
+    - `number`, `chosen`: experts, and how many serve a token. `width`: of one expert.
+    - `normalized`: the chosen experts' weights are divided by their sum, as if the softmax were over them alone.
+    - `bias`: router and experts have biases (gpt-oss).
+    """
+
+    number: int = 0
+    chosen: int = 0
+    width: int = 0
+    normalized: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a model does differently from Llama. Each field is one switch, and Llama's value its default.
+
+    - `qkv_bias`, `o_bias`, `mlp_bias`: biases of the projections. `qk_norm`: RMSNorm on the heads of q and k.
+    - `post_norms`: RMSNorm on the output of attention and of the MLP, before each is added.
+    - `norm_offset`: norms multiply by this plus their weight, in float32 (Gemma: 1, gpt-oss: 0). None: they round to
+      the model's dtype before they multiply by their weight.
+    - `activation`: of the MLP's gate. `neighbours`: RoPE turns neighbouring dimensions (GLM-4), not the two halves.
+    - `embed_scale`, `residual_scale`, `logit_divisor`: of the embeddings, of what a layer adds, of the logits.
+    - `attention_scale`: of the scores; None for 1/√head_dim. `logit_cap`: c in c·tanh(logits/c); None for no cap.
+    - `query_growth`: queries at position p are multiplied by 1 + this · log(1 + ⌊p / trained length⌋) (Ministral 3).
+    - `sinks`: each head has a score without a key, which takes its share of the softmax (gpt-oss).
+    - `experts`: None for one MLP.
+    """
+
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    norm_offset: float | None = None
+    activation: Activation = "silu"
+    neighbours: bool = False
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
+    attention_scale: float | None = None
+    logit_cap: float | None = None
+    query_growth: float = 0.0
+    sinks: bool = False
+    experts: Experts | None = None
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What a layer has of its own.
+
+    - `window`: whether it sees only the last `sliding_window` tokens.
+    - `rope`: the model's ("main"), its second one ("local"), or none.
+    """
+
+    window: bool = False
+    rope: Literal["main", "local", "none"] = "main"
+
+
+@dataclass(frozen=True)
+class Number:
+    """A trait that a config.json holds as a number: value = key ** `power`. With `in_rope` the key is one of RoPE's."""
+
+    key: str
+    power: float = 1.0
+    in_rope: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's config.json is read.
+
+    - `architecture`: the class that transformers names. `defaults`: of keys that a config.json leaves out.
+    - `traits`: those that every model of the family has.
+    - `biases`: key → the traits that it sets. Keys that a family ignores are not there.
+    - `numbers`: trait → the key that holds it. `experts`: field of `Experts` → the key that holds it.
+    - `window`: which layers `sliding_window` is for: "none"; "all"; "from": those from `max_window_layers` on; "types":
+      those that `layer_types` calls sliding; "no_rope": the same, by default those without RoPE. `switch`: only if
+      `use_sliding_window` says so.
+    - `pattern`: with "types" and no `layer_types`, every so manieth layer is not sliding; a key, or its value.
+    - `partial_rotary`: whether a part of each head may be rotated. `rope`: where a config.json has none.
+    - `local_rope`: layers with a window have a RoPE of their own (Gemma 3).
+    - `only`: key → the one value that is supported. `quantized`: methods whose checkpoints are read.
+    """
+
+    architecture: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    traits: Traits = Traits()
+    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    numbers: Mapping[str, Number] = field(default_factory=dict)
+    experts: Mapping[str, str] | None = None
+    window: Literal["none", "all", "from", "types", "no_rope"] = "none"
+    switch: bool = False
+    pattern: int | str = 0
+    partial_rotary: bool = False
+    rope: Mapping[str, Any] = field(default_factory=dict)
+    local_rope: bool = False
+    only: Mapping[str, Any] = field(default_factory=dict)
+    quantized: tuple[str, ...] = ()
