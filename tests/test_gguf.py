@@ -41,6 +41,35 @@ FAMILIES = {
             ("add_logit_scale", 1.7),
         ],
     ),
+    "qwen3_moe": (
+        {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 7, "norm_topk_prob": True},
+        [*_EXPERTS, ("add_expert_feed_forward_length", 7)],
+    ),
+    "gemma3_text": (
+        {
+            "num_hidden_layers": 3,
+            "sliding_window_pattern": 6,
+            "sliding_window": 512,
+            "query_pre_attn_scalar": 4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "hidden_activation": "gelu_pytorch_tanh",
+        },
+        [
+            ("add_sliding_window", 512),
+            ("add_rope_scaling_type", gguf.RopeScalingType.LINEAR),
+            ("add_rope_scaling_factor", 8.0),
+        ],
+    ),
+    "gpt_oss": (
+        {
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+            "sliding_window": 128,
+            "attention_bias": True,
+            "rope_scaling": _YARN | {"truncate": False},
+        },
+        [*_EXPERTS, *_YARN_KEYS, ("add_sliding_window", 128), ("add_expert_feed_forward_length", 5)],
+    ),
     "glm4": ({"attention_bias": True, "partial_rotary_factor": 0.5}, [("add_rope_dimension_count", 2)]),
 }
 

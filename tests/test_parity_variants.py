@@ -33,6 +33,7 @@ NEW_LAYOUT = {
     "phi3_longrope",
     "phi3_partial_rotary",
     "qwen3_tied_yarn",
+    *("ministral3", "gemma3", "gpt_oss", "qwen3_moe"),
 }
 IN_SHARDS = {"tied", "phi3_longrope"}
 
@@ -80,6 +81,20 @@ def test_logits_hidden_states_and_greedy_tokens_are_those_of_pytorch(models, nam
     assert max(layer.max for layer in result.layers) <= 1e-4
     # The models must be able to tell: logits near one, and continuations that differ between rows.
     assert result.logit_scale > 0.2 and len(set(result.greedy_torch)) == 3
+
+
+@pytest.mark.parametrize("name", ["smollm3_window", "ministral3", "gemma3", "gpt_oss"])
+def test_a_prompt_in_parts_gives_the_same_continuation(models, name):
+    """Two parts of 128 rows against the cache: windows, positions and sinks across their border, then decoding."""
+    theirs = Outputs.load(models / name / "torch")
+    tokens = jnp.pad(jnp.asarray(np.load(models / name / "torch" / "tokens.npy")[:1]), ((0, 0), (0, 106)))
+    model = Llama.from_pretrained(models / name, dtype="float32")
+    last, cache = model.prefill(tokens, jnp.asarray([150]), model.init_cache(1, 256), chunk=128)
+    np.testing.assert_allclose(last[0], theirs.logits[0, 149], atol=1e-4)
+    for step in range(3):
+        following = jnp.argmax(last, axis=-1).astype(jnp.int32)
+        np.testing.assert_array_equal(following, theirs.greedy[:1, step])
+        last, cache = model.decode(following, cache)
 
 
 def test_the_layouts_and_shards_are_there(models):

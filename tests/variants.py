@@ -66,6 +66,41 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.2,
         "tie_word_embeddings": True,
     },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "sliding_window": 37,
+        "sliding_window_pattern": 2,
+        "rope_theta": 1e6,
+        "rope_scaling": _rope("linear", factor=8.0),
+        "rope_local_base_freq": 1e4,
+        "query_pre_attn_scalar": 24,
+        "final_logit_softcapping": 9.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 40,
+        "attention_bias": True,
+        "rope_scaling": _rope(
+            "yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=32.0, beta_slow=1.0, truncate=False
+        ),
+    },
     "glm4": {"model_type": "glm4", "head_dim": 16, "partial_rotary_factor": 0.5, "attention_bias": True},
 }
 """Of the other families: what differs from `_SMALL`."""

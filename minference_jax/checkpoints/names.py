@@ -85,10 +85,43 @@ _GATE_UP_ROWS = (
     Row("layers.w_gate", "mlp.gate_up_proj.weight", "ffn_up.weight", "f d -> d f", _GATE_UP, 0),
     Row("layers.w_up", "mlp.gate_up_proj.weight", "ffn_up.weight", "f d -> d f", _GATE_UP, 1),
 )
+_NORM_OF_MLP = Row("layers.mlp_norm", "post_attention_layernorm.weight", "post_attention_norm.weight", "d -> d")
+
+
+def _expert(projection: str, hf: str, kind: str, layout: str, gguf_layout: str, part: int = 0) -> Row:
+    """A projection of all experts, or its biases. GGUF keeps them in one tensor."""
+    path = f"layers.{'b_' if kind == 'bias' else ''}expert_{projection}"
+    gguf = f"ffn_{projection}_exps.{kind}"
+    return Row(path, f"mlp.experts.{hf}", gguf, layout, part=part, gguf_layout=gguf_layout)
+
+
 _FAMILY_ROWS: dict[str, tuple[Row, ...]] = {
     "phi3": (*_QKV_ROWS, *_GATE_UP_ROWS),
     "glm4": _GATE_UP_ROWS,
-    "seed_oss": (Row("layers.mlp_norm", "post_attention_layernorm.weight", "post_attention_norm.weight", "d -> d"),),
+    "seed_oss": (_NORM_OF_MLP,),
+    "gemma3_text": (
+        Row("layers.mlp_norm", "pre_feedforward_layernorm.weight", "ffn_norm.weight", "d -> d"),
+        Row("layers.post_attn_norm", "post_attention_layernorm.weight", "post_attention_norm.weight", "d -> d"),
+        Row("layers.post_mlp_norm", "post_feedforward_layernorm.weight", "post_ffw_norm.weight", "d -> d"),
+    ),
+    "qwen3_moe": (
+        Row("layers.router", "mlp.gate.weight", "ffn_gate_inp.weight", "e d -> d e"),
+        _expert("gate", "{expert}.gate_proj.weight", "weight", "w d -> d w", "e w d -> e d w"),
+        _expert("up", "{expert}.up_proj.weight", "weight", "w d -> d w", "e w d -> e d w"),
+        _expert("down", "{expert}.down_proj.weight", "weight", "d w -> w d", "e d w -> e w d"),
+    ),
+    "gpt_oss": (
+        _NORM_OF_MLP,
+        Row("layers.sinks", "self_attn.sinks", "attn_sinks.weight", "n -> n"),
+        Row("layers.router", "mlp.router.weight", "ffn_gate_inp.weight", "e d -> d e"),
+        Row("layers.b_router", "mlp.router.bias", "ffn_gate_inp.bias", "e -> e"),
+        _expert("gate", "gate_up_proj", "weight", "e d (w r) -> e d w", "e w d -> e d w", 0),
+        _expert("up", "gate_up_proj", "weight", "e d (w r) -> e d w", "e w d -> e d w", 1),
+        _expert("down", "down_proj", "weight", "e w d -> e w d", "e d w -> e w d"),
+        _expert("gate", "gate_up_proj_bias", "bias", "e (w r) -> e w", "e w -> e w", 0),
+        _expert("up", "gate_up_proj_bias", "bias", "e (w r) -> e w", "e w -> e w", 1),
+        _expert("down", "down_proj_bias", "bias", "e d -> e d", "e d -> e d"),
+    ),
 }
 """What a family names or lays out in its own way."""
 
@@ -126,7 +159,7 @@ def table(config: LlamaConfig, file_format: str) -> dict[str, Row]:
 def _in_gguf(row: Row, config: LlamaConfig) -> Row:
     """The row as it is in a GGUF file, which keeps all experts in one tensor, and each parameter in one of its own."""
     if row.gguf_layout:
-        row = replace(row, hf=row.gguf, layout=row.gguf_layout)
+        row = replace(row, hf=row.gguf, layout=row.gguf_layout, part=0)
     if config.model_type in _GGUF_INTERLEAVED:
         row = replace(row, layout=_GGUF_LLAMA_LAYOUTS.get(row.path, row.layout))
     if row.path.endswith("norm"):  # llama.cpp's converter adds the offset to the weights
