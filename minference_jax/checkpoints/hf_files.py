@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes  # registers NumPy's bfloat16, which safetensors looks up by name
 import numpy as np
 
+from minference_jax.checkpoints import mxfp4
 from minference_jax.checkpoints.gguf_split import first_part
 from minference_jax.checkpoints.names import own_names
 from minference_jax.models.config import LlamaConfig
@@ -112,6 +113,7 @@ class HFFiles:
             problems += self._open(directory / shard)
         if problems:
             raise ValueError(f"{directory}: " + "; ".join(problems))
+        self._mxfp4 = self._merge_mxfp4()
         self._names = own_names(self.shapes)
         self.shapes = {ours: self.shapes[theirs] for ours, theirs in self._names.items()}
 
@@ -162,15 +164,30 @@ class HFFiles:
         for name, entry in entries.items():
             if name in self.shapes:
                 problems.append(f"{name} is in more than one file")
-            if entry.get_dtype() not in _DTYPES:
+            is_mxfp4 = entry.get_dtype() == "U8" and name.endswith((mxfp4.BLOCKS, mxfp4.SCALES))
+            if entry.get_dtype() not in _DTYPES and not is_mxfp4:
                 problems.append(f"{name} has dtype {entry.get_dtype()} (supported: {', '.join(_DTYPES)})")
             self.shapes[name] = tuple(entry.get_shape())
             self._handles[name] = handle
         return problems[:20]
 
+    def _merge_mxfp4(self) -> set[str]:
+        """Puts each weight in MXFP4 in the place of its two tensors; their names."""
+        found = set(mxfp4.weights_in(self.shapes))
+        for name in found:
+            blocks, scales = (self.shapes.pop(f"{name}{part}") for part in (mxfp4.BLOCKS, mxfp4.SCALES))
+            try:
+                self.shapes[name] = mxfp4.shape(blocks, scales)
+            except ValueError as error:
+                raise ValueError(f"{self.path}: {name}: {error}") from None
+        return found
+
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in the dtype of the file."""
+        """One tensor, in the dtype of the file; one in MXFP4 in bfloat16."""
         name = self._names[name]
+        return mxfp4.decode(self._tensor, name) if name in self._mxfp4 else self._tensor(name)
+
+    def _tensor(self, name: str) -> np.ndarray:
         return self._handles[name].get_tensor(name)
 
 

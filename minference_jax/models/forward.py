@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Int32
 import pallas_kernels
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.layers import Layer, StackedLayer, finish_layer, map_chunks, norm, project_qkv
+from minference_jax.models.layers import finish_layer, map_chunks, norm, project_qkv
 from minference_jax.models.part_attention import attend_to_cache
 from minference_jax.models.rope import LayerRope, layer_rope, turns
+from minference_jax.models.stacked import Layer, StackedLayer
 from minference_jax.models.window import attend_layer, decode_layer, with_sinks
 
 Params = Mapping[str, Array]

@@ -5,69 +5,18 @@ A layer's parameters are a plain mapping name → array, as `params.layer_shapes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from minference_jax.models import fp8
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.experts import gated, mixture
 from minference_jax.models.rope import Turns, apply_rope
-from pallas_kernels.decode.matvec import stacked_matvec, unsupported_reason
-
-Layer = Mapping[str, Array]
-
-
-class StackedLayer(Mapping[str, Array]):
-    """One layer of stacked parameters `[layers, …]`, sliced when asked for.
-
-    Decoding multiplies single rows with every weight; `project` then reads the stack itself, without the slice.
-    """
-
-    def __init__(self, stacked: Layer, index: Int32[Array, ""]):
-        self.stacked, self.index = stacked, index
-
-    def __getitem__(self, name: str) -> Array:
-        return jax.lax.dynamic_index_in_dim(self.stacked[name], self.index, keepdims=False)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stacked)
-
-    def __len__(self) -> int:
-        return len(self.stacked)
-
-    def serves(self, names: tuple[str, ...], x: Float[Array, "b t *in"]) -> bool:
-        """Whether `matvec` can multiply x with these weights: a row a sequence, 16 or 8 bits, whole tiles."""
-        return x.shape[1] == 1 and unsupported_reason(*self._flat(names, x)) is None
-
-    def matvec(self, names: tuple[str, ...], x: Float[Array, "b 1 *in"]) -> list[Float[Array, "b 1 *out"]]:
-        """x times the named weights `[*in, *out]` of this layer, or their FP8 form; x is not quantized for that."""
-        flat, weights, scales = self._flat(names, x)
-
-        def sliced(x: Array, weights: list[Array], index: Array, scales: list[Array]) -> list[Array]:
-            layer = [jax.lax.dynamic_index_in_dim(weight, index, keepdims=False) for weight in weights]
-            if not scales:
-                return [x @ weight for weight in layer]
-            factors = [jax.lax.dynamic_index_in_dim(scale, index, keepdims=False) for scale in scales]
-            rows = fp8.quantize(x)
-            return [fp8.product(rows, weight, scale, x.dtype) for weight, scale in zip(layer, factors, strict=True)]
-
-        outs = jax.lax.platform_dependent(flat, weights, self.index, scales, cuda=stacked_matvec, default=sliced)
-        shapes = (
-            self.stacked[f"{n}_scale"].shape[1:] if scales else self.stacked[n].shape[x.ndim - 1 :] for n in names
-        )
-        return [out.reshape(*x.shape[:2], *shape) for out, shape in zip(outs, shapes, strict=True)]
-
-    def _flat(self, names: tuple[str, ...], x: Array) -> tuple[Array, list[Array], list[Array]]:
-        """x, weights and scales with their summed and their free axes as one each."""
-        flat, weights = x.reshape(x.shape[0], -1), [self.stacked[name] for name in names]
-        if f"{names[0]}_scale" not in self.stacked:
-            return flat, [w.reshape(w.shape[0], flat.shape[1], -1) for w in weights], []
-        scales = [self.stacked[f"{name}_scale"].reshape(weights[0].shape[0], -1) for name in names]
-        return flat, [w.reshape(w.shape[0], -1, flat.shape[1]) for w in weights], scales  # the other way round
+from minference_jax.models.stacked import Layer, StackedLayer
 
 
 def matmul(equation: str, x: Array, weight: Array) -> Array:

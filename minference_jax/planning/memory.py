@@ -8,7 +8,8 @@ and k KV heads of h, MLP width f:
 - activations: the larger of what attention and what the MLP of a layer take, and a copy of one layer's weights.
   Attention: residual stream, queries, its output, and keys and values, b · (r·(d + 2·n·h) + 2·s·k·h) · a; and what
   the patterns' index and tables take (`Pattern.index_bytes`). MLP: residual stream, attention's output, and b · 3·f·a
-  for each of the 16,384 rows that it has at once (of parts up to 32,768 rows for all of them).
+  for each of the 16,384 rows that it has at once (of parts up to 32,768 rows for all of them); with experts, three
+  copies of a row for each that serves it.
 
 The first two are exact. The last is checked against what XLA allocates when it compiles for an H100: it is 1 to 15 %
 above, and up to 40 % for one prompt in parts.
@@ -31,6 +32,7 @@ from minference_jax.models.forward import CHUNK, PART
 from minference_jax.models.fp8 import CONTRACTED, fp8_shapes
 from minference_jax.models.params import layer_shapes, param_shapes
 from minference_jax.models.rounding import QUANTIZED
+from minference_jax.models.window import BLOCK
 from minference_jax.patterns import HeadPatterns, Pattern
 from minference_jax.planning.auto import AUTO, auto_pattern
 
@@ -146,11 +148,28 @@ def _activations(
     stream, queries = rows * config.hidden_size * size, rows * n * h * size
     keys_and_values = 2 * keys * k * h * size
     index = index_bytes(patterns, rows, keys, batch * n, size)
-    attention = batch * (stream + 2 * queries + keys_and_values) + index
+    attention = batch * (stream + 2 * queries + keys_and_values) + max(index, batch * _window_bytes(config, rows))
     at_once = rows if rows < keys and batch * rows <= PART else min(rows, CHUNK)
-    mlp = batch * (stream + queries + 3 * at_once * config.intermediate_size * size)
+    mlp = batch * (stream + queries + at_once * _mlp_row(config, size))
     stacked = {f"layers.{name}": (1, *shape) for name, shape in layer_shapes(config).items()}
     return max(attention, mlp) + _weights(stacked, size, fp8_projections)
+
+
+def _window_bytes(config: LlamaConfig, rows: int) -> int:
+    """Bytes of the scores of one block of queries in a layer with a window, in float32, and what becomes of them."""
+    if config.sliding_window is None:
+        return 0
+    block = min(rows, max(BLOCK, config.sliding_window))
+    return 3 * 4 * config.num_heads * block * min(rows, block + config.sliding_window)
+
+
+def _mlp_row(config: LlamaConfig, size: int) -> int:
+    """Bytes that a row of the MLP, or of the experts that serve it, takes at once."""
+    experts = config.traits.experts
+    if experts is None:
+        return 3 * config.intermediate_size * size
+    copies = 3 * experts.chosen * config.hidden_size * size  # sorted rows, their results, and those in rows' order
+    return copies + 8 * experts.number
 
 
 def longest_prompt(config: LlamaConfig, available: float, **options: Any) -> int:
