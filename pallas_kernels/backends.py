@@ -125,6 +125,7 @@ SPARSE_BACKENDS = (
         mma.unsupported_reason,
         mma.mma_attention,
         remark=mma.remark,
+        differentiable=True,
         keeps_to_plans=True,
         prepare=tables.prepare,
     ),
