@@ -1,11 +1,62 @@
-"""What a backend asks of the device that a call will run on."""
+"""What a backend asks of the device that a call will run on, and how to trace for a device that is not here."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import jax
+
+GPUS = {
+    "8.0": ("NVIDIA A100-SXM4-80GB", 108),
+    "8.6": ("NVIDIA A10", 72),
+    "8.9": ("NVIDIA L40S", 142),
+    "9.0": ("NVIDIA H100 80GB HBM3", 132),
+    "10.0": ("NVIDIA B200", 148),
+    "12.0": ("NVIDIA GeForce RTX 5090", 170),
+}
+"""One GPU of each compute capability that there are kernels for: its name in JAX, and its multiprocessors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target(jax.sharding.AbstractDevice):
+    """A device that programs are made for, with what Pallas asks a GPU: which instructions there are."""
+
+    compute_capability: str
+
+    @property
+    def core_count(self) -> int | None:
+        """Multiprocessors, by the name that devices have for them."""
+        return self.num_cores
+
+
+@contextmanager
+def lowering_for(capability: str) -> Iterator[None]:
+    """Programs traced and lowered inside are for NVIDIA GPUs of a compute capability, whatever device is here.
+
+        with lowering_for("8.0"):
+            exported = jax.export.export(jax.jit(prefill), platforms=["cuda"])(*shapes)
+
+    Without it a program is made for the default device: on a machine without a GPU it holds no kernels.
+
+    **Arguments:** `capability`: such as "8.0", one of `GPUS`.
+
+    **Raises:** ValueError for any other.
+    """
+    if capability not in GPUS:
+        raise ValueError(f"capability must be one of {', '.join(GPUS)}; got {capability!r}")
+    kind, multiprocessors = GPUS[capability]
+    target = _Target(kind, multiprocessors, "gpu", capability)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=target)):
+        yield
+
+
+def target() -> Any:
+    """The device that programs are made for: that of `lowering_for`, else the default one."""
+    named = jax.sharding.get_abstract_mesh().abstract_device
+    return named if isinstance(named, _Target) else jax.devices()[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +74,11 @@ class Device:
 
     @staticmethod
     def default() -> Device:
-        """The default device of this process."""
-        platform = jax.default_backend()
-        if platform != "gpu":
-            return Device(platform)
-        return Device(platform, str(getattr(jax.devices()[0], "compute_capability", "unknown")))
+        """The device that programs are made for: that of `lowering_for`, else the default one of this process."""
+        device = target()
+        if device.platform != "gpu":
+            return Device(device.platform)
+        return Device(device.platform, str(getattr(device, "compute_capability", "unknown")))
 
     def reason_against(self, kernel: str, capabilities: Sequence[str] | None = None) -> str | None:
         """Why the device cannot run a kernel, in words; None if it can.

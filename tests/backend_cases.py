@@ -120,14 +120,14 @@ HOPPER_CASES = {
 }
 
 MMA_CASES = {
-    "every-part-two-sequences-offset-D64": (HOPPER_CASES["every-part-two-sequences-offset-D64"][0], {}),
+    "every-part-two-sequences-offset-D64": (HOPPER_CASES["every-part-two-sequences-offset-D64"][0], {"tma": True}),
     "32-keys-three-stages-T261-D96-fp16": (
         HOPPER_CASES["one-chain-T261-D96-fp16"][0],
-        {"step_keys": 32, "stages": 3},
+        {"step_keys": 32, "stages": 3, "tma": True},
     ),
     "64-rows-32-keys-D256": (
         Case(1, 200, 330, 2, 1, 256, "bfloat16", lengths=(320,), q_offset=128, widths=(70, 2, 1)),
-        {"rows": 64, "step_keys": 32},
+        {"rows": 64, "step_keys": 32, "tma": True},
     ),
 }
 
