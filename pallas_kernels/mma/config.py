@@ -68,12 +68,12 @@ class KernelConfig:
 
 
 def default_config(head_dim: int, capability: tuple[int, int]) -> KernelConfig:
-    """The configuration that serves a head_dim on GPUs of a compute capability."""
+    """The configuration that serves a head_dim on GPUs of a compute capability: the largest tiles that spill nothing."""
     tma = capability in TMA_CAPABILITIES
     if head_dim > 128 or (head_dim > 64 and capability >= (12, 0)):
         return KernelConfig(rows=64, step_keys=32, tma=tma)
-    if head_dim > 96 and capability == (8, 0):
-        return KernelConfig(step_keys=32)  # two thread blocks share a multiprocessor's 164 KiB
-    if head_dim > 96 and capability >= (10, 0):
-        return KernelConfig(step_keys=32, stages=3, tma=tma)  # 64 keys spill 200 to 400 bytes there
+    if head_dim > 64 and tma:
+        return KernelConfig(step_keys=32, stages=3, tma=True)
+    if head_dim == 96 or (head_dim > 64 and capability == (8, 0)):
+        return KernelConfig(step_keys=32)  # on 8.0 two thread blocks share a multiprocessor's 164 KiB
     return KernelConfig(tma=tma)
