@@ -12,12 +12,13 @@ import jax
 GPUS = {
     "8.0": ("NVIDIA A100-SXM4-80GB", 108),
     "8.6": ("NVIDIA A10", 72),
-    "8.9": ("NVIDIA L40S", 142),
+    "8.9": ("NVIDIA GeForce RTX 4090", 128),
     "9.0": ("NVIDIA H100 80GB HBM3", 132),
     "10.0": ("NVIDIA B200", 148),
-    "12.0": ("NVIDIA GeForce RTX 5090", 170),
+    "12.0": ("NVIDIA RTX PRO 6000", 188),
 }
-"""One GPU of each compute capability that there are kernels for: its name in JAX, and its multiprocessors."""
+"""One GPU of each compute capability that there are kernels for: a name by which JAX knows it, and its
+multiprocessors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +66,14 @@ class Device:
 
     - `platform`: JAX's name, such as "cpu" or "gpu".
     - `capability`: CUDA's compute capability, such as "9.0"; None where there is none.
+    - `here`: whether this process has it, or only makes programs for it.
 
     Tests make one to ask how a call would be served on a device that is not there.
     """
 
     platform: str
     capability: str | None = None
+    here: bool = True
 
     @staticmethod
     def default() -> Device:
@@ -78,7 +81,21 @@ class Device:
         device = target()
         if device.platform != "gpu":
             return Device(device.platform)
-        return Device(device.platform, str(getattr(device, "compute_capability", "unknown")))
+        return Device("gpu", str(getattr(device, "compute_capability", "unknown")), not isinstance(device, _Target))
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """The compute capability as numbers; () where there is none."""
+        return tuple(int(part) for part in (self.capability or "").split(".") if part.isdigit())
+
+    def reason_against_fp8(self) -> str | None:
+        """Why kernels on the device can't read e4m3 numbers, in words; None if they can, or if there is no GPU.
+
+        Where there is none, kernels are traced only, and for a GPU that can: name another one by `lowering_for`.
+        """
+        if self.platform != "gpu" or self.version >= (8, 9):
+            return None
+        return f"8-bit floats need compute capability 8.9 or later; the default device has {self.capability}"
 
     def reason_against(self, kernel: str, capabilities: Sequence[str] | None = None) -> str | None:
         """Why the device cannot run a kernel, in words; None if it can.

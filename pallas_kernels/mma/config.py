@@ -68,12 +68,10 @@ class KernelConfig:
 
 
 def default_config(head_dim: int, capability: tuple[int, int]) -> KernelConfig:
-    """The configuration that serves a head_dim on GPUs of a compute capability: the largest tiles that spill nothing."""
+    """The configuration that serves a head_dim on GPUs of a compute capability: large tiles that spill nothing."""
     tma = capability in TMA_CAPABILITIES
     if head_dim > 128 or (head_dim > 64 and capability >= (12, 0)):
         return KernelConfig(rows=64, step_keys=32, tma=tma)
-    if head_dim > 64 and tma:
-        return KernelConfig(step_keys=32, stages=3, tma=True)
-    if head_dim == 96 or (head_dim > 64 and capability == (8, 0)):
-        return KernelConfig(step_keys=32)  # on 8.0 two thread blocks share a multiprocessor's 164 KiB
+    if head_dim > 64:
+        return KernelConfig(step_keys=32, stages=3 if tma else 2, tma=tma)
     return KernelConfig(tma=tma)
