@@ -25,7 +25,7 @@ def prefill(
     ] = "",
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens; K and M count 1,024 and its square.")] = "8K",
     methods: Annotated[
-        str, typer.Option(help="Any of dense, a-shape, minference, minference-fp8.")
+        str, typer.Option(help="Any of dense, a-shape, minference, minference-fp8, auto, auto-fp8.")
     ] = "dense,a-shape,minference",
     pattern: Annotated[str, typer.Option(help=f"What minference means: {PATTERN_HELP}")] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
