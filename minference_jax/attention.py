@@ -143,6 +143,7 @@ def sparse_attention(
     scale: float | None = None,
     implementation: Implementation | None = None,
     return_info: bool = False,
+    axis_name: str | None = None,
 ) -> Any:
     """Causal attention in which each head visits only the keys that its pattern names for this prompt.
 
@@ -152,6 +153,7 @@ def sparse_attention(
     - `pattern`: as `make_plan`. Static, except for the leaves of `LayerPatterns` and plan builders.
     - `lengths`: int32 `[b]` (right padding). `q_offset`: int32 scalar, may be traced; a multiple of 128.
     - `scale`, `implementation`, `return_info`: static. `implementation` as in `pallas_kernels.sparse_attention`.
+    - `axis_name` (static): inside `jax.shard_map`, the mesh axis over which a layer's heads are divided.
 
     **Returns:** `[b, t, n, h]` in q's dtype, zero at rows at or past a sequence's length; with `return_info` also an
     `AttentionInfo`.
@@ -164,11 +166,12 @@ def sparse_attention(
     lengths = check_lengths(lengths, q.shape[0], k.shape[1])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
     heads = _heads(pattern, q.shape[2])
-    out, info = _attend(q, k, v, heads, lengths, offset, check_scale(scale, q), implementation, return_info)
+    settings = (check_scale(scale, q), implementation, return_info, axis_name)
+    out, info = _attend(q, k, v, heads, lengths, offset, *settings)
     return (out, info) if return_info else out
 
 
-@partial(jax.jit, static_argnames=("scale", "implementation", "return_info"))
+@partial(jax.jit, static_argnames=("scale", "implementation", "return_info", "axis_name"))
 def _attend(
     q: Array,
     k: Array,
@@ -179,6 +182,7 @@ def _attend(
     scale: float,
     implementation: Any,
     return_info: bool,
+    axis_name: str | None,
 ) -> tuple[Array, AttentionInfo | None]:
     b, n = q.shape[0], q.shape[2]
     where: dict[str, Any] = {"lengths": lengths, "q_offset": q_offset, "scale": scale}
@@ -192,7 +196,7 @@ def _attend(
         return out, AttentionInfo(everything, everything, choice.name, reason) if return_info else None
 
     def sparse() -> tuple[Any, Array, Array]:
-        plan = make_plan(q, k, heads, **where)
+        plan = make_plan(q, k, heads, **where, axis_name=axis_name)
         out: Any = pallas_kernels.sparse_attention(q, k, v, plan, implementation=implementation, **where)
         if not return_info:
             return out, everything, everything
@@ -206,10 +210,12 @@ def _attend(
         return out, everything, everything
 
     all_dense = heads.all_dense()
+    if all_dense is not None and axis_name is not None:  # of the layer's heads, wherever they are
+        all_dense = jax.lax.pmin(all_dense.astype(jnp.int32), axis_name) == 1
     # One scanned program serves all layers; those without a sparse head skip the index.
     out, density, held = sparse() if all_dense is None else jax.lax.cond(all_dense, dense, sparse)
     if not return_info:
         return out, None
-    plan_shape = jax.eval_shape(lambda: make_plan(q, k, heads, **where))
+    plan_shape = jax.eval_shape(lambda: make_plan(q, k, heads, **where, axis_name=axis_name))
     choice = choose_implementation(q, k, v, plan_shape, implementation=implementation)
     return out, AttentionInfo(density, held, choice.name, choice.reason)

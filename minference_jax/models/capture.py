@@ -49,8 +49,8 @@ def _layer(params: forward.Params, index: Array) -> dict[str, Array]:
 
 @partial(jax.jit, static_argnames="config")
 def _project(config: LlamaConfig, params: forward.Params, x: Array, lengths: Array, index: Array) -> Any:
-    rope = layer_rope(config, lengths, index)
-    return forward.layer_qkv(config, _layer(params, index), x, rope, jnp.int32(0), forward.CHUNK)
+    rope, positions = layer_rope(config, lengths, index), jnp.arange(x.shape[1], dtype=jnp.int32)
+    return forward.layer_qkv(config, _layer(params, index), x, rope, positions, forward.CHUNK)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="x")

@@ -30,6 +30,7 @@ from minference_jax.models.requests import (
     token_ids,
 )
 from minference_jax.models.sampling import next_token
+from minference_jax.parallel.exchange import Exchange
 from minference_jax.planning.buckets import bucket_length
 from minference_jax.planning.memory import advise
 from minference_jax.text.prompts import PromptRunner, steps_before_new_rope
@@ -181,6 +182,7 @@ def generate(
         else:
             token, done, filled, out, taken = _decode_steps(
                 model.config,
+                model.exchange,
                 model.params(),
                 token,
                 done,
@@ -243,9 +245,10 @@ def _first_token(
     return token, finished | jnp.isin(token, eos)
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+@partial(jax.jit, static_argnames=("config", "exchange"), donate_argnames="cache")
 def _decode_steps(
     config: LlamaConfig,
+    exchange: Exchange,
     params: forward.Params,
     token: Array,
     finished: Array,
@@ -266,7 +269,7 @@ def _decode_steps(
 
     def advance(state: tuple) -> tuple:
         step, token, finished, cache, out = state
-        logits, cache = forward.decode(config, params, token, cache, active=~finished)
+        logits, cache = llama.decode_step(config, params, token, cache, ~finished, exchange)
         token = jnp.where(finished, pad, next_token(logits, key, cache.lengths, temperature, top_p))
         out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], step, axis=1)
         return step + 1, token, finished | jnp.isin(token, eos), cache, out

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
 from minference_jax.models import forward, fp8
@@ -34,6 +35,8 @@ from minference_jax.models.config import LlamaConfig
 from minference_jax.models.params import param_shapes as param_shapes
 from minference_jax.models.parts import prefill_parts
 from minference_jax.models.random_weights import random_params
+from minference_jax.parallel.exchange import OF_HEADS, ONE, Exchange
+from minference_jax.parallel.mesh import fitted
 from minference_jax.patterns.heads import HeadPatterns, LayerPatterns
 from minference_jax.patterns.resolve import Patterns, resolve_patterns
 from minference_jax.planning.cost import AUTO_PATTERN, AttentionChoice, choose_attention
@@ -58,6 +61,7 @@ class Llama(nnx.Module):
       dense.
     - `auto`: dense attention wherever the patterns would not pay at a prompt's length (static); see `models.cost`.
     - `embed`, `layers`, `final_norm`, `lm_head`: parameters, named and shaped as in `param_shapes(config)`.
+    - `mesh`: the devices that share the work, each with a slice of the weights; None for one device (static).
 
     Every method is jitted and can be called inside other transformations. Tokens are int32, padded on the right;
     `lengths` (int32 `[b]`, None for no padding) are clipped to the array. Ids outside the vocabulary are clipped too.
@@ -71,21 +75,29 @@ class Llama(nnx.Module):
         params: Mapping[str, Array],
         patterns: HeadPatterns | None = None,
         auto: bool = False,
+        mesh: Mesh | None = None,
     ):
         check_params(config, params)
         self.config, self.auto = config, auto
+        self.exchange = ONE if mesh is None else Exchange(fitted(mesh, config))
+        params = self.exchange.place(config, dict(params))
         self.embed = nnx.Param(params["embed"])
         self.layers = Layers(forward.stacked_layers(params))
         self.final_norm = nnx.Param(params["final_norm"])
         if not config.tie_embeddings:
             self.lm_head = nnx.Param(params["lm_head"])
         check_patterns(config, patterns)
+        if self.exchange.axis_name is not None and patterns is not None and patterns.builders:
+            raise ValueError("patterns: a plan builder sees all heads of a layer, which a mesh divides; use heads=1")
         self.patterns = patterns
-        self._layer_patterns = nnx.data(None if patterns is None or patterns.dense else patterns.arrays())
+        arrays = None if patterns is None or patterns.dense else patterns.arrays()
+        self._layer_patterns = nnx.data(self.exchange.place(config, arrays))
 
     @classmethod
-    def from_params(cls, config: LlamaConfig, params: Mapping[str, Array], patterns: Patterns = None) -> Llama:
-        """A model of these parameters (not copied).
+    def from_params(
+        cls, config: LlamaConfig, params: Mapping[str, Array], patterns: Patterns = None, mesh: Mesh | None = None
+    ) -> Llama:
+        """A model of these parameters (not copied, but for what a `mesh` moves to other devices).
 
         `patterns`: None for dense attention; one pattern or plan builder for all heads; `HeadPatterns`; a pattern's
         text, such as "a-shape:sink=64"; the path of a pattern file or the name of a preset; or "auto": a sparse
@@ -94,8 +106,9 @@ class Llama(nnx.Module):
         layers or heads.
         """
         if isinstance(patterns, str) and patterns == AUTO:
-            return cls(config, params, resolve_patterns(AUTO_PATTERN, config.num_layers, config.num_heads), auto=True)
-        return cls(config, params, resolve_patterns(patterns, config.num_layers, config.num_heads))
+            patterns = resolve_patterns(AUTO_PATTERN, config.num_layers, config.num_heads)
+            return cls(config, params, patterns, auto=True, mesh=mesh)
+        return cls(config, params, resolve_patterns(patterns, config.num_layers, config.num_heads), mesh=mesh)
 
     @classmethod
     def random(cls, config: LlamaConfig, key: Array, dtype: Any = "float32", patterns: Patterns = None) -> Llama:
@@ -128,14 +141,31 @@ class Llama(nnx.Module):
 
     def with_patterns(self, patterns: Patterns) -> Llama:
         """The same weights (shared, not copied) with other patterns."""
-        return Llama.from_params(self.config, self.params(), patterns)
+        return Llama.from_params(self.config, self.params(), patterns, self.mesh)
+
+    def on(self, mesh: Mesh | None) -> Llama:
+        """This model on the devices of a mesh (`minference_jax.parallel.make_mesh`), each with a slice of the weights.
+
+        All methods and `generate` then run on all of them, with the results of one device: in float32 bit for bit,
+        but for decoding, whose sums over devices round differently. None: on one device again. Raises `ValueError`
+        for a mesh that does not divide the heads, and names those that do.
+        """
+        params = self.params()
+        if mesh is None:
+            params = {name: jax.device_put(value, jax.devices()[0]) for name, value in params.items()}
+        return Llama(self.config, params, self.patterns, self.auto, mesh)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that share the work; None for one."""
+        return self.exchange.mesh
 
     def with_fp8_projections(self) -> Llama:
         """This model with the projections of its layers in FP8 (`models.fp8`); all else is shared, not copied.
 
         About half the time and half the memory of those weights on a Hopper GPU; elsewhere only the rounding.
         """
-        return Llama(self.config, fp8.quantize_params(self.params()), self.patterns, self.auto)
+        return Llama(self.config, fp8.quantize_params(self.params()), self.patterns, self.auto, self.mesh)
 
     @property
     def fp8_projections(self) -> bool:
@@ -175,21 +205,22 @@ class Llama(nnx.Module):
 
         `dtype`: None for the model's; "fp8" (float8_e4m3fn) or "int8" for half the memory of 16-bit numbers.
         """
-        return KVCache.empty(self.config, batch, length, cache_dtype(dtype, self.dtype))
+        empty = partial(KVCache.empty, self.config, batch, length, cache_dtype(dtype, self.dtype))
+        return empty() if self.mesh is None else self.exchange.make(self.config, empty)
 
     def __call__(
         self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
     ) -> Float[Array, "b t vocab"]:
         """float32 logits of every position, `[b, t, vocab]`; those of padding mean nothing."""
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        return _all_logits(self.config, self.params(), arrays, *check_tokens(tokens, lengths))
+        return _all_logits(self.config, self.params(), arrays, *check_tokens(tokens, lengths), self.exchange)
 
     def hidden_states(
         self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
     ) -> Float[Array, "levels b t d"]:
         """Embeddings, the output of each layer, and the output of the final norm: layers + 2 levels."""
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        return _hidden_states(self.config, self.params(), arrays, *check_tokens(tokens, lengths))
+        return _hidden_states(self.config, self.params(), arrays, *check_tokens(tokens, lengths), self.exchange)
 
     def token_log_likelihoods(
         self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None, *, return_info: bool = False
@@ -200,7 +231,8 @@ class Llama(nnx.Module):
         also what `prefill` returns then: the `AttentionInfo` of all layers, None for dense attention.
         """
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        scores, info = _log_likelihoods(self.config, self.params(), arrays, *check_tokens(tokens, lengths))
+        inputs = check_tokens(tokens, lengths)
+        scores, info = _log_likelihoods(self.config, self.params(), arrays, *inputs, self.exchange)
         return (scores, info) if return_info else scores
 
     def prefill(
@@ -269,6 +301,7 @@ class Llama(nnx.Module):
             rows_at_once=rows_at_once,
             implementation=implementation,
             return_info=return_info,
+            exchange=self.exchange,
         )
         return result if return_info else result[:2]
 
@@ -297,28 +330,48 @@ class Llama(nnx.Module):
         """
         if jnp.shape(tokens) != cache.lengths.shape:
             raise ValueError(f"tokens must have shape {cache.lengths.shape} to fit the cache, got {jnp.shape(tokens)}")
-        return _decode(self.config, self.params(), jnp.asarray(tokens, jnp.int32), cache)
+        return _decode(self.config, self.params(), jnp.asarray(tokens, jnp.int32), cache, self.exchange)
 
 
-@partial(jax.jit, static_argnums=0)
-def _all_logits(config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array) -> Array:
-    x, _, _ = forward.prefill(config, params, patterns, tokens, lengths, lengths, None, None)
-    return forward.logits(config, params, x)
+@partial(jax.jit, static_argnames=("config", "exchange"))
+def _all_logits(
+    config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array, exchange: Exchange
+) -> Array:
+    def own(params: forward.Params, patterns: Any, tokens: Array, lengths: Array) -> Array:
+        inputs = (config, params, patterns, tokens, lengths, lengths, None, None)
+        x, _, _ = forward.prefill(*inputs, exchange=exchange)
+        return forward.logits(config, exchange.whole(config, params, "embed", "lm_head"), x)
+
+    rows = exchange.run(config, own, params, patterns, tokens, lengths, out=exchange.rows_on(1))
+    return exchange.in_order(rows, 1, tokens.shape[1])
 
 
-@partial(jax.jit, static_argnums=0)
-def _hidden_states(config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array) -> Array:
-    x, _, levels = forward.prefill(config, params, patterns, tokens, lengths, lengths, None, None, keep="hidden")
-    last = forward.norm(config, x, params["final_norm"])
-    return jnp.concatenate([forward.embed(config, params, tokens)[None], levels, last[None]])
+@partial(jax.jit, static_argnames=("config", "exchange"))
+def _hidden_states(
+    config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array, exchange: Exchange
+) -> Array:
+    def own(params: forward.Params, patterns: Any, tokens: Array, lengths: Array) -> Array:
+        inputs = (config, params, patterns, tokens, lengths, lengths, None, None)
+        x, _, levels = forward.prefill(*inputs, keep="hidden", exchange=exchange)
+        last = forward.norm(config, x, params["final_norm"])
+        first = forward.embed(config, exchange.whole(config, params, "embed"), exchange.own_rows(tokens))
+        return jnp.concatenate([first[None], levels, last[None]])
+
+    rows = exchange.run(config, own, params, patterns, tokens, lengths, out=exchange.rows_on(2))
+    return exchange.in_order(rows, 2, tokens.shape[1])
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnames=("config", "exchange"))
 def _log_likelihoods(
-    config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array
+    config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array, exchange: Exchange
 ) -> tuple[Array, Any]:
-    x, _, info = forward.prefill(config, params, patterns, tokens, lengths, lengths, None, None, keep="info")
-    return forward.log_likelihoods(config, params, x, tokens, lengths), info
+    def own(params: forward.Params, patterns: Any, tokens: Array, lengths: Array) -> tuple[Array, Any]:
+        inputs = (config, params, patterns, tokens, lengths, lengths, None, None)
+        x, _, info = forward.prefill(*inputs, keep="info", exchange=exchange)
+        return forward.log_likelihoods(config, params, x, tokens, lengths, exchange), info
+
+    out = (exchange.everywhere, OF_HEADS)
+    return exchange.run(config, own, params, patterns, tokens, lengths, out=out)
 
 
 def _run_prefill(
@@ -334,26 +387,47 @@ def _run_prefill(
     rows_at_once: int,
     implementation: str | None,
     return_info: bool,
+    exchange: Exchange = ONE,
 ) -> tuple[Array, KVCache | None, Any]:
-    x, cache, info = forward.prefill(
-        *(config, params, patterns, tokens, lengths, rope_lengths, cache, start),
+    own = partial(
+        *(_prefill_own, config, exchange),
         keep="info" if return_info else "nothing",
         chunk=rows_at_once,
         implementation=implementation,
     )
+    out = (exchange.everywhere, exchange.specs(config, cache), OF_HEADS)
+    return exchange.run(config, own, params, patterns, tokens, lengths, rope_lengths, cache, start, out=out)
+
+
+def _prefill_own(
+    config: LlamaConfig,
+    exchange: Exchange,
+    params: forward.Params,
+    patterns: Any,
+    tokens: Array,
+    lengths: Array,
+    rope_lengths: Array,
+    cache: KVCache | None,
+    start: Array | None,
+    **options: Any,
+) -> tuple[Array, KVCache | None, Any]:
+    """What each device does of a prefill."""
+    inputs = (config, params, patterns, tokens, lengths, rope_lengths, cache, start)
+    x, cache, info = forward.prefill(*inputs, exchange=exchange, **options)
+    t = tokens.shape[1]
+    head = partial(forward.last_logits, config, params, t=t, exchange=exchange)
     if start is None:
-        return forward.last_logits(config, params, x, lengths - 1), cache, info
+        return head(x, lengths - 1), cache, info
     last = lengths - 1 - start
-    head = partial(forward.last_logits, config, params)
     shape = jax.eval_shape(head, x, last)
     # Most parts of a prompt hold no last token, and the head of an 8B model is as large as two of its layers.
-    ends = jnp.any((last >= 0) & (last < x.shape[1]))
+    ends = jnp.any((last >= 0) & (last < t))
     return jax.lax.cond(ends, head, lambda *_: jnp.zeros(shape.shape, shape.dtype), x, last), cache, info
 
 
 _compiled = partial(
     jax.jit,
-    static_argnames=("config", "rows_at_once", "implementation", "return_info"),
+    static_argnames=("config", "rows_at_once", "implementation", "return_info", "exchange"),
     donate_argnames=("cache",),
 )
 _prefill = _compiled(_run_prefill)
@@ -367,4 +441,25 @@ def prefill_program(model: Llama, *inputs: Any) -> Any:
     return _prefill_fp8 if model.fp8_projections and not nested else _prefill
 
 
-_decode = jax.jit(forward.decode, static_argnames=("config",), donate_argnames=("cache",))
+def decode_step(
+    config: LlamaConfig,
+    params: forward.Params,
+    tokens: Int32[Array, " b"],
+    cache: KVCache,
+    active: Array | None,
+    exchange: Exchange,
+) -> tuple[Float[Array, "b vocab"], KVCache]:
+    """`forward.decode` on the devices that share the work."""
+
+    def own(params: forward.Params, tokens: Array, cache: KVCache, active: Array | None) -> tuple[Array, KVCache]:
+        return forward.decode(config, params, tokens, cache, active, exchange)
+
+    out = (exchange.everywhere, exchange.specs(config, cache))
+    return exchange.run(config, own, params, tokens, cache, active, out=out)
+
+
+@partial(jax.jit, static_argnames=("config", "exchange"), donate_argnames=("cache",))
+def _decode(
+    config: LlamaConfig, params: forward.Params, tokens: Array, cache: KVCache, exchange: Exchange
+) -> tuple[Array, KVCache]:
+    return decode_step(config, params, tokens, cache, None, exchange)
