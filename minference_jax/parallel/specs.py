@@ -22,7 +22,7 @@ from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.fp8 import CONTRACTED, fp8_shapes
 from minference_jax.models.params import param_shapes
-from minference_jax.parallel.mesh import AXES, HEADS, ROWS
+from minference_jax.parallel.mesh import HEADS, ROWS
 from minference_jax.patterns.heads import LayerPatterns
 
 Axes = tuple[str, ...]
@@ -117,8 +117,7 @@ def put(x: Any, sharding: NamedSharding) -> Array:
         return x
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.jit(lambda x: x, out_shardings=sharding)(x)
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-
-__all__ = ["ALL", "AXES", "is_fp8", "param_axes", "param_specs", "place", "put", "specs_of"]
