@@ -113,7 +113,7 @@ def bench_prefill(
     jobs: int = 1,
     say: Callable[[str], None] | None = None,
 ) -> Iterator[Row]:
-    """Yields one row for each length and method.
+    """Yields one row for each length and method. A model on a mesh is timed as a whole: no pieces, no estimated rows.
 
     **Arguments:**
 
@@ -137,6 +137,8 @@ def bench_prefill(
         for tokens in lengths
         for name in methods
     ]
+    if model.mesh is not None:
+        cases, pieces = [case for case in cases if not case.estimated], False
     programs: Iterator[Compiled | None] = (None if case.estimated else _compile(case) for case in cases)
     if jobs > 1:
         say(f"compiling, {jobs} programs at a time")
@@ -148,6 +150,7 @@ def bench_prefill(
         say(f"{case.tokens:,} tokens, {case.method}")
         fp8 = case.network.fp8_projections
         options = {"dtype": model.dtype.name, "cache": None, "fp8_projections": fp8, "patterns": case.patterns}
+        options["mesh"] = model.mesh
         with advise(model.config, tokens=case.tokens, **options):
             row = _time(case, next(programs), repeats, pieces=pieces or case.estimated)
         if case.method == "dense":
@@ -158,12 +161,14 @@ def bench_prefill(
 def arguments(model: Llama, tokens: Any) -> tuple:
     """The traced arguments of a prefill without a cache."""
     lengths = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
-    return model.params(), model.patterns_for(tokens.shape[1]), tokens, lengths, lengths, None, None
+    inputs = model.exchange.place(model.config, (tokens, lengths, lengths))
+    return model.params(), model.patterns_for(tokens.shape[1]), *inputs, None, None
 
 
 def compile_prefill(model: Llama, tokens: Any, **static: Any) -> tuple[Any, float]:
     """The compiled program of a prefill without a cache, to be called with `arguments(...)`; and seconds it took."""
-    settings = {"rows_at_once": CHUNK, "implementation": None, "return_info": False} | static
+    settings = {"rows_at_once": CHUNK, "implementation": None, "return_info": False, "exchange": model.exchange}
+    settings |= static
     started = time.perf_counter()
     program = prefill_program(model).lower(model.config, *arguments(model, tokens), **settings).compile()
     return program, time.perf_counter() - started

@@ -146,6 +146,7 @@ def generate(
         "eos": np.asarray(eos or (-1,), np.int32),
         "pad": np.int32(pad),
     }
+    choose = {name: model.exchange.place(model.config, value) for name, value in choose.items()}
     programs = _programs()
 
     started = time.perf_counter()
@@ -160,6 +161,7 @@ def generate(
         cache=cache_dtype or "model",
         fp8_projections=model.fp8_projections,
         patterns=model.patterns_at(prefill_chunk or rows, rows + room_for),
+        mesh=model.mesh,
     ):
         logits, filled, cached_tokens = run(prompts, sizes, cache, room_for)
         token, done = _first_token(logits, filled.lengths, np.zeros(len(sizes), bool), **choose)

@@ -109,9 +109,21 @@ class Llama(nnx.Module):
         return cls(config, params, resolve_patterns(patterns, config.num_layers, config.num_heads), mesh=mesh)
 
     @classmethod
-    def random(cls, config: LlamaConfig, key: Array, dtype: Any = "float32", patterns: Patterns = None) -> Llama:
-        """Random weights: norms of one, biases of zero, matrices of standard deviation 1/√(inputs)."""
-        return cls.from_params(config, random_params(config, key, jnp.dtype(dtype).name), patterns)
+    def random(
+        cls,
+        config: LlamaConfig,
+        key: Array,
+        dtype: Any = "float32",
+        patterns: Patterns = None,
+        mesh: Mesh | None = None,
+    ) -> Llama:
+        """Random weights: norms of one, biases of zero, matrices of standard deviation 1/√(inputs).
+
+        With a `mesh`, each device makes its slices; they are other numbers than those of one device.
+        """
+        make = partial(random_params, config, key, jnp.dtype(dtype).name)
+        params = make() if mesh is None else Exchange(fitted(mesh, config)).make(config, make)
+        return cls.from_params(config, params, patterns, mesh)
 
     @classmethod
     def from_pretrained(
@@ -227,14 +239,18 @@ class Llama(nnx.Module):
     ) -> Float[Array, "b t vocab"]:
         """float32 logits of every position, `[b, t, vocab]`; those of padding mean nothing."""
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        return _all_logits(self.config, self.params(), arrays, *check_tokens(tokens, lengths), self.exchange)
+        return _all_logits(self.config, self.params(), arrays, *self._inputs(tokens, lengths), self.exchange)
+
+    def _inputs(self, tokens: Any, lengths: Any) -> tuple[Int32[Array, "b t"], Int32[Array, " b"]]:
+        """Checked tokens and lengths, where the devices want them."""
+        return self.exchange.place(self.config, check_tokens(tokens, lengths))
 
     def hidden_states(
         self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
     ) -> Float[Array, "levels b t d"]:
         """Embeddings, the output of each layer, and the output of the final norm: layers + 2 levels."""
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        return _hidden_states(self.config, self.params(), arrays, *check_tokens(tokens, lengths), self.exchange)
+        return _hidden_states(self.config, self.params(), arrays, *self._inputs(tokens, lengths), self.exchange)
 
     def token_log_likelihoods(
         self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None, *, return_info: bool = False
@@ -245,7 +261,7 @@ class Llama(nnx.Module):
         also what `prefill` returns then: the `AttentionInfo` of all layers, None for dense attention.
         """
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        inputs = check_tokens(tokens, lengths)
+        inputs = self._inputs(tokens, lengths)
         scores, info = _log_likelihoods(self.config, self.params(), arrays, *inputs, self.exchange)
         return (scores, info) if return_info else scores
 
@@ -307,11 +323,9 @@ class Llama(nnx.Module):
             self.config,
             self.params(),
             self.patterns_for(tokens.shape[1], None if start is None or cache is None else cache.capacity),
-            tokens,
-            lengths,
-            rope_lengths,
+            *self.exchange.place(self.config, (tokens, lengths, rope_lengths)),
             cache,
-            start,
+            self.exchange.place(self.config, start),
             rows_at_once=rows_at_once,
             implementation=implementation,
             return_info=return_info,
@@ -330,6 +344,7 @@ class Llama(nnx.Module):
         end = whole + start
         lengths = end if lengths is None else jnp.maximum(check_lengths(lengths, tokens.shape[0]), 0)
         rope_lengths = jnp.minimum(lengths, end) if rope_lengths is None else rope_lengths
+        lengths = self.exchange.place(self.config, lengths)
         parts = prefill_parts(
             self.prefill, tokens, lengths, cache, chunk=chunk, start=start, rope_lengths=rope_lengths, **options
         )
@@ -344,7 +359,8 @@ class Llama(nnx.Module):
         """
         if jnp.shape(tokens) != cache.lengths.shape:
             raise ValueError(f"tokens must have shape {cache.lengths.shape} to fit the cache, got {jnp.shape(tokens)}")
-        return _decode(self.config, self.params(), jnp.asarray(tokens, jnp.int32), cache, self.exchange)
+        tokens = self.exchange.place(self.config, jnp.asarray(tokens, jnp.int32))
+        return _decode(self.config, self.params(), tokens, cache, self.exchange)
 
 
 @partial(jax.jit, static_argnames=("config", "exchange"))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from minference_jax.models.config import LlamaConfig
 
@@ -44,6 +44,17 @@ def make_mesh(
     return mesh if config is None else fitted(mesh, config)
 
 
+def parse_mesh(text: str) -> dict[str, int]:
+    """`rows=2,heads=8` or `heads=8` as `make_mesh` takes it. Raises `ValueError` for anything else."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = (piece.strip() for piece in part.partition("="))
+        if name not in AXES or name in sizes or not size.isdecimal() or not int(size):
+            raise ValueError(f"a mesh is written heads=8 or rows=2,heads=8, got {text!r}")
+        sizes[name] = int(size)
+    return sizes
+
+
 def fitted(mesh: Mesh, config: LlamaConfig) -> Mesh:
     """The mesh, its axes in automatic mode: the mode of a caller's own mesh makes no difference here.
 
@@ -52,6 +63,20 @@ def fitted(mesh: Mesh, config: LlamaConfig) -> Mesh:
     """
     if mesh.axis_names != AXES:
         raise ValueError(f"mesh must have the axes {AXES}, as make_mesh gives it, got {mesh.axis_names}")
+    check_heads(mesh, config)
+    return Mesh(mesh.devices, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def abstract_mesh(text: str, config: LlamaConfig) -> AbstractMesh:
+    """The mesh that `text` means (`parse_mesh`), without devices: for what can be said beforehand."""
+    sizes = {ROWS: 1, HEADS: 1} | parse_mesh(text)
+    mesh = AbstractMesh((sizes[ROWS], sizes[HEADS]), AXES)
+    check_heads(mesh, config)
+    return mesh
+
+
+def check_heads(mesh: Mesh | AbstractMesh, config: LlamaConfig) -> None:
+    """Raises `ValueError` where the mesh does not divide the heads, and names those that would."""
     rows, heads = (mesh.shape[name] for name in AXES)
     if config.num_kv_heads % heads:
         fits = [size for size in range(1, mesh.size + 1) if config.num_kv_heads % size == 0 and mesh.size % size == 0]
@@ -60,4 +85,3 @@ def fitted(mesh: Mesh, config: LlamaConfig) -> Mesh:
             f"mesh rows={rows},heads={heads}: {config.num_heads} query and {config.num_kv_heads} KV heads cannot be "
             f"divided by heads={heads}; of {mesh.size} devices these fit: {others}"
         )
-    return Mesh(mesh.devices, AXES, axis_types=(AxisType.Auto,) * 2)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from minference_jax.models.cache import KVCache
@@ -58,7 +58,7 @@ _EXPERTS: dict[str, tuple[Axes, ...]] = {
 
 
 @lru_cache(maxsize=64)
-def param_axes(config: LlamaConfig, mesh: Mesh, fp8: bool = False) -> Mapping[str, tuple[Axes, ...]]:
+def param_axes(config: LlamaConfig, mesh: Mesh | AbstractMesh, fp8: bool = False) -> Mapping[str, tuple[Axes, ...]]:
     """Name → for each axis of a parameter the mesh axes over which it is cut; with `fp8` of FP8 projections."""
     table = _TABLE if config.traits.experts is None else _TABLE | _EXPERTS
     found: dict[str, tuple[Any, ...]] = {}
@@ -72,7 +72,7 @@ def param_axes(config: LlamaConfig, mesh: Mesh, fp8: bool = False) -> Mapping[st
     return fp8_shapes(found) if fp8 else found
 
 
-def _devices(mesh: Mesh, axes: Axes) -> int:
+def _devices(mesh: Mesh | AbstractMesh, axes: Axes) -> int:
     return math.prod(mesh.shape[name] for name in axes)
 
 
