@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from checkpoints import CONFIG, random_tensors, write_byte_model, write_hf
-
 from helpers import run_command
+
 from minference_jax.parallel.hosts import join_hosts
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 16, "intermediate_size": 24}

@@ -1,4 +1,4 @@
-"""One of two processes of two CPU devices each: `two_hosts.py HOSTS ALIVE_SECONDS die|sum|COMMAND…`. A child process."""
+"""One of two processes of two CPU devices each: `HOSTS ALIVE_SECONDS die|sum`. A child process."""
 
 import os
 import sys

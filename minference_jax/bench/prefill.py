@@ -24,7 +24,8 @@ from minference_jax.bench.kernels import environment
 from minference_jax.bench.prefill_pieces import Pieces, time_pieces
 from minference_jax.bench.timing import median_seconds
 from minference_jax.models.forward import CHUNK
-from minference_jax.models.llama import Llama, prefill_program
+from minference_jax.models.llama import Llama
+from minference_jax.models.programs import prefill_program
 from minference_jax.patterns import AShape, HeadPatterns, Pattern
 from minference_jax.planning.auto import AUTO, PAPER_PATTERN
 from minference_jax.planning.memory import advise
@@ -162,7 +163,7 @@ def arguments(model: Llama, tokens: Any) -> tuple:
     """The traced arguments of a prefill without a cache."""
     lengths = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
     inputs = model.exchange.place(model.config, (tokens, lengths, lengths))
-    return model.params(), model.patterns_for(tokens.shape[1]), *inputs, None, None
+    return model.params(), model.patterns_for(tokens.shape[1]), *inputs, None, None, model.order(tokens.shape[1])
 
 
 def compile_prefill(model: Llama, tokens: Any, **static: Any) -> tuple[Any, float]:
@@ -170,7 +171,9 @@ def compile_prefill(model: Llama, tokens: Any, **static: Any) -> tuple[Any, floa
     settings = {"rows_at_once": CHUNK, "implementation": None, "return_info": False, "exchange": model.exchange}
     settings |= static
     started = time.perf_counter()
-    program = prefill_program(model).lower(model.config, *arguments(model, tokens), **settings).compile()
+    program = (
+        prefill_program(model.fp8_projections).lower(model.config, *arguments(model, tokens), **settings).compile()
+    )
     return program, time.perf_counter() - started
 
 

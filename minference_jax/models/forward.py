@@ -107,6 +107,18 @@ def attend(
     return found if return_info else (found, None)
 
 
+def in_order(x: Float[Array, "b t n h"], order: Int32[Array, " k"] | None) -> Float[Array, "b t n h"]:
+    """Heads with their KV groups in this order."""
+    return x if order is None else jnp.take(x, of_heads(order, x.shape[2]), axis=2)
+
+
+def of_heads(order: Int32[Array, "*layers k"], heads: int) -> Int32[Array, "*layers n"]:
+    """The order of so many heads from that of their KV groups."""
+    group = heads // order.shape[-1]
+    each = group * order[..., None] + jnp.arange(group, dtype=jnp.int32)
+    return each.reshape(*order.shape[:-1], heads)
+
+
 def prefill(
     config: LlamaConfig,
     params: Params,
@@ -121,13 +133,15 @@ def prefill(
     chunk: int = CHUNK,
     implementation: str | None = None,
     exchange: Exchange = ONE,
+    order: Int32[Array, "layers k"] | None = None,
 ) -> tuple[Float[Array, "b t d"], KVCache | None, Any]:
     """Runs all layers over a prompt or a part of one.
 
     `start` None: the rows are the whole prompt, and attend to each other. Otherwise they stand at positions start…,
     and attend to the cache, which holds everything before them. `keep` says what to return of each layer, stacked:
     "nothing", "info" (of its attention) or "hidden" (its output). Returns the last layer's output, before the final
-    norm, with the cache and what was kept; on a mesh, a device's own rows of outputs.
+    norm, with the cache and what was kept; on a mesh, a device's own rows of outputs. `order`: of the KV groups inside
+    attention, with `start` None; patterns are in that order, and so is what is known of attention.
     """
     t = tokens.shape[1]
     q_offset = jnp.int32(0) if start is None else start
@@ -137,11 +151,13 @@ def prefill(
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, Any]:
         x, cache = carry
-        index, layer, layer_patterns = inputs
+        index, layer, layer_patterns, order = inputs
         layer = exchange.whole_layer(config, layer)
         qkv = layer_qkv(config, layer, x, layer_rope(config, rope_lengths, index), positions, chunk)
-        q, k, v = (exchange.to_heads(y, t) for y in qkv)
-        if cache is not None:
+        q, k, v = (exchange.to_heads(in_order(y, order), t) for y in qkv)
+        if cache is not None and order is not None:
+            cache = cache.write(index, q_offset, *(exchange.to_heads(y, t) for y in qkv[1:]))
+        elif cache is not None:
             cache = cache.write(index, q_offset, k, v)
 
         def whole() -> tuple[Array, Any]:
@@ -151,14 +167,14 @@ def prefill(
 
         where = {"start": start, "lengths": seen, "own": exchange.own_queries}
         out, info = attend_layer(config, index, (q, k, v), cache, whole, **where)
-        out = exchange.to_rows(out)
+        out = in_order(exchange.to_rows(out), None if order is None else jnp.argsort(order))
         x = map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), chunk, in_place=True)
         return (x, cache), {"nothing": None, "info": info, "hidden": x}[keep]
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
     table = exchange.whole(config, params, "embed")
     carry = (embed(config, table, exchange.own_rows(tokens)), cache)
-    (x, cache), kept = jax.lax.scan(step, carry, (indices, stacked_layers(params), patterns))
+    (x, cache), kept = jax.lax.scan(step, carry, (indices, stacked_layers(params), patterns, order))
     if cache is not None:
         written = jax.lax.dynamic_update_slice(cache.tokens, tokens, (jnp.int32(0), q_offset))
         cache = dataclasses.replace(cache, tokens=written, lengths=seen)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from minference_jax.models import forward, llama
+from minference_jax.models import forward, programs
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
@@ -226,7 +226,7 @@ def _valid_counts(new: np.ndarray, finished: np.ndarray, eos: tuple[int, ...]) -
 
 def _programs() -> int:
     """How many programs this process has compiled for the functions below and for prefill."""
-    functions: tuple[Any, ...] = (llama._prefill, llama._prefill_fp8, _first_token, _decode_steps)
+    functions: tuple[Any, ...] = (programs.prefill, programs.prefill_fp8, _first_token, _decode_steps)
     return sum(function._cache_size() for function in functions)
 
 
@@ -271,7 +271,7 @@ def _decode_steps(
 
     def advance(state: tuple) -> tuple:
         step, token, finished, cache, out = state
-        logits, cache = llama.decode_step(config, params, token, cache, ~finished, exchange)
+        logits, cache = programs.decode_step(config, params, token, cache, ~finished, exchange)
         token = jnp.where(finished, pad, next_token(logits, key, cache.lengths, temperature, top_p))
         out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], step, axis=1)
         return step + 1, token, finished | jnp.isin(token, eos), cache, out

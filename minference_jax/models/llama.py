@@ -18,11 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
-from minference_jax.models import forward, fp8
+from minference_jax.models import forward, fp8, programs
 from minference_jax.models.cache import KVCache, cache_dtype
 from minference_jax.models.checks import (
     check_lengths,
@@ -35,7 +34,8 @@ from minference_jax.models.config import LlamaConfig
 from minference_jax.models.params import param_shapes as param_shapes
 from minference_jax.models.parts import prefill_parts
 from minference_jax.models.random_weights import random_params
-from minference_jax.parallel.exchange import OF_HEADS, ONE, Exchange
+from minference_jax.parallel.deal import deal
+from minference_jax.parallel.exchange import ONE, Exchange
 from minference_jax.parallel.mesh import fitted
 from minference_jax.patterns.heads import HeadPatterns, LayerPatterns
 from minference_jax.patterns.resolve import Patterns, resolve_patterns
@@ -226,6 +226,11 @@ class Llama(nnx.Module):
         found = self.patterns_at(rows, keys)
         return None if found is None else self.exchange.place(self.config, found.arrays())
 
+    def order(self, tokens: int) -> Int32[Array, "layers k"] | None:
+        """The KV groups of each layer as the devices of a mesh attend for them, where that makes them more even."""
+        found = None if self.mesh is None else deal(self.config, self.patterns_at(tokens), tokens, self.exchange.heads)
+        return None if found is None else self.exchange.place(self.config, jnp.asarray(found))
+
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
         """An empty KV cache for `batch` sequences of up to `length` tokens.
 
@@ -239,7 +244,7 @@ class Llama(nnx.Module):
     ) -> Float[Array, "b t vocab"]:
         """float32 logits of every position, `[b, t, vocab]`; those of padding mean nothing."""
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        return _all_logits(self.config, self.params(), arrays, *self._inputs(tokens, lengths), self.exchange)
+        return programs.all_logits(self.config, self.params(), arrays, *self._inputs(tokens, lengths), self.exchange)
 
     def _inputs(self, tokens: Any, lengths: Any) -> tuple[Int32[Array, "b t"], Int32[Array, " b"]]:
         """Checked tokens and lengths, where the devices want them."""
@@ -250,7 +255,7 @@ class Llama(nnx.Module):
     ) -> Float[Array, "levels b t d"]:
         """Embeddings, the output of each layer, and the output of the final norm: layers + 2 levels."""
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        return _hidden_states(self.config, self.params(), arrays, *self._inputs(tokens, lengths), self.exchange)
+        return programs.hidden_states(self.config, self.params(), arrays, *self._inputs(tokens, lengths), self.exchange)
 
     def token_log_likelihoods(
         self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None, *, return_info: bool = False
@@ -262,7 +267,7 @@ class Llama(nnx.Module):
         """
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
         inputs = self._inputs(tokens, lengths)
-        scores, info = _log_likelihoods(self.config, self.params(), arrays, *inputs, self.exchange)
+        scores, info = programs.log_likelihoods(self.config, self.params(), arrays, *inputs, self.exchange)
         return (scores, info) if return_info else scores
 
     def prefill(
@@ -319,13 +324,14 @@ class Llama(nnx.Module):
             rows_at_once = tokens.shape[1] if start is not None and tokens.size <= forward.PART else forward.CHUNK
         if rows_at_once <= 0:
             raise ValueError(f"rows_at_once must be positive, got {rows_at_once}")
-        result = prefill_program(self, tokens, lengths, rope_lengths, start)(
+        result = programs.prefill_program(self.fp8_projections, self.embed[...], tokens, lengths, rope_lengths, start)(
             self.config,
             self.params(),
             self.patterns_for(tokens.shape[1], None if start is None or cache is None else cache.capacity),
             *self.exchange.place(self.config, (tokens, lengths, rope_lengths)),
             cache,
             self.exchange.place(self.config, start),
+            None if start is not None else self.order(tokens.shape[1]),
             rows_at_once=rows_at_once,
             implementation=implementation,
             return_info=return_info,
@@ -360,136 +366,4 @@ class Llama(nnx.Module):
         if jnp.shape(tokens) != cache.lengths.shape:
             raise ValueError(f"tokens must have shape {cache.lengths.shape} to fit the cache, got {jnp.shape(tokens)}")
         tokens = self.exchange.place(self.config, jnp.asarray(tokens, jnp.int32))
-        return _decode(self.config, self.params(), tokens, cache, self.exchange)
-
-
-@partial(jax.jit, static_argnames=("config", "exchange"))
-def _all_logits(
-    config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array, exchange: Exchange
-) -> Array:
-    def own(params: forward.Params, patterns: Any, tokens: Array, lengths: Array) -> Array:
-        inputs = (config, params, patterns, tokens, lengths, lengths, None, None)
-        x, _, _ = forward.prefill(*inputs, exchange=exchange)
-        return forward.logits(config, exchange.whole(config, params, "embed", "lm_head"), x)
-
-    rows = exchange.run(config, own, params, patterns, tokens, lengths, out=exchange.rows_on(1))
-    return exchange.in_order(rows, 1, tokens.shape[1])
-
-
-@partial(jax.jit, static_argnames=("config", "exchange"))
-def _hidden_states(
-    config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array, exchange: Exchange
-) -> Array:
-    def own(params: forward.Params, patterns: Any, tokens: Array, lengths: Array) -> Array:
-        inputs = (config, params, patterns, tokens, lengths, lengths, None, None)
-        x, _, levels = forward.prefill(*inputs, keep="hidden", exchange=exchange)
-        last = forward.norm(config, x, params["final_norm"])
-        first = forward.embed(config, exchange.whole(config, params, "embed"), exchange.own_rows(tokens))
-        return jnp.concatenate([first[None], levels, last[None]])
-
-    rows = exchange.run(config, own, params, patterns, tokens, lengths, out=exchange.rows_on(2))
-    return exchange.in_order(rows, 2, tokens.shape[1])
-
-
-@partial(jax.jit, static_argnames=("config", "exchange"))
-def _log_likelihoods(
-    config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array, exchange: Exchange
-) -> tuple[Array, Any]:
-    def own(params: forward.Params, patterns: Any, tokens: Array, lengths: Array) -> tuple[Array, Any]:
-        inputs = (config, params, patterns, tokens, lengths, lengths, None, None)
-        x, _, info = forward.prefill(*inputs, keep="info", exchange=exchange)
-        return forward.log_likelihoods(config, params, x, tokens, lengths, exchange), info
-
-    out = (exchange.everywhere, OF_HEADS)
-    return exchange.run(config, own, params, patterns, tokens, lengths, out=out)
-
-
-def _run_prefill(
-    config: LlamaConfig,
-    params: forward.Params,
-    patterns: Any,
-    tokens: Array,
-    lengths: Array,
-    rope_lengths: Array,
-    cache: KVCache | None,
-    start: Array | None,
-    *,
-    rows_at_once: int,
-    implementation: str | None,
-    return_info: bool,
-    exchange: Exchange = ONE,
-) -> tuple[Array, KVCache | None, Any]:
-    own = partial(
-        *(_prefill_own, config, exchange),
-        keep="info" if return_info else "nothing",
-        chunk=rows_at_once,
-        implementation=implementation,
-    )
-    out = (exchange.everywhere, exchange.specs(config, cache), OF_HEADS)
-    return exchange.run(config, own, params, patterns, tokens, lengths, rope_lengths, cache, start, out=out)
-
-
-def _prefill_own(
-    config: LlamaConfig,
-    exchange: Exchange,
-    params: forward.Params,
-    patterns: Any,
-    tokens: Array,
-    lengths: Array,
-    rope_lengths: Array,
-    cache: KVCache | None,
-    start: Array | None,
-    **options: Any,
-) -> tuple[Array, KVCache | None, Any]:
-    """What each device does of a prefill."""
-    inputs = (config, params, patterns, tokens, lengths, rope_lengths, cache, start)
-    x, cache, info = forward.prefill(*inputs, exchange=exchange, **options)
-    t = tokens.shape[1]
-    head = partial(forward.last_logits, config, params, t=t, exchange=exchange)
-    if start is None:
-        return head(x, lengths - 1), cache, info
-    last = lengths - 1 - start
-    shape = jax.eval_shape(head, x, last)
-    # Most parts of a prompt hold no last token, and the head of an 8B model is as large as two of its layers.
-    ends = jnp.any((last >= 0) & (last < t))
-    return jax.lax.cond(ends, head, lambda *_: jnp.zeros(shape.shape, shape.dtype), x, last), cache, info
-
-
-_compiled = partial(
-    jax.jit,
-    static_argnames=("config", "rows_at_once", "implementation", "return_info", "exchange"),
-    donate_argnames=("cache",),
-)
-_prefill = _compiled(_run_prefill)
-# Of FP8 products XLA would compile and time Triton kernels beside cuBLASLt's, for more than a minute.
-_prefill_fp8 = _compiled(_run_prefill, compiler_options={"xla_gpu_enable_triton_gemm": False})
-
-
-def prefill_program(model: Llama, *inputs: Any) -> Any:
-    """The jitted function that prefills `model`; nested in another, the plain one: options are for whole programs."""
-    nested = any(isinstance(x, Tracer) for x in (*inputs, model.embed[...]))
-    return _prefill_fp8 if model.fp8_projections and not nested else _prefill
-
-
-def decode_step(
-    config: LlamaConfig,
-    params: forward.Params,
-    tokens: Int32[Array, " b"],
-    cache: KVCache,
-    active: Array | None,
-    exchange: Exchange,
-) -> tuple[Float[Array, "b vocab"], KVCache]:
-    """`forward.decode` on the devices that share the work."""
-
-    def own(params: forward.Params, tokens: Array, cache: KVCache, active: Array | None) -> tuple[Array, KVCache]:
-        return forward.decode(config, params, tokens, cache, active, exchange)
-
-    out = (exchange.everywhere, exchange.specs(config, cache))
-    return exchange.run(config, own, params, tokens, cache, active, out=out)
-
-
-@partial(jax.jit, static_argnames=("config", "exchange"), donate_argnames=("cache",))
-def _decode(
-    config: LlamaConfig, params: forward.Params, tokens: Array, cache: KVCache, exchange: Exchange
-) -> tuple[Array, KVCache]:
-    return decode_step(config, params, tokens, cache, None, exchange)
+        return programs.decode(self.config, self.params(), tokens, cache, self.exchange)

@@ -52,9 +52,14 @@ class Exchange:
         return 1 if self.mesh is None else self.mesh.shape[ROWS]
 
     @property
+    def heads(self) -> int:
+        """Groups of devices that have different heads."""
+        return 1 if self.mesh is None else self.mesh.shape[HEADS]
+
+    @property
     def axis_name(self) -> str | None:
         """The mesh axis over which the heads of a layer are divided, if they are."""
-        return None if self.mesh is None or self.mesh.shape[HEADS] == 1 else HEADS
+        return None if self.heads == 1 else HEADS
 
     def place(self, config: LlamaConfig, tree: Any) -> Any:
         """Parameters, patterns, a cache or inputs where the devices want them."""
@@ -98,7 +103,7 @@ class Exchange:
         """How the devices along `rows` share the query tiles of their heads; None where each has its own heads."""
         if self.mesh is None or self.rows == 1:
             return None
-        return Zigzag(ROWS, self.rows, math.lcm(QUERY_TILE, self.mesh.shape[HEADS]))
+        return Zigzag(ROWS, self.rows, math.lcm(QUERY_TILE, self.heads))
 
     def _slice(self, t: int) -> int:
         """Rows of a device, of t."""
