@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -67,6 +68,7 @@ def param_axes(config: LlamaConfig, mesh: Mesh | AbstractMesh, fp8: bool = False
         lead = ((),) if leaf != name else ()
         axes = (*lead, *table.get(leaf, ()))
         axes = (*axes, *((),) * (len(shape) - len(axes)))
+        axes = (tuple(name for name in a if mesh.shape[name] > 1) for a in axes)
         found[name] = tuple(a if size % _devices(mesh, a) == 0 else () for a, size in zip(axes, shape, strict=True))
     # FP8 weights and their scales have the same axes, in another order.
     return fp8_shapes(found) if fp8 else found
@@ -119,5 +121,7 @@ def put(x: Any, sharding: NamedSharding) -> Array:
         return jax.device_put(x, sharding)
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return jax.jit(lambda x: x, out_shardings=sharding)(x)
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
