@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from minference_jax.checkpoints.presets import CONFIGS
 from minference_jax.models.capture import capture_qkv
@@ -73,6 +74,8 @@ def test_meshes_that_do_not_fit_are_refused():
         make_mesh(rows=2, heads=3)
     with pytest.raises(ValueError, match="must have the axes"):
         model.on(jax.make_mesh((2,), ("x",)))
+    explicit = jax.make_mesh((2, 1), ("rows", "heads"), (AxisType.Explicit,) * 2)
+    assert model.on(explicit).mesh == model.on(make_mesh(rows=2, heads=1)).mesh  # the mode makes no difference
     for text in ("8", "heads", "heads=0", "columns=2", "heads=2,heads=2"):
         with pytest.raises(ValueError, match="a mesh is written heads=8"):
             parse_mesh(text)

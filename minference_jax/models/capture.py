@@ -26,7 +26,8 @@ def capture_qkv(
 
     Layers run one by one, with dense attention whatever the model's patterns are, as each is asked for: only one
     layer's arrays exist at a time unless the caller keeps them. One program serves all layers. Rows of padding hold
-    what the padding tokens gave; attention never lets them reach a valid row. Raises `ValueError` for a model on a mesh.
+    what the padding tokens gave; attention never lets them reach a valid row. Raises `ValueError` for a model on a
+    mesh.
     """
     if model.mesh is not None:
         raise ValueError("model is on a mesh; single layers are captured on one device: model.on(None)")
