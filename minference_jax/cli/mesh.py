@@ -34,7 +34,7 @@ def start_mesh(mesh: str, hosts: str = "", config: Any = None) -> Any:
         with usage("--hosts"):
             join_hosts(hosts)
         if jax.process_index() > 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     with usage("--mesh"):
         return make_mesh(**sizes, config=config)
 

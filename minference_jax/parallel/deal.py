@@ -12,7 +12,8 @@ from jaxtyping import Int
 
 from minference_jax.models.config import LlamaConfig
 from minference_jax.patterns.heads import HeadPatterns
-from minference_jax.planning.cost import OTHER
+from minference_jax.patterns.rates import rates_of
+from pallas_kernels.device import target
 
 GAIN = 0.05
 """By so much the slowest devices' attention must become shorter to be worth an order: a cache, which is in the model's
@@ -28,7 +29,8 @@ def deal(
     """
     if devices == 1 or patterns is None or len(patterns.distinct()) == 1:
         return None
-    cells = {id(pattern): pattern.visited(tokens, tokens, OTHER) for pattern in patterns.distinct()}
+    rates = rates_of(target().device_kind)
+    cells = {id(pattern): pattern.visited(tokens, tokens, rates) for pattern in patterns.distinct()}
     costs = np.asarray([[cells[id(pattern)] for pattern in layer] for layer in patterns])
     costs = costs.reshape(config.num_layers, config.num_kv_heads, -1).sum(-1)
     order = np.stack([_balanced(layer, devices) for layer in costs])
