@@ -190,6 +190,13 @@ class HFFiles:
     def _tensor(self, name: str) -> np.ndarray:
         return self._handles[name].get_tensor(name)
 
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Slices of one tensor, one for each axis; nothing else of it is read, except where it is in MXFP4."""
+        name = self._names[name]
+        if name in self._mxfp4:
+            return mxfp4.decode(self._tensor, name)[index]
+        return self._handles[name].get_slice(name)[index]
+
 
 def check_config(path: Path, config: dict[str, Any]) -> LlamaConfig:
     """The config of a checkpoint. Raises `ValueError` naming the path for a model that is not supported."""

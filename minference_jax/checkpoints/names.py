@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from minference_jax.models.config import LlamaConfig
 from minference_jax.models.params import param_shapes
 
 ArrayT = TypeVar("ArrayT", bound=Any)  # a NumPy or a JAX array
+Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -200,13 +201,14 @@ class Layout:
     """A row's layout with the sizes of one config. Hashable by value, so that it can be a static argument of a jit.
 
     - `file_shape`: of the file's tensor, all its fused parts included; `rows` are this parameter's, and `axis_sizes`
-      theirs, split into single axes.
+      theirs, split into single axes; `part_shape`, with axes merged as in the file.
     - `order`: the permutation of single axes; `shape`: ours.
     - `chosen`: an axis, and the one entry of it that is ours; None for all of the tensor.
     """
 
     file_shape: tuple[int, ...]
     rows: tuple[int, int]
+    part_shape: tuple[int, ...]
     axis_sizes: tuple[int, ...]
     order: tuple[int, ...]
     shape: tuple[int, ...]
@@ -233,6 +235,7 @@ class Layout:
         return cls(
             file_shape=(sum(heights), *part_shape[1:]),
             rows=(0, heights[0]) if alternate else (sum(heights[: row.part]), sum(heights[: row.part + 1])),
+            part_shape=part_shape,
             axis_sizes=tuple(sizes[axis] for axis in axes),
             order=tuple(kept.index(axis) for axis in re.findall(r"\w", target)),
             shape=shape_of(target),
@@ -254,6 +257,45 @@ class Layout:
             axis, entry = self.chosen
             part = part[(slice(None),) * axis + (entry,)]
         part[...] = param.reshape([part.shape[axis] for axis in self.order]).transpose(np.argsort(self.order))
+
+    def read_part(self, read: Callable[[Index], np.ndarray], index: Index) -> np.ndarray:
+        """Slices of our parameter, from as little of the file's tensor as has them.
+
+        `read(slices)`: those slices of the file's tensor. An axis that the file has inside another (the h of `(n h)`)
+        is read whole.
+        """
+        if self.chosen is not None:
+            return self.read(read(tuple(slice(0, size) for size in self.file_shape)))[index]
+        sizes, late = list(self.axis_sizes), []
+        inside = _grouped(self.axis_sizes, self.part_shape)
+        places = _grouped(tuple(self.axis_sizes[axis] for axis in self.order), self.shape)
+        wanted = [slice(0, size) for size in self.part_shape]
+        for cut, size, place in zip(index, self.shape, places, strict=True):
+            start, stop, _ = cut.indices(size)
+            axes = [self.order[i] for i in place]
+            group = next((i for i, group in enumerate(inside) if len(axes) == 1 and group[:1] == axes), None)
+            late.append(slice(start, stop) if group is None else slice(None))
+            if group is not None:
+                step = self.part_shape[group] // size
+                wanted[group] = slice(start * step, stop * step)
+                sizes[axes[0]] = stop - start
+        first = self.rows[0]
+        wanted[0] = slice(first + wanted[0].start, first + wanted[0].stop)
+        shape = [math.prod(sizes[self.order[i]] for i in place) for place in places]
+        return read(tuple(wanted)).reshape(sizes).transpose(self.order).reshape(shape)[tuple(late)]
+
+
+def _grouped(axes: tuple[int, ...], sizes: tuple[int, ...]) -> list[list[int]]:
+    """For each size, which consecutive axes multiply to it."""
+    groups, place = [], 0
+    for size in sizes:
+        group, product = [place], axes[place]
+        while product != size:
+            group.append(group[-1] + 1)
+            product *= axes[group[-1]]
+        groups.append(group)
+        place = group[-1] + 1
+    return groups
 
 
 def own_names(names: Iterable[str]) -> dict[str, str]:

@@ -86,12 +86,14 @@ def attend_layer(
     *,
     start: Int32[Array, ""] | None,
     lengths: Int32[Array, " b"],
+    own: Callable[[Array], Array] = lambda out: out,
     sinks: Float[Array, " n"] | None = None,
 ) -> tuple[Float[Array, "b t n h"], Any]:
     """Attention of one layer's prefill: to its window where it has one, else `whole()`, which also says what it did.
 
-    `start` None: the rows are the whole prompt. Otherwise they stand at positions start … of the cache. `sinks`: see
-    `with_sinks`; `whole` has its own. Of a layer with a window the information is all ones.
+    `start` None: the rows are the whole prompt. Otherwise they stand at positions start … of the cache. Of a layer with
+    a window the information is all ones. `own`: which rows of a window's output to keep, as `whole` does. `sinks`: see
+    `with_sinks`; `whole` has its own.
     """
     if config.sliding_window is None:
         return whole()
@@ -104,7 +106,8 @@ def attend_layer(
         else:
             found = cache_window(config, qkv[0], cache, layer, start=start, lengths=lengths)
         info = jax.eval_shape(whole)[1]
-        return with_sinks(found[0], found[1], sinks), jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), info)
+        out = own(with_sinks(found[0], found[1], sinks))
+        return out, jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), info)
 
     return _choose(config, layer, windowed, whole)
 
