@@ -86,7 +86,10 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _malformed(family: Family, get: Get) -> list[str]:
     """Which values are missing, of the wrong type, out of range or not finite."""
-    problems = [f"{name} is missing" for name in _SIZES if get(name) is None]
+    multipliers = [number.key for number in family.numbers.values() if not number.in_rope]
+    named = [*multipliers, *(family.experts or {}).values(), family.pattern, "no_rope_layer_interval"]
+    required = (*_SIZES, "rms_norm_eps", "max_position_embeddings", *(key for key in named if key in family.defaults))
+    problems = [f"{name} is missing" for name in required if get(name) is None]
     counts = [key for field, key in (family.experts or {}).items() if field != "normalized"]
     for name in (*_SIZES, *_INTEGERS, *counts):
         value = get(name)
@@ -96,7 +99,6 @@ def _malformed(family: Family, get: Get) -> list[str]:
             if name == "max_window_layers" and value == 0 and type(value) is int:
                 continue
             problems.append(f"{name} must be a positive integer, got {value!r}")
-    multipliers = [number.key for number in family.numbers.values() if not number.in_rope]
     for name in (*_NUMBERS, *multipliers):
         value = get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -172,6 +174,8 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 
 def _layers(config: Mapping[str, Any], family: Family, get: Get) -> dict[str, Any]:
     """`sliding_window` and `layer_kinds`."""
+    if family.window == "none":
+        return {}
     layers, window = get("num_hidden_layers"), get("sliding_window")
     turned = _turned(config, get, layers) if family.window == "no_rope" else [True] * layers
     slides = [False] * layers
