@@ -174,7 +174,7 @@ def sparse_attention(
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
     heads = _heads(pattern, q.shape[2])
     remark = _if_slower(pattern, q, k) if return_info and implementation is None else ""
-    settings = (check_scale(scale, q), implementation, return_info, remark, axis_name, zigzag)
+    settings: Any = (check_scale(scale, q), implementation, return_info, remark, axis_name, zigzag)
     out, info = _attend(q, k, v, heads, lengths, offset, *settings)
     return (out, info) if return_info else out
 
@@ -216,11 +216,12 @@ def _attend(
     dense_name = None if keeps_to_plans else implementation
 
     def sparse_kernel(q: Array, k: Array, v: Array, plan: SparsePlan, q_offset: Array) -> Any:
-        place = where | {"q_offset": q_offset}
+        place: dict[str, Any] = where | {"q_offset": q_offset}
         return pallas_kernels.sparse_attention(q, k, v, plan, implementation=implementation, **place)
 
     def dense_kernel(q: Array, k: Array, v: Array, _: None, q_offset: Array) -> Any:
-        return pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **where | {"q_offset": q_offset})
+        place: dict[str, Any] = where | {"q_offset": q_offset}
+        return pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **place)
 
     def rows(kernel: Any, *inputs: Any) -> Any:
         return kernel(*inputs) if zigzag is None else zigzag.attend(kernel, *inputs)
