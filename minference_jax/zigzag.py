@@ -74,7 +74,7 @@ class Zigzag:
         plan: SparsePlan | None,
         q_offset: Int32[Array, ""],
     ) -> Any:
-        """`attention(q, k, v, plan, q_offset)`, an array or several, of this device's two chunks of q `[b, t, n, h]`."""
+        """`attention(q, k, v, plan, q_offset)`, an array or several, of this device's two chunks of q."""
         t, size = q.shape[1], self.chunk(q.shape[1])
         extra = self.padded(t) - t
         q, k, v = (
