@@ -10,20 +10,22 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
+from minference_jax.index.recall import AXES as RECALL_AXES
 from minference_jax.index.recall import estimated_recall
+from minference_jax.keywords import LayerKeywords, check_layer_keywords, in_dtype, naming_layer_keywords
 from minference_jax.patterns.base import Pattern, Where
 from minference_jax.patterns.heads import LayerPatterns, layer_patterns
-from minference_jax.patterns.text import parse_pattern
 from pallas_kernels.backends import Implementation, choose_implementation, find_backend
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
 from pallas_kernels.plan import KEY_TILE, SparsePlan, kv_limit, num_query_tiles
+from pallas_kernels.spread import KV_AXES, PER_HEAD, PER_SEQUENCE, Q_AXES, WHOLE, by_device
 from pallas_kernels.tracing import under_own_settings, vary_alike
 
 
@@ -47,7 +49,7 @@ class AttentionInfo:
     reason: str
 
 
-Patterns = Pattern | Sequence[Pattern] | LayerPatterns | str
+Patterns = Pattern | str | Sequence[Pattern | str] | LayerPatterns
 """One layer's patterns: one (or a plan builder, or a pattern's text) for all heads, one per head, or as arrays."""
 
 
@@ -85,18 +87,21 @@ def make_plan(
     q, k = jax.lax.stop_gradient((q, k))  # a plan is integers
     lengths = check_lengths(lengths, q.shape[0], k.shape[1])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
-    heads = _heads(pattern, q.shape[2])
-    where = Where(kv_limit(lengths, q.shape[0], k.shape[1]), offset, check_scale(scale, q), axis_name)
-    return _plan(q, k, heads, where)
+    heads = layer_patterns(pattern, q.shape[2])
+    arrays = (q, k, heads, kv_limit(lengths, q.shape[0], k.shape[1]), offset)
+    of_heads = heads.axes()
+    if of_heads is None:  # the index of a stranger has all heads
+        axes = (PER_SEQUENCE, PER_SEQUENCE, WHOLE, PER_SEQUENCE, WHOLE)
+        return by_device(_plan, arrays, axes, PER_SEQUENCE, scale=check_scale(scale, q), axis_name=axis_name)
+    axes = (Q_AXES, KV_AXES, of_heads, PER_SEQUENCE, WHOLE)
+    return by_device(_plan, arrays, axes, PER_HEAD, scale=check_scale(scale, q), axis_name=axis_name)
 
 
-def _heads(pattern: Patterns, heads: int) -> LayerPatterns:
-    return layer_patterns(parse_pattern(pattern) if isinstance(pattern, str) else pattern, heads)
-
-
-@jax.jit
-def _plan(q: Array, k: Array, heads: LayerPatterns, where: Where) -> SparsePlan:
-    q, k, heads, where = vary_alike((q, k, heads, where))
+@partial(jax.jit, static_argnames=("scale", "axis_name"))
+def _plan(
+    q: Array, k: Array, heads: LayerPatterns, lengths: Array, q_offset: Array, *, scale: float, axis_name: Any
+) -> SparsePlan:
+    q, k, heads, where = vary_alike((q, k, heads, Where(lengths, q_offset, scale, axis_name)))
     plans = [(chosen, budgets.index(q, k, where)) for chosen, budgets in heads.chosen()]
     for _, plan in plans:
         plan.validate(q.shape[0], q.shape[2], q.shape[1])
@@ -131,6 +136,7 @@ def _merged(plans: list[tuple[Array | None, SparsePlan]], b: int, n: int, tiles:
     )
 
 
+@naming_layer_keywords
 @under_own_settings
 def sparse_attention(
     q: Float[Array, "b t n h"],
@@ -143,6 +149,7 @@ def sparse_attention(
     scale: float | None = None,
     implementation: Implementation | None = None,
     return_info: bool = False,
+    **layer: Unpack[LayerKeywords],
 ) -> Any:
     """Causal attention in which each head visits only the keys that its pattern names for this prompt.
 
@@ -152,6 +159,8 @@ def sparse_attention(
     - `pattern`: as `make_plan`. Static, except for the leaves of `LayerPatterns` and plan builders.
     - `lengths`: int32 `[b]` (right padding). `q_offset`: int32 scalar, may be traced; a multiple of 128.
     - `scale`, `implementation`, `return_info`: static. `implementation` as in `pallas_kernels.sparse_attention`.
+    - `layer`: what Flax's layers pass (`LayerKeywords`), so that `functools.partial(sparse_attention, pattern=...)` is
+      an `attention_fn`. What would have to be left out is refused: a mask, a bias, dropout, weights to be kept.
 
     **Returns:** `[b, t, n, h]` in q's dtype, zero at rows at or past a sequence's length; with `return_info` also an
     `AttentionInfo`.
@@ -160,10 +169,12 @@ def sparse_attention(
 
     **Raises:** ValueError and TypeError at trace time, naming the argument and the shapes.
     """
+    check_layer_keywords(layer)
+    q, k, v = in_dtype(q, k, v, layer)
     check_qkv(q, k, v)
     lengths = check_lengths(lengths, q.shape[0], k.shape[1])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
-    heads = _heads(pattern, q.shape[2])
+    heads = layer_patterns(pattern, q.shape[2])
     out, info = _attend(q, k, v, heads, lengths, offset, check_scale(scale, q), implementation, return_info)
     return (out, info) if return_info else out
 
@@ -197,8 +208,8 @@ def _attend(
         if not return_info:
             return out, everything, everything
         density = plan.density(q.shape[1], k.shape[1], q_offset=q_offset, lengths=lengths)
-        limit = kv_limit(lengths, b, k.shape[1])
-        held = estimated_recall(q, k, plan, lengths=limit, q_offset=q_offset, scale=scale)
+        arrays = (q, k, plan, kv_limit(lengths, b, k.shape[1]), q_offset)
+        held = by_device(estimated_recall, arrays, RECALL_AXES, PER_HEAD, scale=scale)
         return out, density, held
 
     def dense() -> tuple[Any, Array, Array]:

@@ -6,9 +6,10 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backends import DenseImplementation, Implementation, choose_implementation
+from pallas_kernels.backends import DenseImplementation, Implementation, choose_implementation, find_backend
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
 from pallas_kernels.plan import SparsePlan
+from pallas_kernels.spread import KV_AXES, PER_HEAD, PER_SEQUENCE, Q_AXES, WHOLE, by_device
 from pallas_kernels.tracing import under_own_settings
 
 Output = Float[Array, "b t n h"]
@@ -157,7 +158,25 @@ def _attend(
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
     scale = check_scale(scale, q)
     choice = choose_implementation(q, k, v, plan, implementation=implementation)
-    out, lse = choice.backend.attend(
-        q, k, v, plan, lengths=lengths, q_offset=offset, scale=scale, return_lse=return_lse
-    )
+    options = {"name": choice.name, "scale": scale, "return_lse": return_lse}
+    arrays = (q, k, v, plan, lengths, offset)
+    axes = (Q_AXES, KV_AXES, KV_AXES, PER_HEAD, PER_SEQUENCE, WHOLE)
+    out, lse = by_device(_serve, arrays, axes, (Q_AXES, Q_AXES), **options)
     return (out, lse) if return_lse else out
+
+
+def _serve(
+    q: Array,
+    k: Array,
+    v: Array,
+    plan: SparsePlan | None,
+    lengths: Array | None,
+    q_offset: Array,
+    *,
+    name: str,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Array, Array | None]:
+    return find_backend(name).attend(
+        q, k, v, plan, lengths=lengths, q_offset=q_offset, scale=scale, return_lse=return_lse
+    )

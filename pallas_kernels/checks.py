@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.sizes import QUERY_TILE
 
 DTYPES = ("float32", "bfloat16", "float16")
+LEAST_HEADS = 129
+"""More heads than any model has: so many, of fewer keys, are positions in the wrong place."""
 
 
 def check_qkv(q: Array, k: Array, v: Array) -> None:
@@ -31,6 +33,11 @@ def check_qkv(q: Array, k: Array, v: Array) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must have four axes [batch, positions, heads, head_dim]; got {shapes}")
+    if k.shape[1] < LEAST_HEADS <= q.shape[2] and q.shape[1] < q.shape[2]:
+        raise ValueError(
+            f"q has {q.shape[2]} heads of {q.shape[1]} positions; arrays are [batch, positions, heads, head_dim]: swap "
+            f"axes 1 and 2 of [batch, heads, positions, head_dim]; got {shapes}"
+        )
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if k.shape != v.shape:
