@@ -38,6 +38,7 @@ from minference_jax.patterns.heads import HeadPatterns, LayerPatterns
 from minference_jax.patterns.resolve import Patterns, resolve_patterns
 from minference_jax.planning.auto import AUTO, auto_patterns
 from minference_jax.planning.cost import AttentionChoice, choose_attention
+from pallas_kernels.tracing import under_own_settings
 
 """The name of the patterns that give way to dense attention where they do not pay."""
 
@@ -193,11 +194,18 @@ class Llama(nnx.Module):
         return KVCache.empty(self.config, batch, length, cache_dtype(dtype, self.dtype))
 
     def __call__(
-        self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
+        self,
+        tokens: Int32[Array, "b t"],
+        lengths: Int32[Array, " b"] | None = None,
+        *,
+        implementation: str | None = None,
     ) -> Float[Array, "b t vocab"]:
-        """float32 logits of every position, `[b, t, vocab]`; those of padding mean nothing."""
+        """float32 logits of every position, `[b, t, vocab]`; those of padding mean nothing.
+
+        `implementation` (static): of attention. Differentiable in the parameters, also with sparse patterns.
+        """
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        return _all_logits(self.config, self.params(), arrays, *check_tokens(tokens, lengths))
+        return _all_logits(self.config, self.params(), arrays, *check_tokens(tokens, lengths), implementation)
 
     def hidden_states(
         self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
@@ -207,15 +215,23 @@ class Llama(nnx.Module):
         return _hidden_states(self.config, self.params(), arrays, *check_tokens(tokens, lengths))
 
     def token_log_likelihoods(
-        self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None, *, return_info: bool = False
+        self,
+        tokens: Int32[Array, "b t"],
+        lengths: Int32[Array, " b"] | None = None,
+        *,
+        implementation: str | None = None,
+        return_info: bool = False,
     ) -> Any:
         """log p of each token given those before it, float32 `[b, t]`; 0 for the first one and for padding.
 
         The logits of a few rows exist at a time, so this costs no more memory than a prefill. With `return_info`
         also what `prefill` returns then: the `AttentionInfo` of all layers, None for dense attention.
+        `implementation` (static): of attention. Differentiable in the parameters, so its mean is a loss to train with.
         """
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        scores, info = _log_likelihoods(self.config, self.params(), arrays, *check_tokens(tokens, lengths))
+        scores, info = _log_likelihoods(
+            *(self.config, self.params(), arrays, *check_tokens(tokens, lengths), implementation, return_info)
+        )
         return (scores, info) if return_info else scores
 
     def prefill(
@@ -315,27 +331,46 @@ class Llama(nnx.Module):
         return _decode(self.config, self.params(), jnp.asarray(tokens, jnp.int32), cache)
 
 
-@partial(jax.jit, static_argnums=0)
-def _all_logits(config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array) -> Array:
-    x, _, _ = forward.prefill(config, params, patterns, tokens, lengths, lengths, None, None)
+@partial(jax.jit, static_argnames=("config", "implementation"))
+@under_own_settings
+def _all_logits(
+    config: LlamaConfig,
+    params: forward.Params,
+    patterns: Any,
+    tokens: Array,
+    lengths: Array,
+    implementation: str | None,
+) -> Array:
+    run = partial(forward.prefill, implementation=implementation)
+    x, _, _ = run(config, params, patterns, tokens, lengths, lengths, None, None)
     return forward.logits(config, params, x)
 
 
 @partial(jax.jit, static_argnums=0)
+@under_own_settings
 def _hidden_states(config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array) -> Array:
     x, _, levels = forward.prefill(config, params, patterns, tokens, lengths, lengths, None, None, keep="hidden")
     last = forward.norm(config, x, params["final_norm"])
     return jnp.concatenate([forward.embed(config, params, tokens)[None], levels, last[None]])
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnames=("config", "implementation", "return_info"))
+@under_own_settings
 def _log_likelihoods(
-    config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array
+    config: LlamaConfig,
+    params: forward.Params,
+    patterns: Any,
+    tokens: Array,
+    lengths: Array,
+    implementation: str | None,
+    return_info: bool,
 ) -> tuple[Array, Any]:
-    x, _, info = forward.prefill(config, params, patterns, tokens, lengths, lengths, None, None, keep="info")
+    run = partial(forward.prefill, implementation=implementation, keep="info" if return_info else "nothing")
+    x, _, info = run(config, params, patterns, tokens, lengths, lengths, None, None)
     return forward.log_likelihoods(config, params, x, tokens, lengths), info
 
 
+@under_own_settings
 def _run_prefill(
     config: LlamaConfig,
     params: forward.Params,
@@ -382,4 +417,4 @@ def prefill_program(model: Llama, *inputs: Any) -> Any:
     return _prefill_fp8 if model.fp8_projections and not nested else _prefill
 
 
-_decode = jax.jit(forward.decode, static_argnames=("config",), donate_argnames=("cache",))
+_decode = jax.jit(under_own_settings(forward.decode), static_argnames=("config",), donate_argnames=("cache",))
