@@ -21,9 +21,12 @@ from minference_jax.index.recall import AXES as RECALL_AXES
 from minference_jax.index.recall import estimated_recall
 from minference_jax.keywords import LayerKeywords, check_layer_keywords, in_dtype, naming_layer_keywords
 from minference_jax.patterns.base import Pattern, Where
-from minference_jax.patterns.heads import LayerPatterns, layer_patterns
+from minference_jax.patterns.heads import LayerPatterns, layer_patterns, patterns_of_heads
+from minference_jax.patterns.rates import predicted
+from minference_jax.zigzag import Zigzag
 from pallas_kernels.backends import Implementation, choose_implementation, find_backend
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
+from pallas_kernels.device import target
 from pallas_kernels.plan import KEY_TILE, SparsePlan, kv_limit, num_query_tiles
 from pallas_kernels.spread import KV_AXES, PER_HEAD, PER_SEQUENCE, Q_AXES, WHOLE, by_device
 from pallas_kernels.tracing import under_own_settings, vary_alike
@@ -40,7 +43,8 @@ class AttentionInfo:
 
     - `density`: float32 `[b, n]`, visited / causal cells. `recall`: float32 `[b, n]`, the estimated share of the
       dense softmax mass inside the plan, from 64 probe rows.
-    - `implementation`, `reason` (static): what served the call, and why.
+    - `implementation`, `reason` (static): what served the call, and why; and that dense attention would be faster, if
+      it is predicted to be on this device.
     """
 
     density: Float[Array, "b n"]
@@ -149,6 +153,8 @@ def sparse_attention(
     scale: float | None = None,
     implementation: Implementation | None = None,
     return_info: bool = False,
+    axis_name: str | None = None,
+    zigzag: Zigzag | None = None,
     **layer: Unpack[LayerKeywords],
 ) -> Any:
     """Causal attention in which each head visits only the keys that its pattern names for this prompt.
@@ -159,6 +165,9 @@ def sparse_attention(
     - `pattern`: as `make_plan`. Static, except for the leaves of `LayerPatterns` and plan builders.
     - `lengths`: int32 `[b]` (right padding). `q_offset`: int32 scalar, may be traced; a multiple of 128.
     - `scale`, `implementation`, `return_info`: static. `implementation` as in `pallas_kernels.sparse_attention`.
+    - `axis_name` (static): inside `jax.shard_map`, the mesh axis over which a layer's heads are divided.
+    - `zigzag` (static): the devices that share these heads' query tiles: each is given all of q, makes the same plan,
+      and returns `zigzag.own` of the output.
     - `layer`: what Flax's layers pass (`LayerKeywords`), so that `functools.partial(sparse_attention, pattern=...)` is
       an `attention_fn`. What would have to be left out is refused: a mask, a bias, dropout, weights to be kept.
 
@@ -175,11 +184,28 @@ def sparse_attention(
     lengths = check_lengths(lengths, q.shape[0], k.shape[1])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
     heads = layer_patterns(pattern, q.shape[2])
-    out, info = _attend(q, k, v, heads, lengths, offset, check_scale(scale, q), implementation, return_info)
+    remark = _if_slower(pattern, q, k) if return_info and implementation is None else ""
+    settings = (check_scale(scale, q), implementation, return_info, remark, axis_name, zigzag)
+    out, info = _attend(q, k, v, heads, lengths, offset, *settings)
     return (out, info) if return_info else out
 
 
-@partial(jax.jit, static_argnames=("scale", "implementation", "return_info"))
+def _if_slower(pattern: Patterns, q: Array, k: Array) -> str:
+    """What to say if sparse attention is predicted to be slower than dense; "" otherwise, and where budgets are arrays.
+
+    By up to 2 % counts as even.
+    """
+    if isinstance(pattern, LayerPatterns):
+        return ""
+    dense, sparse, source = predicted(
+        patterns_of_heads(pattern, q.shape[2]), *q.shape[2:], q.shape[1], k.shape[1], target().device_kind
+    )
+    if sparse <= 1.02 * dense:
+        return ""
+    return f"; dense attention is predicted to be faster: {dense:.3g} ms instead of {sparse:.3g} ({source})"
+
+
+@partial(jax.jit, static_argnames=("scale", "implementation", "return_info", "remark", "axis_name", "zigzag"))
 def _attend(
     q: Array,
     k: Array,
@@ -190,21 +216,35 @@ def _attend(
     scale: float,
     implementation: Any,
     return_info: bool,
+    remark: str,
+    axis_name: str | None,
+    zigzag: Zigzag | None,
 ) -> tuple[Array, AttentionInfo | None]:
     b, n = q.shape[0], q.shape[2]
     where: dict[str, Any] = {"lengths": lengths, "q_offset": q_offset, "scale": scale}
     everything = jnp.ones((b, n), jnp.float32)
     keeps_to_plans = implementation is not None and find_backend(implementation).keeps_to_plans
     dense_name = None if keeps_to_plans else implementation
+
+    def sparse_kernel(q: Array, k: Array, v: Array, plan: SparsePlan, q_offset: Array) -> Any:
+        place = where | {"q_offset": q_offset}
+        return pallas_kernels.sparse_attention(q, k, v, plan, implementation=implementation, **place)
+
+    def dense_kernel(q: Array, k: Array, v: Array, _: None, q_offset: Array) -> Any:
+        return pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **where | {"q_offset": q_offset})
+
+    def rows(kernel: Any, *inputs: Any) -> Any:
+        return kernel(*inputs) if zigzag is None else zigzag.attend(kernel, *inputs)
+
     if heads.covers >= k.shape[1] and not keeps_to_plans:
         choice = choose_implementation(q, k, v, None, implementation=dense_name)
-        out: Any = pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **where)
+        out: Any = rows(dense_kernel, q, k, v, None, q_offset)
         reason = f"the budgets cover all {k.shape[1]} keys: dense attention; {choice.reason}"
         return out, AttentionInfo(everything, everything, choice.name, reason) if return_info else None
 
     def sparse() -> tuple[Any, Array, Array]:
-        plan = make_plan(q, k, heads, **where)
-        out: Any = pallas_kernels.sparse_attention(q, k, v, plan, implementation=implementation, **where)
+        plan = make_plan(q, k, heads, **where, axis_name=axis_name)
+        out = rows(sparse_kernel, q, k, v, plan, q_offset)
         if not return_info:
             return out, everything, everything
         density = plan.density(q.shape[1], k.shape[1], q_offset=q_offset, lengths=lengths)
@@ -213,14 +253,15 @@ def _attend(
         return out, density, held
 
     def dense() -> tuple[Any, Array, Array]:
-        out: Any = pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **where)
-        return out, everything, everything
+        return rows(dense_kernel, q, k, v, None, q_offset), everything, everything
 
     all_dense = heads.all_dense()
+    if all_dense is not None and axis_name is not None:  # of the layer's heads, wherever they are
+        all_dense = jax.lax.pmin(all_dense.astype(jnp.int32), axis_name) == 1
     # One scanned program serves all layers; those without a sparse head skip the index.
     out, density, held = sparse() if all_dense is None else jax.lax.cond(all_dense, dense, sparse)
     if not return_info:
         return out, None
-    plan_shape = jax.eval_shape(lambda: make_plan(q, k, heads, **where))
+    plan_shape = jax.eval_shape(lambda: make_plan(q, k, heads, **where, axis_name=axis_name))
     choice = choose_implementation(q, k, v, plan_shape, implementation=implementation)
-    return out, AttentionInfo(density, held, choice.name, choice.reason)
+    return out, AttentionInfo(density, held, choice.name, choice.reason + remark)

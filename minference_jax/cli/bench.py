@@ -10,8 +10,10 @@ import typer
 
 from minference_jax.bench.cases import Case
 from minference_jax.cli.console import print_json, stderr, stdout, usage, usage_error
+from minference_jax.cli.mesh import HOSTS_HELP, MESH_HELP, check_mesh, start_mesh
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP, parse_pattern
+from pallas_kernels.backends import find_backend
 
 app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 
@@ -24,7 +26,7 @@ def prefill(
     ] = "",
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens; K and M count 1,024 and its square.")] = "8K",
     methods: Annotated[
-        str, typer.Option(help="Any of dense, a-shape, minference, minference-fp8.")
+        str, typer.Option(help="Any of dense, a-shape, minference, minference-fp8, auto, auto-fp8.")
     ] = "dense,a-shape,minference",
     pattern: Annotated[str, typer.Option(help=f"What minference means: {PATTERN_HELP}")] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
@@ -33,6 +35,10 @@ def prefill(
         str, typer.Option(help="Beyond this length dense rows are estimated from one layer, and marked ~.")
     ] = "128K",
     pieces: Annotated[bool, typer.Option(help="Also time attention, index and projections by themselves.")] = True,
+    mesh: Annotated[
+        str, typer.Option(help=f"{MESH_HELP} Then no pieces are timed, and dense rows beyond the limit are left out.")
+    ] = "",
+    hosts: Annotated[str, typer.Option(help=HOSTS_HELP)] = "",
     jobs: Annotated[int, typer.Option(min=1, help="Compile so many programs at a time, all before the first run.")] = 1,
     rows_of: Annotated[
         Path | None,
@@ -67,7 +73,7 @@ def prefill(
         return
     chosen = _methods(methods)
     sizes = [parse_length(text) for text in lengths.split(",")]
-    network = _network(model, random_weights, dtype)
+    network = _network(model, random_weights, dtype, start_mesh(mesh, hosts))
     if pattern:
         with usage("--pattern"):
             mine = resolve_patterns(pattern, network.config.num_layers, network.config.num_heads)
@@ -92,7 +98,9 @@ def prefill(
     finally:  # rows that were measured before an error, such as a length that does not fit, are shown
         if rows:
             if json:
-                print_json(bench.to_json(rows, model=name, dtype=network.dtype.name))
+                print_json(
+                    bench.to_json(rows, model=name, dtype=network.dtype.name, **({"mesh": mesh} if mesh else {}))
+                )
             else:
                 _show(bench.table(rows))
     if plot is not None:
@@ -118,8 +126,14 @@ def kernels(
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Turns or runs, of which the median is shown.")] = 5,
     dense_limit: Annotated[str, typer.Option(help="Beyond this length dense attention is not timed.")] = "512K",
+    implementation: Annotated[
+        str, typer.Option(help="What serves the plans, such as hopper, mma or xla. Default: the best for this device.")
+    ] = "",
     peers: Annotated[
-        bool, typer.Option("--peers", help="Also JAX's own flash attention, PyTorch's, and minference's if installed.")
+        bool,
+        typer.Option(
+            "--peers", help="Also JAX's own flash attention; PyTorch's, tokamax's and minference's if installed."
+        ),
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Write time against length as an image (needs matplotlib).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -137,9 +151,13 @@ def kernels(
         layouts = [bench.Layout.parse(text, batch) for text in heads or ["32/8/128"]]
     except ValueError as error:
         raise usage_error(str(error)) from None
+    if implementation:
+        with usage("--implementation"):
+            find_backend(implementation, sparse=True)
     sizes = [parse_length(text) for text in lengths.split(",")]
     rows, limit = [], parse_length(dense_limit)
-    for row in bench.bench_kernels(sizes, cases, layouts, peers=peers, dense_limit=limit, repeats=repeats):
+    options: dict[str, Any] = {"repeats": repeats, "implementation": implementation or None}
+    for row in bench.bench_kernels(sizes, cases, layouts, peers=peers, dense_limit=limit, **options):
         rows.append(row)
         stderr().print(f"  {row.pattern}, {row.layout}, {row.length:,} tokens: {row.attend_ms:.3g} ms")
     if plot is not None:
@@ -232,7 +250,7 @@ def _methods(names: str) -> dict:
     return {name: METHODS[name] for name in METHODS if name in names.split(",")}
 
 
-def _network(model: Path | None, random_weights: str, dtype: str):
+def _network(model: Path | None, random_weights: str, dtype: str, mesh: Any = None):
     import jax
 
     from minference_jax.checkpoints.presets import known_config
@@ -240,5 +258,7 @@ def _network(model: Path | None, random_weights: str, dtype: str):
 
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if model is not None:
-        return Llama.from_pretrained(model, dtype=dtype)
-    return Llama.random(known_config(random_weights), jax.random.key(0), dtype)
+        return Llama.from_pretrained(model, dtype=dtype, mesh=mesh)
+    config = known_config(random_weights)
+    check_mesh(mesh, config)
+    return Llama.random(config, jax.random.key(0), dtype, mesh=mesh)

@@ -184,6 +184,14 @@ def layer_patterns(pattern: Pattern | str | Sequence[Pattern | str] | LayerPatte
         if pattern.kind.shape != (heads,):
             raise ValueError(f"pattern arrays have shape {pattern.kind.shape}; expected ({heads},), one layer's heads")
         return pattern
+    own = patterns_of_heads(pattern, heads)
+    stacked = {id(p): jax.tree.map(lambda x: jnp.asarray(x)[None], p) for p in own if isinstance(p, PlanBuilder)}
+    with jax.debug_infs(False):  # an infinite threshold stands for none
+        return _arrays((tuple(stacked.get(id(p), p) for p in own),)).layer(0)
+
+
+def patterns_of_heads(pattern: Pattern | str | Sequence[Pattern | str], heads: int) -> Sequence[Pattern]:
+    """One pattern for each head of a layer, from what `layer_patterns` accepts but arrays; raises as it does."""
     if isinstance(pattern, HeadPatterns):
         raise TypeError("pattern is a HeadPatterns of a whole model; pass one layer's: patterns.layer(l) or .arrays()")
     if isinstance(pattern, str):
@@ -196,9 +204,7 @@ def layer_patterns(pattern: Pattern | str | Sequence[Pattern | str] | LayerPatte
         raise TypeError(f"pattern must be a pattern, one pattern per head or LayerPatterns, got {pattern!r}")
     if len(pattern) != heads:
         raise ValueError(f"pattern has {len(pattern)} entries; q has {heads} heads")
-    stacked = {id(p): jax.tree.map(lambda x: jnp.asarray(x)[None], p) for p in pattern if isinstance(p, PlanBuilder)}
-    with jax.debug_infs(False):  # an infinite threshold stands for none
-        return _arrays((tuple(stacked.get(id(p), p) for p in pattern),)).layer(0)
+    return pattern
 
 
 def _identity(pattern: Pattern) -> Any:

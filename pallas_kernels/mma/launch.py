@@ -1,4 +1,4 @@
-"""What is static about one launch of the warp-level kernel, its arrays in device memory, and its shared memory."""
+"""What is static about one launch of the warp-level kernel, and its shared memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.launches import swizzle_of, tile_transforms
 from pallas_kernels.mma.config import KernelConfig
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
 
@@ -16,7 +17,6 @@ from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
 class Launch:
     """Everything static about one launch.
 
-    - `tma`: copies are made by TMA, not by cp.async.
     - `emulate`: jnp.dot instead of mma, for the interpreter.
     """
 
@@ -27,13 +27,12 @@ class Launch:
     head_dim: int
     scale: float
     dtype: Any
-    tma: bool
     emulate: bool
 
     @property
     def swizzle(self) -> int:
-        """Bytes of one swizzled row: the widest that divides a row of head_dim elements."""
-        return 128 if self.head_dim % 64 == 0 else 64
+        """Bytes of one swizzled row."""
+        return swizzle_of(self.head_dim)
 
     @property
     def part_width(self) -> int:
@@ -47,8 +46,7 @@ class Launch:
     @property
     def transforms(self) -> tuple[Any, Any]:
         """What lays rows out in shared memory so that ldmatrix meets no bank conflicts."""
-        tiling = plgpu.TilingTransform((8, self.part_width))  # pyright: ignore[reportAbstractUsage]
-        return tiling, plgpu.SwizzleTransform(self.swizzle)  # pyright: ignore[reportAbstractUsage]
+        return tile_transforms(self.head_dim)
 
     @property
     def blocks_per_tile(self) -> int:
@@ -58,24 +56,7 @@ class Launch:
     @property
     def two_views(self) -> bool:
         """Whether K and V are copied into another view of the shared memory than they are read from."""
-        return self.tma and not self.emulate
-
-
-@dataclasses.dataclass(frozen=True)
-class Refs:
-    """Arrays in device memory. `blocks`, `keys`, `values` and `lse` may be None."""
-
-    q: Any
-    k: Any
-    v: Any
-    work: Any
-    bands: Any
-    bias: Any
-    blocks: Any
-    keys: Any
-    values: Any
-    out: Any
-    lse: Any
+        return self.config.tma and not self.emulate
 
 
 def scratch_types(launch: Launch) -> dict[str, Any]:
@@ -99,7 +80,7 @@ def scratch_types(launch: Launch) -> dict[str, Any]:
         "v_smem": loaded(config.stages, parts, config.step_keys, width),
         "bias_smem": plgpu.SMEM((config.stages, KEY_TILE), jnp.bfloat16),
     }
-    if launch.tma:
+    if config.tma:
         types["q_full"] = plgpu.Barrier(num_arrivals=parts)
         types["kv_full"] = plgpu.Barrier(num_arrivals=2 * parts, num_barriers=config.stages)
         types["bias_full"] = plgpu.Barrier(num_arrivals=1, num_barriers=config.stages)
