@@ -23,7 +23,8 @@ def under_own_settings[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         if jax.config.read("jax_enable_x64"):
-            args, kwargs = tuple(map(_narrow, args)), {name: _narrow(x) for name, x in kwargs.items()}
+            narrow: Any = (tuple(map(_narrow, args)), {name: _narrow(x) for name, x in kwargs.items()})
+            args, kwargs = narrow
         with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
             return function(*args, **kwargs)
 

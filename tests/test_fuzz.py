@@ -23,10 +23,18 @@ EXTREMES = np.array([-(2**31), 2**31 - 1, -1, 0, 2**31 - 64, 2**30, -(2**30)])
 
 @cache
 def attend(name: str):
+    """Output, LSE (numbers where it is −inf) and density, compiled once for each shape. The oracle counts its mask."""
+
     def run(q, k, v, plan, lengths, q_offset):
         where = {"lengths": lengths, "q_offset": q_offset}
         out, lse = sparse_attention(q, k, v, plan, implementation=name, return_lse=True, **where)
-        return out, jnp.where(jnp.isneginf(lse), -1e30, lse), plan.density(q.shape[1], k.shape[1], **where)
+        if name == "reference":
+            rows = q_offset + jnp.arange(q.shape[1], dtype=jnp.int32)
+            causal = jnp.where(rows < lengths[:, None], rows + 1, 0).sum(-1)[:, None]
+            density = plan.to_mask(q.shape[1], k.shape[1], **where).sum((2, 3)) / jnp.maximum(causal, 1)
+        else:
+            density = plan.density(q.shape[1], k.shape[1], **where)
+        return out, jnp.where(jnp.isneginf(lse), jnp.float32(-1e30), lse), density
 
     return jax.jit(run)
 
@@ -50,7 +58,7 @@ def troubled_plan(rng: np.random.Generator, case: Case) -> SparsePlan:
             where = rng.random(count.shape) < 0.3
             count = np.where(where, rng.choice(EXTREMES, count.shape), count)
         changed[name] = int32(count)
-    return dataclasses.replace(plan, **changed, band_multiple=int(rng.choice([1, 64])))
+    return dataclasses.replace(plan, **changed, band_multiple=64 if case.b == 1 else 1)
 
 
 def arguments(number: int):
@@ -71,8 +79,3 @@ def test_random_plans_equal_the_oracle(name, plans):
         expected = attend("reference")(*given)
         for what, actual, wanted in zip(("output", "LSE", "density"), attend(name)(*given), expected, strict=True):
             np.testing.assert_allclose(actual, wanted, atol=atol, rtol=atol, err_msg=f"{what} of plan {number}")
-        mask = np.asarray(given[3].to_mask(given[0].shape[1], given[1].shape[1], lengths=given[4], q_offset=given[5]))
-        valid = int(given[5]) + np.arange(mask.shape[2]) < np.asarray(given[4])[:, None]
-        causal = ((int(given[5]) + np.arange(mask.shape[2]) + 1) * valid).sum(-1)[:, None]
-        density = mask.sum((2, 3)) / np.maximum(causal, 1)
-        np.testing.assert_allclose(expected[2], density, atol=1e-6, err_msg=f"density of plan {number}")

@@ -96,8 +96,9 @@ class HeadPatterns:
     recalls: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        texts = {p: parse_pattern(p) for layer in self.layers for p in layer if isinstance(p, str)}
-        layers = tuple(tuple(texts[p] if isinstance(p, str) else p for p in layer) for layer in self.layers)
+        given: Any = self.layers
+        parsed = {p: parse_pattern(p) for layer in given for p in layer if isinstance(p, str)}
+        layers = tuple(tuple(parsed[p] if isinstance(p, str) else p for p in layer) for layer in given)
         object.__setattr__(self, "layers", layers)
         heads = {len(layer) for layer in self.layers}
         if not self.layers or heads == {0}:
