@@ -67,10 +67,10 @@ def check_lengths(lengths: Any, batch: int, kv_len: int) -> Int[Array, " b"] | N
         raise TypeError(f"lengths must be integers, got {lengths.dtype}")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths must have shape ({batch},), one for each sequence; got {lengths.shape}")
-    return _clamped(lengths, 0, kv_len)
+    return clamped(lengths, 0, kv_len)
 
 
-def _clamped(x: Any, low: int, high: int) -> Array:
+def clamped(x: Any, low: int, high: int) -> Array:
     """An integer array of any width as int32 within [low, high]: clamped before it is narrowed."""
     if not isinstance(x, jax.Array):  # JAX would cut off the upper half of 64 bits
         return jnp.asarray(
@@ -95,7 +95,7 @@ def check_q_offset(q_offset: int | Int[Array, ""], q_len: int, kv_len: int) -> I
         raise TypeError(f"q_offset must be an integer scalar, got {q_offset!r}")
     if q_offset.shape or not jnp.issubdtype(q_offset.dtype, jnp.integer):
         raise ValueError(f"q_offset must be an integer scalar, got {q_offset.dtype} {q_offset.shape}")
-    return _clamped(q_offset, 0, kv_len) // QUERY_TILE * QUERY_TILE
+    return clamped(q_offset, 0, kv_len) // QUERY_TILE * QUERY_TILE
 
 
 def check_scale(scale: float | None, q: Float[Array, "b t n h"]) -> float:
