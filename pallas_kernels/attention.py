@@ -89,9 +89,15 @@ def sparse_attention(
     **Raises:** TypeError and ValueError at trace time, naming the argument and the shapes. Nothing that depends on
     data raises: the plan's rules say what is ignored.
 
-    Works under jit, vmap, lax.scan, shard_map and jax.checkpoint, and whatever JAX's settings are. Reverse-mode
+    Works under jit, vmap, lax.scan, shard_map and jax.checkpoint, and whatever JAX's settings are. Arrays that are
+    spread over devices by sequences or heads stay so, on Auto and Explicit axes of a mesh: each device works on its own
+    ones, and the output lies where q does; what is spread over positions is gathered first. Reverse-mode
     differentiable in q, k and v, with every implementation but "cudnn" for dense attention; forward mode is refused by
     JAX. Arrays of 64 bits are no attention's: float64 is refused.
+
+    A NaN or infinity of a key reaches the rows that see it; in the "xla" backend only these. Kernels multiply a weight
+    of zero with the values of every key of a step, and so spread it to rows that visit the same step: padding included,
+    they want finite k and v.
 
     Source: MInference (arXiv 2407.02490) §3.2.
     """
