@@ -242,11 +242,20 @@ class Llama(nnx.Module):
         return empty() if self.mesh is None else self.exchange.make(self.config, empty)
 
     def __call__(
-        self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
+        self,
+        tokens: Int32[Array, "b t"],
+        lengths: Int32[Array, " b"] | None = None,
+        *,
+        implementation: str | None = None,
     ) -> Float[Array, "b t vocab"]:
-        """float32 logits of every position, `[b, t, vocab]`; those of padding mean nothing."""
+        """float32 logits of every position, `[b, t, vocab]`; those of padding mean nothing.
+
+        `implementation` (static): of attention. Differentiable in the parameters, also with sparse patterns.
+        """
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        return programs.all_logits(self.config, self.params(), arrays, *self._inputs(tokens, lengths), self.exchange)
+        return programs.all_logits(
+            self.config, self.params(), arrays, *self._inputs(tokens, lengths), self.exchange, implementation
+        )
 
     def _inputs(self, tokens: Any, lengths: Any) -> tuple[Int32[Array, "b t"], Int32[Array, " b"]]:
         """Checked tokens and lengths, where the devices want them."""
@@ -260,16 +269,22 @@ class Llama(nnx.Module):
         return programs.hidden_states(self.config, self.params(), arrays, *self._inputs(tokens, lengths), self.exchange)
 
     def token_log_likelihoods(
-        self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None, *, return_info: bool = False
+        self,
+        tokens: Int32[Array, "b t"],
+        lengths: Int32[Array, " b"] | None = None,
+        *,
+        implementation: str | None = None,
+        return_info: bool = False,
     ) -> Any:
         """log p of each token given those before it, float32 `[b, t]`; 0 for the first one and for padding.
 
         The logits of a few rows exist at a time, so this costs no more memory than a prefill. With `return_info`
         also what `prefill` returns then: the `AttentionInfo` of all layers, None for dense attention.
+        `implementation` (static): of attention. Differentiable in the parameters, so its mean is a loss to train with.
         """
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        inputs = self._inputs(tokens, lengths)
-        scores, info = programs.log_likelihoods(self.config, self.params(), arrays, *inputs, self.exchange)
+        inputs = (*self._inputs(tokens, lengths), self.exchange, implementation, return_info)
+        scores, info = programs.log_likelihoods(self.config, self.params(), arrays, *inputs)
         return (scores, info) if return_info else scores
 
     def prefill(
