@@ -26,20 +26,22 @@ from minference_jax.bench.timing import median_seconds
 from minference_jax.models.forward import CHUNK
 from minference_jax.models.llama import Llama, prefill_program
 from minference_jax.patterns import AShape, HeadPatterns, Pattern
-from minference_jax.planning.cost import AUTO_PATTERN
+from minference_jax.planning.auto import AUTO, PAPER_PATTERN
 from minference_jax.planning.memory import advise
 
-VERTICAL_SLASH = AUTO_PATTERN
-"""The paper's largest budget, (1000, 6096), with the slashes counted in tiles: of random weights and tokens, lines
-scatter over all distances, and would visit most of the matrix."""
-
-METHODS: dict[str, tuple[Pattern | None, bool]] = {
+METHODS: dict[str, tuple[Pattern | str | None, bool]] = {
     "dense": (None, False),
     "a-shape": (AShape(sink=1024, window=4096), False),
-    "minference": (VERTICAL_SLASH, False),
-    "minference-fp8": (VERTICAL_SLASH, True),
+    "minference": (PAPER_PATTERN, False),
+    "minference-fp8": (PAPER_PATTERN, True),
+    "auto": (AUTO, False),
+    "auto-fp8": (AUTO, True),
 }
-"""Name → the pattern of all heads (None: dense) and whether projections run in FP8."""
+"""Name → the pattern of all heads (None: dense) and whether projections run in FP8.
+
+Slashes are counted in tiles: of random weights and tokens, lines scatter over all distances, and would visit most of
+the matrix. "auto" is whatever `patterns="auto"` takes at a length.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +74,18 @@ class Row:
 
 
 class Case(NamedTuple):
-    """What a row is of: `network` has the method's pattern and projections. `estimated`: too long to be run."""
+    """What a row is of: `network` has the method's patterns and projections, `patterns` are those of this length."""
 
     method: str
-    pattern: Pattern | HeadPatterns | None
+    patterns: HeadPatterns | None
     network: Llama
     tokens: int
-    estimated: bool
+    dense_limit: int
+
+    @property
+    def estimated(self) -> bool:
+        """Whether it is dense attention that would take too long."""
+        return self.patterns is None and self.tokens > self.dense_limit
 
     @property
     def prompt(self) -> Any:
@@ -98,7 +105,7 @@ class Compiled(NamedTuple):
 def bench_prefill(
     model: Llama,
     lengths: Sequence[int],
-    methods: Mapping[str, tuple[Pattern | HeadPatterns | None, bool]] = METHODS,
+    methods: Mapping[str, tuple[Pattern | HeadPatterns | str | None, bool]] = METHODS,
     *,
     repeats: int = 3,
     dense_limit: int = 1 << 17,
@@ -126,9 +133,9 @@ def bench_prefill(
         narrow = model.with_fp8_projections()
     networks = {name: (narrow if fp8 else model).with_patterns(p) for name, (p, fp8) in methods.items()}
     cases = [
-        Case(name, pattern, networks[name], tokens, estimated=pattern is None and tokens > dense_limit)
+        Case(name, networks[name].patterns_at(tokens), networks[name], tokens, dense_limit)
         for tokens in lengths
-        for name, (pattern, _) in methods.items()
+        for name in methods
     ]
     programs: Iterator[Compiled | None] = (None if case.estimated else _compile(case) for case in cases)
     if jobs > 1:
@@ -140,7 +147,7 @@ def bench_prefill(
     for case in cases:
         say(f"{case.tokens:,} tokens, {case.method}")
         fp8 = case.network.fp8_projections
-        options = {"dtype": model.dtype.name, "cache": None, "fp8_projections": fp8, "patterns": case.network.patterns}
+        options = {"dtype": model.dtype.name, "cache": None, "fp8_projections": fp8, "patterns": case.patterns}
         with advise(model.config, tokens=case.tokens, **options):
             row = _time(case, next(programs), repeats, pieces=pieces or case.estimated)
         if case.method == "dense":
@@ -202,9 +209,9 @@ def _time(case: Case, compiled: Compiled | None, repeats: int, *, pieces: bool) 
         memory = program_bytes(program) / 2**30
         seconds = median_seconds(lambda: program(*arguments(case.network, prompt)), repeats)
         del program, compiled
-    found = Pieces(math.nan, math.nan, math.nan, 1.0 if case.pattern is None else math.nan)
+    found = Pieces(math.nan, math.nan, math.nan, 1.0 if case.patterns is None else math.nan)
     if pieces:
-        first = case.pattern.layer(0) if isinstance(case.pattern, HeadPatterns) else case.pattern
+        first = None if case.patterns is None else case.patterns.layer(0)
         found = time_pieces(case.network, prompt, first, lambda run: median_seconds(run, repeats))
     if case.estimated:
         seconds = found.attention + found.indexing + found.projections

@@ -101,7 +101,8 @@ def compare(
 
         started = time.perf_counter()
         llama = Llama.from_pretrained(model, dtype=dtype, patterns=patterns, fp8_projections=fp8_projections)
-        changed = [] if llama.patterns is None else [_describe(llama.patterns)]
+        used = llama.patterns_at(tokens.shape[1])
+        changed = [] if used is None else [_describe(used)]
         changed += ["FP8 projections"] if fp8_projections else []
         loaded = time.perf_counter() - started
         run_jax(

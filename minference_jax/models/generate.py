@@ -149,16 +149,16 @@ def generate(
 
     started = time.perf_counter()
     run = PromptRunner(model, prefill_chunk, implementation, return_info, progress, cache_dtype)
-    room_for = bucket_length(max_new_tokens)
+    rows, room_for = bucket_length(prompts.shape[1]), bucket_length(max_new_tokens)
     with advise(
         model.config,
-        tokens=bucket_length(prompts.shape[1]) + room_for,
+        tokens=rows + room_for,
         batch=len(sizes),
         chunk=prefill_chunk,
         dtype=model.dtype.name,
         cache=cache_dtype or "model",
         fp8_projections=model.fp8_projections,
-        patterns=model.patterns,
+        patterns=model.patterns_at(prefill_chunk or rows, rows + room_for),
     ):
         logits, filled, cached_tokens = run(prompts, sizes, cache, room_for)
         token, done = _first_token(logits, filled.lengths, np.zeros(len(sizes), bool), **choose)

@@ -36,9 +36,9 @@ from minference_jax.models.parts import prefill_parts
 from minference_jax.models.random_weights import random_params
 from minference_jax.patterns.heads import HeadPatterns, LayerPatterns
 from minference_jax.patterns.resolve import Patterns, resolve_patterns
-from minference_jax.planning.cost import AUTO_PATTERN, AttentionChoice, choose_attention
+from minference_jax.planning.auto import AUTO, auto_patterns
+from minference_jax.planning.cost import AttentionChoice, choose_attention
 
-AUTO = "auto"
 """The name of the patterns that give way to dense attention where they do not pay."""
 
 
@@ -54,9 +54,10 @@ class Llama(nnx.Module):
     """A decoder of the Llama family whose prefill can be sparse.
 
     - `config`: what it is (static).
-    - `patterns`: the pattern (or plan builder) of each head in prefill; None for dense attention (static). Decoding is
-      dense.
-    - `auto`: dense attention wherever the patterns would not pay at a prompt's length (static); see `models.cost`.
+    - `patterns`: the pattern (or plan builder) of each head in prefill (static); None for dense attention, or, with
+      `auto`, for a pattern by a prompt's length. Decoding is dense.
+    - `auto`: dense attention wherever the patterns would not pay at a prompt's length (static); see `planning.cost`.
+      `patterns_at` says what a length gets.
     - `embed`, `layers`, `final_norm`, `lm_head`: parameters, named and shaped as in `param_shapes(config)`.
 
     Every method is jitted and can be called inside other transformations. Tokens are int32, padded on the right;
@@ -88,13 +89,13 @@ class Llama(nnx.Module):
         """A model of these parameters (not copied).
 
         `patterns`: None for dense attention; one pattern or plan builder for all heads; `HeadPatterns`; a pattern's
-        text, such as "a-shape:sink=64"; the path of a pattern file or the name of a preset; or "auto": a sparse
-        pattern where it pays, dense attention where not. Raises `ValueError`
-        listing every missing, unexpected or wrongly shaped parameter, or when the patterns are of another number of
-        layers or heads.
+        text, such as "a-shape:sink=64"; the path of a pattern file or the name of a preset; or "auto": at each
+        length the pattern of `planning.auto` where it pays, dense attention where not. Raises `ValueError` listing
+        every missing, unexpected or wrongly shaped parameter, or when the patterns are of another number of layers or
+        heads.
         """
         if isinstance(patterns, str) and patterns == AUTO:
-            return cls(config, params, resolve_patterns(AUTO_PATTERN, config.num_layers, config.num_heads), auto=True)
+            return cls(config, params, auto=True)
         return cls(config, params, resolve_patterns(patterns, config.num_layers, config.num_heads))
 
     @classmethod
@@ -161,14 +162,28 @@ class Llama(nnx.Module):
 
     def attention_choice(self, rows: int, keys: int | None = None) -> AttentionChoice | None:
         """With `auto`, what prefill of `rows` tokens at the end of `keys` (default: as many) does; else None."""
-        if not self.auto or self.patterns is None:
+        if not self.auto:
             return None
-        return choose_attention(self.config, self.patterns, rows, rows if keys is None else keys)
+        keys = rows if keys is None else keys
+        return choose_attention(self.config, self._sparse_patterns(keys), rows, keys)
+
+    def patterns_at(self, rows: int, keys: int | None = None) -> HeadPatterns | None:
+        """The patterns of prefill of `rows` tokens at the end of `keys` (default: as many); None where dense."""
+        if not self.auto:
+            return self.patterns
+        keys = rows if keys is None else keys
+        choice = self.attention_choice(rows, keys)
+        return None if choice is None or choice.dense else self._sparse_patterns(keys)
+
+    def _sparse_patterns(self, keys: int) -> HeadPatterns:
+        return self.patterns or auto_patterns(self.config.num_layers, self.config.num_heads, keys)
 
     def patterns_for(self, rows: int, keys: int | None = None) -> LayerPatterns | None:
-        """What prefill of `rows` tokens at the end of `keys` (default: as many) uses: None where dense attention."""
-        choice = self.attention_choice(rows, keys)
-        return None if choice is not None and choice.dense else self._layer_patterns
+        """`patterns_at` as arrays."""
+        if not self.auto:
+            return self._layer_patterns
+        found = self.patterns_at(rows, keys)
+        return None if found is None else found.arrays()
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
         """An empty KV cache for `batch` sequences of up to `length` tokens.

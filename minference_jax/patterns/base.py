@@ -46,6 +46,21 @@ class IndexRates(Protocol):
         """Visited cells that take as long as one score of a probe row in `pallas_kernels.tile_masses`."""
         ...
 
+    @property
+    def index(self) -> float:
+        """Seconds of an index of no keys."""
+        ...
+
+    @property
+    def index_key(self) -> float:
+        """Seconds of an index for each key, of 32 query heads."""
+        ...
+
+    @property
+    def selection(self) -> float:
+        """Seconds of choosing tiles by their masses, beside the masses."""
+        ...
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["lengths", "q_offset"], meta_fields=["scale", "axis_name"])
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +135,10 @@ class Pattern(abc.ABC):
     def visited(self, rows: int, keys: int, rates: IndexRates) -> float:
         """Cells that the kernel visits for the last `rows` of `keys` positions, and what the index costs beside it, in
         cells. An estimate: overlaps depend on the prompt."""
+
+    def index_seconds(self, keys: int, heads: int, rates: IndexRates) -> float:
+        """Seconds of one layer's index of `heads` query heads, beside what `visited` counts."""
+        return rates.index + rates.index_key * keys * heads / 32 if self.indexed else 0.0
 
     def covers(self) -> int:
         """Up to so many keys the pattern visits every causal cell, and is served as dense attention."""

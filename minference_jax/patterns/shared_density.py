@@ -90,6 +90,9 @@ class SharedDensity(Pattern):
         every = pairs(rows, keys, keys)
         return self.density * every + rates.mass * every / self.every
 
+    def index_seconds(self, keys: int, heads: int, rates: IndexRates) -> float:
+        return rates.selection
+
     def index_bytes(self, rows: int, keys: int, heads: int, itemsize: int = 2) -> int:
         tiles = heads * -(-rows // QUERY_TILE) * num_key_tiles(keys)
         # What the probes hold of every key tile in float32, its 16-bit form and the lists.

@@ -3,10 +3,10 @@
 With n heads of h, t query rows and pairs(…) visible (query, key) cells of a head:
 
 - dense: launch + 4 · n · h · pairs(all) / dense rate.
-- sparse: launch + index + 4 · n · h · pairs(budget) / sparse rate, where the index takes a constant and a share for
-  each key, and a row at position p visits at most min(p, budget) keys.
+- sparse: launch + index + 4 · n · h · visited / sparse rate.
 
-What a pattern visits, each says of itself (`Pattern.visited`). Sparse attention has to be 5 % faster to be chosen.
+What a pattern visits and what its index takes, each says of itself (`Pattern.visited`, `Pattern.index_seconds`).
+Sparse attention has to be 5 % faster to be chosen.
 """
 
 from __future__ import annotations
@@ -19,13 +19,9 @@ from typing import Any
 
 import jax
 
-from minference_jax.index import tile_budget
 from minference_jax.models.config import LlamaConfig
-from minference_jax.patterns import HeadPatterns, VerticalSlash
+from minference_jax.patterns import HeadPatterns
 from minference_jax.patterns.base import pairs
-
-AUTO_PATTERN = VerticalSlash(columns=1000, tiles=tile_budget(6096))
-"""What `patterns="auto"` uses where sparse pays: the paper's largest budget, (1000, 6096), in tiles."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,8 @@ class Rates:
       `index_key`: for each key, of 32 query heads.
     - `probe`: visited cells of head_dim 128 that take as long as one score of a probe every few rows, which is stored
       and read again whatever the head_dim.
-    - `mass`: visited cells that take as long as one score of a probe whose tile masses alone are kept.
+    - `mass`: visited cells that take as long as one score of a probe whose tile masses alone are kept. `selection`:
+      seconds of choosing tiles by their masses, beside that.
     """
 
     dense: float
@@ -47,18 +44,37 @@ class Rates:
     index_key: float
     probe: float
     mass: float
+    selection: float
 
 
 RATES: dict[str, Rates] = {
-    "H100": Rates(dense=600e12, sparse=500e12, launch=0.05e-3, index=0.5e-3, index_key=1.3e-8, probe=8.0, mass=1.6),
-    "H200": Rates(dense=600e12, sparse=500e12, launch=0.05e-3, index=0.5e-3, index_key=1.3e-8, probe=8.0, mass=1.6),
+    "H100": Rates(
+        dense=600e12,
+        sparse=500e12,
+        launch=0.05e-3,
+        index=0.5e-3,
+        index_key=1.3e-8,
+        probe=8.0,
+        mass=0.8,
+        selection=0.1e-3,
+    ),
+    "H200": Rates(
+        dense=600e12,
+        sparse=500e12,
+        launch=0.05e-3,
+        index=0.5e-3,
+        index_key=1.3e-8,
+        probe=8.0,
+        mass=0.8,
+        selection=0.1e-3,
+    ),
 }
 """By a part of the device's name. An H200 has an H100's arithmetic, which is what both are bound by."""
 
 MARGIN = 1.05
 """How much slower than sparse attention dense attention may be predicted to be and still be chosen: it is exact."""
 
-OTHER = Rates(dense=1.0e12, sparse=0.5e12, launch=0.0, index=2e-3, index_key=1e-7, probe=0.5, mass=0.5)
+OTHER = Rates(dense=1.0e12, sparse=0.5e12, launch=0.0, index=2e-3, index_key=1e-7, probe=0.5, mass=0.5, selection=2e-3)
 """Anywhere else, our sparse attention is plain jnp: it has to visit half the cells or fewer to pay."""
 
 
@@ -114,7 +130,6 @@ def _choose(config_key: _Same, patterns_key: _Same, rows: int, keys: int, device
     distinct = {id(pattern): pattern for pattern in heads}
     visited = sum(number[key] * p.visited(rows, keys, of_head) for key, p in distinct.items()) / len(heads)
     dense = rates.launch + operations * pairs(rows, keys, keys) / rates.dense
-    indexed = any(pattern.indexed for pattern in distinct.values())
-    index = rates.index + rates.index_key * keys * config.num_heads / 32 if indexed else 0.0
+    index = max(pattern.index_seconds(keys, config.num_heads, rates) for pattern in distinct.values())
     sparse = rates.launch + index + operations * visited / rates.sparse
     return AttentionChoice(dense <= MARGIN * sparse, 1e3 * dense, 1e3 * sparse, name or f"no rates for {device}")

@@ -32,7 +32,7 @@ from minference_jax.models.fp8 import CONTRACTED, fp8_shapes
 from minference_jax.models.params import layer_shapes, param_shapes
 from minference_jax.models.rounding import QUANTIZED
 from minference_jax.patterns import HeadPatterns, Pattern
-from minference_jax.planning.cost import AUTO_PATTERN
+from minference_jax.planning.auto import AUTO, auto_pattern
 
 GPUS: dict[str, float] = {
     "24 GB": 24.0,
@@ -82,16 +82,21 @@ def memory_need(
     dtype: str = "bfloat16",
     cache: str | None = "model",
     fp8_projections: bool = False,
-    patterns: HeadPatterns | Pattern | None = AUTO_PATTERN,
+    patterns: HeadPatterns | Pattern | str | None = AUTO,
 ) -> MemoryNeed:
     """What prefilling `batch` prompts of `tokens` takes; the formula is at the top of this file.
 
     **Arguments:** `tokens`: capacity of the cache, generated tokens included. `chunk`: rows of a part; None for one
     call. `cache`: "model" (in `dtype`), "fp8" or "int8"; None keeps no cache, which needs `chunk` None.
-    `patterns`: of the heads, or one for all of them, by default what "auto" uses; None for dense attention.
+    `patterns`: of the heads, or one for all of them; "auto" (the default) for what that uses at this length; None for
+    dense attention.
     """
     if chunk is not None and cache is None:
         raise ValueError("a prefill in parts needs a cache")
+    if isinstance(patterns, str):
+        if patterns != AUTO:
+            raise ValueError(f'patterns must be patterns, None or "auto", got {patterns!r}')
+        patterns = auto_pattern(tokens)
     size = jnp.dtype(dtype).itemsize
     rows = min(chunk or tokens, tokens)
     return MemoryNeed(
