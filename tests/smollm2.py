@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, fetched once into a cache directory (or the test is skipped), and a tiny model with its text."""
+"""SmolLM2-135M-Instruct, fetched once into a cache directory (or the test is skipped), and a tiny model of its text."""
 
 import functools
 import os
