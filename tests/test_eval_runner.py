@@ -1,5 +1,6 @@
 """The runner: batches give what single prompts give, nothing compiles twice, a killed run goes on, and the report."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -172,6 +173,9 @@ def test_perplexity_is_that_of_the_logits(model):
     assert results[1].nll == pytest.approx(expected.mean(), rel=1e-5) and results[1].tokens == 99
     cell = perplexity_cell(results)
     assert cell is not None and cell.value == pytest.approx(np.exp(np.mean([r.nll for r in results])))
+    some = dataclasses.replace(task.sample(tokenizer, 100, 1, 0), scored=(7, 40))
+    scored = run_batch(model, tokenizer, task, [some], "dense", 2)[0]
+    assert scored.tokens == 2 and scored.nll == pytest.approx(expected[[6, 39]].mean(), rel=1e-5)
     assert cell.low < cell.value < cell.high and score_cell(results) is None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 from eval_tokenizer import WordTokenizer
@@ -206,6 +207,21 @@ def test_perplexity_windows_are_spread_over_the_text(tokenizer):
     assert list(one.sample(tokenizer, 128, 49, 0).tokens) == ids[-128:]
     with pytest.raises(ValueError, match="too long"):
         one.sample(tokenizer, 10**6, 0, 0)
+
+
+@pytest.mark.parametrize("length", [400, 1001])
+def test_turns_ask_for_facts_before_them(tokenizer, length):
+    sample = task("turns").sample(tokenizer, length, 3, 0)
+    assert len(sample.tokens) == length and sample.scored[-1] == length - 1 and not sample.max_new_tokens
+    text = text_of(tokenizer, sample)
+    facts = re.findall(r"The pass key of (\w+) is (\d+)\. Remember it\.", text)
+    asked = re.findall(r"Question: What is the pass key of (\w+)\? Answer: The pass key of \1 is (\d+)", text)
+    assert len(facts) == 8 and sorted(asked) == sorted(facts) and asked != facts
+    answers = tokenizer.decode([sample.tokens[place] for place in sample.scored])
+    assert answers.replace(" ", "") == "".join(key for _, key in asked)
+    assert text.rindex("Remember") < text.index("Question") and 0.3 < text.index("Question") / len(text) < 0.7
+    with pytest.raises(ValueError, match="length 60 is too short"):
+        task("turns").sample(tokenizer, 60, 0, 0)
 
 
 def test_fills_are_exact_and_say_when_there_is_no_room(tokenizer):

@@ -24,7 +24,10 @@ from minference_jax.patterns.resolve import resolve_patterns
 def evaluate(
     model: Annotated[Path, typer.Option(help="A Hugging Face directory or a .gguf file.")],
     tasks: Annotated[
-        str, typer.Option(help="Names or groups (niah, retrieval, ruler), with commas; infinitebench, longbench, ppl.")
+        str,
+        typer.Option(
+            help="Names or groups (niah, retrieval, ruler), with commas; infinitebench, longbench, ppl, turns."
+        ),
     ] = "niah,kv,ppl",
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, with commas.")] = "1024,4096",
     methods: Annotated[

@@ -12,7 +12,8 @@ _SENTENCE_END = re.compile(r"(?<!Mr)(?<!Mrs)(?<!Dr)[.?!]\"?(?=\s)|(?=\n\n)")
 
 
 @lru_cache(maxsize=8)
-def _text_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:
+def text_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:
+    """Ids of `text` alone, remembered: it is the haystack of many prompts."""
     return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -26,7 +27,7 @@ def fill_text(
 
     Raises `ValueError` when the prompt is longer than `length` without any haystack.
     """
-    ids = _text_ids(tokenizer, text)
+    ids = text_ids(tokenizer, text)
     empty = build("")
     size = length - len(empty)
     if size < 0 or not ids:

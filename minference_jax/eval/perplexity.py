@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from minference_jax.data.needle import ChatTokenizer
-from minference_jax.eval.fill import _text_ids
+from minference_jax.eval.fill import text_ids
 from minference_jax.eval.samples import Sample
 
 
@@ -22,7 +22,7 @@ class Perplexity:
         """Window `index`; raises `ValueError` where the text is shorter than `length` tokens."""
         if length < 2:
             raise ValueError(f"length {length} is too short: one token has no likelihood")
-        ids = _text_ids(tokenizer, self.text)
+        ids = text_ids(tokenizer, self.text)
         if len(ids) < length:
             raise ValueError(f"length {length} is too long: the text has {len(ids)} tokens")
         first = (len(ids) - length) * (index % self.windows) // max(self.windows - 1, 1)

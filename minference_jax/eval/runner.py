@@ -142,9 +142,9 @@ def run_batch(
     if group[0].max_new_tokens == 0:
         likelihoods, info = model.token_log_likelihoods(jnp.asarray(tokens), jnp.asarray(lengths), return_info=True)
         scores = np.asarray(likelihoods, np.float64)
+        scored = [sample.scored or range(1, len(sample.tokens)) for sample in group]
         found: list[dict[str, Any]] = [
-            {"nll": -float(scores[i].sum()) / (len(sample.tokens) - 1), "tokens": len(sample.tokens) - 1}
-            for i, sample in enumerate(group)
+            {"nll": -float(scores[i, list(places)].mean()), "tokens": len(places)} for i, places in enumerate(scored)
         ]
         measured = _measured((info,), len(group))
     else:

@@ -22,6 +22,7 @@ class Sample:
     - `answers`: what the task's metric looks for in the reply. Empty for text whose likelihood is measured.
     - `max_new_tokens`: of the reply; 0 for text whose likelihood is measured.
     - `about`: what a report may group by, such as the needle's depth. JSON values.
+    - `scored`: positions of the tokens whose likelihood is measured, from 1 on; empty for all but the first one.
     """
 
     task: str
@@ -31,6 +32,7 @@ class Sample:
     answers: tuple[str, ...] = ()
     max_new_tokens: int = 0
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scored: tuple[int, ...] = ()
 
     @property
     def id(self) -> str:

@@ -14,6 +14,7 @@ from minference_jax.eval.ruler_niah import KINDS, RulerNeedle
 from minference_jax.eval.ruler_qa import RulerQuestions
 from minference_jax.eval.ruler_tracing import CommonWords, FrequentWords, VariableTracking
 from minference_jax.eval.samples import Task
+from minference_jax.eval.turns import Turns
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "niah": tuple(f"needle-{kind}-{mode}" for kind in ("magic", "address") for mode in ("raw", "prefix")),
@@ -55,7 +56,7 @@ def make_tasks(
         for mode in ("raw", "prefix", "chat"):
             task = NeedleTask(kind, mode, text)
             known[task.name] = task
-    others = (HiddenNumber("passkey"), HiddenNumber("number"), KeyValue(), Perplexity(text))
+    others = (HiddenNumber("passkey"), HiddenNumber("number"), KeyValue(), Perplexity(text), Turns(text))
     known |= {task.name: task for task in (*others, VariableTracking(), CommonWords(text), FrequentWords())}
     questions = zip(("ruler-qa_1", "ruler-qa_2"), qa, strict=False)
     known |= {name: RulerQuestions.read(path, name) for name, path in questions}
