@@ -88,7 +88,7 @@ print(markdown([*results, *texts]))
 # %% [markdown]
 # ## Which budget, and why?
 #
-# Measured on an H100 80GB HBM3 in bfloat16 (jax 0.11.2; dense and A-shape at commit 1e574e6, sparse at fcc48dd),
+# Measured on an H100 in bfloat16 (jax 0.11.2; dense and A-shape at commit 1e574e6, sparse at fcc48dd),
 # SmolLM2-135M-Instruct, prompts of *Northanger Abbey*, which no pattern was searched on, 50 of each task, with 95 %
 # intervals; densities are those of the prompts. Needles: four tasks, a number or an address, in raw text or in a chat.
 # Retrieval: a pass key or ten digits in repeated sentences, a value of a key. RULER: its 13 tasks.
