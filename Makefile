@@ -16,7 +16,7 @@ ifneq ($(shell cat .venv/.folder 2>/dev/null) $(shell $(BIN)/python -c 'import p
 $(shell rm -f .venv/.folder .venv/.runtime .venv/.dev)
 endif
 
-.PHONY: help venv demo test check lint format clean compile-h100
+.PHONY: help venv demo test check lint format clean compile-gpus
 
 help:
 	@echo "make demo     a real Llama reads a book chapter with dense and with sparse prefill, and answers a question"
@@ -41,9 +41,9 @@ lint: .venv/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-# Needs an environment with the CUDA compiler wheels; tests/compile_h100.py names them.
-compile-h100:
-	$(or $(PYTHON),$(BIN)/python) tests/compile_h100.py
+# Needs an environment with the CUDA compiler wheels; tests/compile_gpus.py names them. GPUS="8.0 9.0": those only.
+compile-gpus:
+	$(or $(PYTHON),$(BIN)/python) tests/compile_gpus.py $(GPUS)
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix

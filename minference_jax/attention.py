@@ -20,9 +20,11 @@ import pallas_kernels
 from minference_jax.index.recall import estimated_recall
 from minference_jax.patterns.base import Pattern, Where
 from minference_jax.patterns.heads import LayerPatterns, layer_patterns
+from minference_jax.patterns.rates import predicted
 from minference_jax.patterns.text import parse_pattern
 from pallas_kernels.backends import Implementation, choose_implementation, find_backend
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
+from pallas_kernels.device import target
 from pallas_kernels.plan import KEY_TILE, SparsePlan, kv_limit, num_query_tiles
 from pallas_kernels.tracing import under_own_settings, vary_alike
 
@@ -38,7 +40,8 @@ class AttentionInfo:
 
     - `density`: float32 `[b, n]`, visited / causal cells. `recall`: float32 `[b, n]`, the estimated share of the
       dense softmax mass inside the plan, from 64 probe rows.
-    - `implementation`, `reason` (static): what served the call, and why.
+    - `implementation`, `reason` (static): what served the call, and why; and that dense attention would be faster, if
+      it is predicted to be on this device.
     """
 
     density: Float[Array, "b n"]
@@ -203,11 +206,27 @@ def sparse_attention(
     lengths = check_lengths(lengths, q.shape[0], k.shape[1])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
     heads = _heads(pattern, q.shape[2])
-    out, info = _attend(q, k, v, heads, lengths, offset, check_scale(scale, q), implementation, return_info)
+    remark = _if_slower(pattern, q, k) if return_info and implementation is None else ""
+    out, info = _attend(q, k, v, heads, lengths, offset, check_scale(scale, q), implementation, return_info, remark)
     return (out, info) if return_info else out
 
 
-@partial(jax.jit, static_argnames=("scale", "implementation", "return_info"))
+def _if_slower(pattern: Patterns, q: Array, k: Array) -> str:
+    """What to say if sparse attention is predicted to be slower than dense; "" otherwise, and where budgets are arrays.
+
+    By up to 2 % counts as even.
+    """
+    if isinstance(pattern, LayerPatterns):
+        return ""
+    pattern = parse_pattern(pattern) if isinstance(pattern, str) else pattern
+    heads = [pattern] if isinstance(pattern, Pattern) else pattern
+    dense, sparse, source = predicted(heads, *q.shape[2:], q.shape[1], k.shape[1], target().device_kind)
+    if sparse <= 1.02 * dense:
+        return ""
+    return f"; dense attention is predicted to be faster: {dense:.3g} ms instead of {sparse:.3g} ({source})"
+
+
+@partial(jax.jit, static_argnames=("scale", "implementation", "return_info", "remark"))
 def _attend(
     q: Array,
     k: Array,
@@ -218,6 +237,7 @@ def _attend(
     scale: float,
     implementation: Any,
     return_info: bool,
+    remark: str,
 ) -> tuple[Array, AttentionInfo | None]:
     b, n = q.shape[0], q.shape[2]
     where: dict[str, Any] = {"lengths": lengths, "q_offset": q_offset, "scale": scale}
@@ -251,4 +271,4 @@ def _attend(
         return out, None
     plan_shape = jax.eval_shape(lambda: make_plan(q, k, heads, **where))
     choice = choose_implementation(q, k, v, plan_shape, implementation=implementation)
-    return out, AttentionInfo(density, held, choice.name, choice.reason)
+    return out, AttentionInfo(density, held, choice.name, choice.reason + remark)

@@ -125,6 +125,7 @@ SPARSE_BACKENDS = (
         mma.unsupported_reason,
         mma.mma_attention,
         remark=mma.remark,
+        differentiable=True,
         keeps_to_plans=True,
         prepare=tables.prepare,
     ),
@@ -152,9 +153,9 @@ class Choice(NamedTuple):
         return find_backend(self.name)
 
 
-def find_backend(name: str) -> Backend:
-    """The backend of a name. Raises ValueError for names that no backend has."""
-    return _named(name, DENSE_BACKENDS)
+def find_backend(name: str, *, sparse: bool = False) -> Backend:
+    """The backend of a name, with `sparse` one that serves plans. Raises ValueError for names that no backend has."""
+    return _named(name, SPARSE_BACKENDS if sparse else DENSE_BACKENDS)
 
 
 def choose_implementation(

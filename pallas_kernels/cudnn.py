@@ -21,12 +21,17 @@ def unsupported_reason(
 ) -> str | None:
     """Why cuDNN cannot serve a call, in words for the caller; None if it can. See `backends.UnsupportedReason`.
 
-    It needs a GPU, 16-bit inputs, a head_dim that is a multiple of 8 up to 128, and as many queries as keys.
+    It needs a GPU that is here, 16-bit inputs, a head_dim that is a multiple of 8 up to 128, and as many queries as
+    keys.
     """
     if plan is not None:
         return "cuDNN attention visits every key and takes no plan"
     if device is not None and (reason := device.reason_against("cuDNN")) is not None:
         return reason
+    if device is not None and device.version < (8, 0):
+        return f"cuDNN attention needs compute capability 8.0 or later; the default device has {device.capability}"
+    if device is not None and not device.here:
+        return "cuDNN attention is traced where its GPU is: JAX asks cuDNN for its version"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN attention computes in bfloat16 or float16; q is {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > 128:

@@ -17,6 +17,8 @@ from plans import int32, random_plan
 from pallas_kernels.backends import Backend, find_backend
 from pallas_kernels.hopper.attention import hopper_attention
 from pallas_kernels.hopper.config import KernelConfig
+from pallas_kernels.mma import config as mma_config
+from pallas_kernels.mma.attention import mma_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +119,21 @@ HOPPER_CASES = {
     ),
 }
 
+MMA_CASES = {
+    "every-part-two-sequences-offset-D64": (HOPPER_CASES["every-part-two-sequences-offset-D64"][0], {"tma": True}),
+    "32-keys-three-stages-T261-D96-fp16": (
+        HOPPER_CASES["one-chain-T261-D96-fp16"][0],
+        {"step_keys": 32, "stages": 3, "tma": True},
+    ),
+    "64-rows-32-keys-D256": (
+        Case(1, 200, 330, 2, 1, 256, "bfloat16", lengths=(320,), q_offset=128, widths=(70, 2, 1)),
+        {"rows": 64, "step_keys": 32, "tma": True},
+    ),
+}
+
 HALF = ("bfloat16", "float16")
 UNDER_TEST = (
     UnderTest("xla"),
     UnderTest("hopper", HALF, (64, 96, 128), Interpreted(hopper_attention, KernelConfig, HOPPER_CASES)),
+    UnderTest("mma", HALF, mma_config.HEAD_DIMS, Interpreted(mma_attention, mma_config.KernelConfig, MMA_CASES)),
 )

@@ -51,7 +51,7 @@ def test_functions_are_timed_in_turns():
 
 
 def test_a_wrong_output_gets_no_figure(monkeypatch):
-    monkeypatch.setattr(kernels, "sparse_attention", lambda q, k, v, plan: jnp.zeros_like(q))
+    monkeypatch.setattr(kernels, "sparse_attention", lambda q, k, v, plan, implementation: jnp.zeros_like(q))
     with pytest.raises(RuntimeError, match="is wrong: relative error"):
         list(kernels.bench_kernels([256], [TINY], [kernels.Layout(1, 2, 1, 64)], repeats=1))
 
@@ -68,6 +68,15 @@ def test_command_prints_one_json_object(capsys, tmp_path):
     )
     assert "minference" in row["peers"]["minference, one launch"]  # why it could not be timed
     assert plot.stat().st_size > 0
+
+
+def test_command_times_the_implementation_that_is_asked_for(capsys):
+    arguments = "--lengths 256 --heads 2/1/64 --repeats 1 --pattern a-shape:sink=8,window=64 --json --implementation"
+    assert main(["bench", "kernels", *arguments.split(), "reference"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["implementation"] == "reference"
+    assert main(["bench", "kernels", *arguments.split(), "fastest"]) == 2
+    assert "got 'fastest'" in capsys.readouterr().err
 
 
 def test_command_names_bad_options(capsys):

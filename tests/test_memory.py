@@ -1,5 +1,6 @@
 """The memory formula against what arrays and the compiler take; what fits; advice; dense or sparse by cost."""
 
+import dataclasses
 import json
 
 import jax
@@ -14,9 +15,10 @@ from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
 from minference_jax.models.params import param_shapes
 from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, SharedDensity, VerticalSlash
+from minference_jax.patterns.base import pairs
 from minference_jax.planning import memory
 from minference_jax.planning.auto import PAPER_PATTERN, auto_pattern, auto_patterns
-from minference_jax.planning.cost import choose_attention, pairs
+from minference_jax.planning.cost import choose_attention
 from minference_jax.planning.memory import OutOfDeviceMemoryError, advice, advise, longest_prompt, memory_need
 
 GIB = 2**30
@@ -154,3 +156,31 @@ def test_auto_runs_the_dense_program_where_that_is_its_choice(rng):
     assert info is None and (logits == model.prefill(tokens)[0]).all()
     long = auto.with_fp8_projections().attention_choice(1 << 20)
     assert long is not None and not long.dense
+
+
+RATED = ("A100-SXM4-80GB", "A10", "L40S", "GeForce RTX 4090", "GeForce RTX 5090", "H100 80GB HBM3", "H200", "B200")
+
+
+def test_every_generation_of_gpus_has_rates_and_says_where_they_are_from():
+    patterns = HeadPatterns.uniform(PAPER_PATTERN, LLAMA.num_layers, LLAMA.num_heads)
+    for name in RATED:
+        device = f"NVIDIA {name}"
+        chosen = [choose_attention(LLAMA, patterns, 1 << n, 1 << n, device=device) for n in range(10, 21)]
+        assert chosen[0].dense and not any(choice.dense for choice in chosen[7:]), name  # 1K, 128K to 1M
+        source = "measured" if name[0] == "H" else "estimated from its data sheet"
+        assert chosen[0].source == source and f"{device}, {source})" in str(chosen[0])
+        # The warp-level kernel is further behind dense attention than the Hopper kernel: sparse has to visit less.
+        half = HeadPatterns.uniform(BlockSparse(blocks=480), 1, 32)
+        assert choose_attention(LLAMA, half, 1 << 16, 1 << 16, device=device).dense == (source != "measured")
+    wide = dataclasses.replace(LLAMA, head_dim=256)  # one kernel serves both
+    half = HeadPatterns.uniform(AShape(1024, 32_768), 1, 32)
+    assert not choose_attention(wide, half, 1 << 16, 1 << 16, device="NVIDIA A100-SXM4-80GB").dense
+
+
+def test_a_gpu_without_rates_stays_dense_unless_a_tenth_is_visited():
+    for device in ("NVIDIA RTX A1000", "NVIDIA L4", "NVIDIA GB10"):
+        for blocks, dense in ((64, True), (40, False)):  # 12.5 and 7.8 % of the cells of 64K tokens, and a bit
+            choice = choose_attention(
+                LLAMA, HeadPatterns.uniform(BlockSparse(blocks), 1, 32), 1 << 16, 1 << 16, device=device
+            )
+            assert choice.dense == dense and "at most a tenth" in str(choice)

@@ -3,32 +3,24 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.mosaic import gpu as mgpu
 from test_hopper import SHAPES, avals, lowered
 
 from pallas_kernels import SparsePlan, choose_implementation
-from pallas_kernels.device import Device
+from pallas_kernels.device import Device, lowering_for
 from pallas_kernels.mma.attention import mma_attention
 from pallas_kernels.mma.config import BLOCK_SHARED_MEMORY, HEAD_DIMS, KernelConfig, default_config
 
 CASES = SHAPES | {"every-part-D256": avals(1, 4096, 4096, 8, 2, 256, columns=128, bands=9, blocks=5)}
 
 
-def pretend(monkeypatch, capability):
-    """Mosaic asks the default device for its compute capability, and assumes 9.0 without one."""
-    for module in (mgpu.utils, mgpu.core.utils):
-        monkeypatch.setattr(module, "_infer_arch", lambda: capability)
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (12, 0)], ids=["cp.async", "TMA"])
+@pytest.mark.parametrize("capability", ["8.0", "9.0", "12.0"], ids=["cp.async", "TMA", "cp.async-small-memory"])
 @pytest.mark.parametrize("shapes", CASES.values(), ids=CASES.keys())
-def test_lowers_for_cuda_in_both_forms(monkeypatch, capability, shapes):
-    pretend(monkeypatch, capability)
-
+def test_lowers_for_cuda_in_both_forms(capability, shapes):
     def attend(q, k, v, plan, lengths, q_offset):
         return mma_attention(q, k, v, plan, lengths=lengths, q_offset=q_offset, return_lse=True)
 
-    assert "mosaic_gpu" in lowered(attend, *shapes)
+    with lowering_for(capability):
+        assert "sparse_attention_mma" in lowered(attend, *shapes)
 
 
 @pytest.mark.parametrize("capability", BLOCK_SHARED_MEMORY)
@@ -37,14 +29,14 @@ def test_default_configurations_fit(capability, head_dim):
     assert default_config(head_dim, capability).fits(head_dim, capability)
 
 
-def test_configurations_that_cannot_run_are_refused(monkeypatch):
+def test_configurations_that_cannot_run_are_refused():
     for bad in ({"rows": 32}, {"step_keys": 128}, {"stages": 1}):
         with pytest.raises(ValueError):
             KernelConfig(**bad)
-    pretend(monkeypatch, (8, 6))
     q, k, v, *_ = avals(1, 128, 128, 1, 1, 128)
-    with pytest.raises(ValueError, match=r"shared memory.*8\.6"):
-        lowered(lambda q, k, v: mma_attention(q, k, v, SparsePlan(), config=KernelConfig(stages=3)), q, k, v)
+    for config, reason in ((KernelConfig(stages=3), r"shared memory.*8\.6"), (KernelConfig(tma=True), r"TMA.*8\.6")):
+        with lowering_for("8.6"), pytest.raises(ValueError, match=reason):
+            lowered(lambda q, k, v, config=config: mma_attention(q, k, v, SparsePlan(), config=config), q, k, v)
 
 
 @pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9", "10.0", "12.0"])

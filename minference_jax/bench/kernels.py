@@ -24,7 +24,8 @@ from minference_jax.bench import peers as others
 from minference_jax.bench.cases import BUDGETS, Case
 from minference_jax.bench.shapes import exact_row, sample_rows
 from minference_jax.bench.timing import in_turns_ms, median_ms
-from pallas_kernels import SparsePlan, choose_implementation, sparse_attention
+from pallas_kernels import Choice, SparsePlan, choose_implementation, sparse_attention
+from pallas_kernels.backends import Implementation
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -103,19 +104,21 @@ def bench_kernels(
     peers: bool = False,
     dense_limit: int = 1 << 19,
     repeats: int = 5,
+    implementation: Implementation | None = None,
 ) -> Iterator[Row]:
     """Times every combination; all rows of one layout and length together.
 
     **Arguments:** `cases`: patterns with budgets. `peers`: also time other implementations. `dense_limit`: beyond this
     length cuDNN is not timed (it takes 18 s at 1M tokens). `repeats`: turns of attention and cuDNN, single calls of the
-    rest; medians are shown.
+    rest; medians are shown. `implementation`: what serves the plans, by default the best for each call.
 
-    **Raises:** RuntimeError when sampled rows differ from an exact computation by more than `LARGEST_ERROR`.
+    **Raises:** ValueError for an implementation that can't serve a call. RuntimeError when sampled rows differ from an
+    exact computation by more than `LARGEST_ERROR`.
     """
     for layout in layouts:
         for length in lengths:
             arrays = random_arrays(layout, length)
-            checked = [_checked(case, layout, length, arrays) for case in cases]
+            checked = [_checked(case, layout, length, arrays, implementation) for case in cases]
             runs = [c.attend for c in checked]
             with_dense = length <= dense_limit and jax.default_backend() == "gpu"
             times = in_turns_ms([*runs, others.cudnn_dense(arrays)] if with_dense else runs, repeats)
@@ -162,24 +165,27 @@ class _Checked(NamedTuple):
 
     case: Case
     plan: SparsePlan
+    choice: Choice
     attend: Callable[[], Float[Array, "b t n h"]]
     error: float
 
 
-def _checked(case: Case, layout: Layout, length: int, arrays: others.Arrays) -> _Checked:
+def _checked(
+    case: Case, layout: Layout, length: int, arrays: others.Arrays, implementation: Implementation | None
+) -> _Checked:
     plan = case.plan(layout.batch, layout.heads, length)
     # The arrays are arguments, never closed over: constants of this size would be copied into the program.
-    attend = jax.jit(lambda q, k, v, plan: sparse_attention(q, k, v, plan))
+    attend = jax.jit(lambda q, k, v, plan: sparse_attention(q, k, v, plan, implementation=implementation))
     error = largest_error(attend(*arrays, plan), arrays, plan)
     if not error <= LARGEST_ERROR:
         raise RuntimeError(f"{case} at {length} tokens is wrong: relative error {error:.1e} of sampled rows")
-    return _Checked(case, plan, lambda: attend(*arrays, plan), error)
+    choice = choose_implementation(*arrays, plan, implementation=implementation)
+    return _Checked(case, plan, choice, lambda: attend(*arrays, plan), error)
 
 
 def _row(checked: _Checked, layout, arrays, attend_ms, dense_ms, peers, repeats) -> Row:
-    case, plan, _, error = checked
-    q, k, v = arrays
-    choice = choose_implementation(q, k, v, plan)
+    case, plan, choice, _, error = checked
+    q, k, _ = arrays
     estimate = jax.jit(lambda q, k: make_plan(q, k, case.estimator()))
     planned = float("nan")
     if (prepare := choice.backend.prepare) is not None:

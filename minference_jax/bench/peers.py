@@ -42,5 +42,13 @@ def torch_dense(arrays: Arrays, repeats: int = 5) -> float:
     return median_ms(run, repeats)
 
 
-DENSE_PEERS = {"JAX Mosaic GPU flash (fp16)": mosaic_dense, "torch SDPA": torch_dense}
+def tokamax_dense(arrays: Arrays, repeats: int = 5) -> float:
+    """Milliseconds of tokamax's dot_product_attention, dense causal, in the form that it chooses for the GPU."""
+    import tokamax  # pyright: ignore[reportMissingImports]
+
+    attend = jax.jit(lambda q, k, v: tokamax.dot_product_attention(q, k, v, is_causal=True))
+    return median_ms(lambda: attend(*arrays), repeats)
+
+
+DENSE_PEERS = {"JAX Mosaic GPU flash (fp16)": mosaic_dense, "torch SDPA": torch_dense, "tokamax": tokamax_dense}
 """Name → timing function of dense peers beside cuDNN. Each raises ImportError where its package is missing."""

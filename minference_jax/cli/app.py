@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from minference_jax.cli import bench, compare, convert, demo, eval, fetch, generate, inspect, search
+from minference_jax.cli import batch, bench, compare, convert, demo, eval, fetch, generate, inspect, search
 from minference_jax.cli.console import enable_compile_cache, use_most_of_the_gpu
 
 # Typer exports this class's children only.
@@ -36,6 +36,7 @@ app.command("compare")(compare.compare)
 app.add_typer(bench.app, name="bench")
 app.command("search")(search.search)
 app.command("eval")(eval.evaluate)
+app.command("batch")(batch.batch)
 
 
 def _print_version(wanted: bool) -> None:

@@ -12,6 +12,7 @@ from minference_jax.bench.cases import Case
 from minference_jax.cli.console import print_json, stderr, stdout, usage, usage_error
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP, parse_pattern
+from pallas_kernels.backends import find_backend
 
 app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 
@@ -24,7 +25,7 @@ def prefill(
     ] = "",
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens; K and M count 1,024 and its square.")] = "8K",
     methods: Annotated[
-        str, typer.Option(help="Any of dense, a-shape, minference, minference-fp8.")
+        str, typer.Option(help="Any of dense, a-shape, minference, minference-fp8, auto, auto-fp8.")
     ] = "dense,a-shape,minference",
     pattern: Annotated[str, typer.Option(help=f"What minference means: {PATTERN_HELP}")] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
@@ -118,8 +119,14 @@ def kernels(
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Turns or runs, of which the median is shown.")] = 5,
     dense_limit: Annotated[str, typer.Option(help="Beyond this length dense attention is not timed.")] = "512K",
+    implementation: Annotated[
+        str, typer.Option(help="What serves the plans, such as hopper, mma or xla. Default: the best for this device.")
+    ] = "",
     peers: Annotated[
-        bool, typer.Option("--peers", help="Also JAX's own flash attention, PyTorch's, and minference's if installed.")
+        bool,
+        typer.Option(
+            "--peers", help="Also JAX's own flash attention; PyTorch's, tokamax's and minference's if installed."
+        ),
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Write time against length as an image (needs matplotlib).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -137,9 +144,13 @@ def kernels(
         layouts = [bench.Layout.parse(text, batch) for text in heads or ["32/8/128"]]
     except ValueError as error:
         raise usage_error(str(error)) from None
+    if implementation:
+        with usage("--implementation"):
+            find_backend(implementation, sparse=True)
     sizes = [parse_length(text) for text in lengths.split(",")]
     rows, limit = [], parse_length(dense_limit)
-    for row in bench.bench_kernels(sizes, cases, layouts, peers=peers, dense_limit=limit, repeats=repeats):
+    options: dict[str, Any] = {"repeats": repeats, "implementation": implementation or None}
+    for row in bench.bench_kernels(sizes, cases, layouts, peers=peers, dense_limit=limit, **options):
         rows.append(row)
         stderr().print(f"  {row.pattern}, {row.layout}, {row.length:,} tokens: {row.attend_ms:.3g} ms")
     if plot is not None:

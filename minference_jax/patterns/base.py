@@ -34,7 +34,7 @@ Colour = tuple[float, float, float]
 
 
 class IndexRates(Protocol):
-    """What a pattern asks of a device to say what its index costs; see `minference_jax.planning.cost.Rates`."""
+    """What a pattern asks of a device to say what its index costs; see `minference_jax.patterns.rates.Rates`."""
 
     @property
     def probe(self) -> float:

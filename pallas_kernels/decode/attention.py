@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode.narrow import moved
+from pallas_kernels.device import Device
 
 BLOCKS = 528
 """Thread blocks to aim at: four for each multiprocessor of an H100 or H200, of which two run at a time."""
@@ -53,9 +54,9 @@ def decode_attention(
       `k_scale`, `v_scale` `[layers, b, s, k]`: the factor of each row.
     - `layer`: int32 scalar, may be traced. `lengths`: int32 `[b]`, clamped to [0, s]; a sequence without keys gives
       zeros. Rows past a length may hold any finite numbers.
-    - `scale` (static): by default 1/sqrt(h). `implementation` (static): "triton" (an NVIDIA GPU; 16-bit q, h a power
-      of two from 16 on, s >= 128), "xla" (jnp, everywhere), or None, the best for the call. `interpret`: run the
-      kernel on a CPU.
+    - `scale` (static): by default 1/sqrt(h). `implementation` (static): "triton" (an NVIDIA GPU, for float8_e4m3fn of
+      compute capability 8.9 or later; 16-bit q, h a power of two from 16 on, s >= 128), "xla" (jnp, everywhere), or
+      None, the best for the call. `interpret`: run the kernel on a CPU.
 
     **Returns:** `[b, n, h]` in q's dtype; softmax in float32.
 
@@ -90,8 +91,11 @@ def decode_attention(
 
 
 def unsupported_reason(q: Float[Array, "b n h"], k: Array) -> str | None:
-    """Why the kernel can't serve a call, in words; None if it can. Shapes and dtypes only."""
+    """Why the kernel can't serve a call, in words; None if it can. Shapes and dtypes only, and for 8-bit floats the
+    device: the compiler aborts where there is no instruction for them."""
     h = q.shape[-1]
+    if k.dtype == jnp.float8_e4m3fn and (reason := Device.default().reason_against_fp8()) is not None:
+        return reason
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the kernel computes in bfloat16 or float16; q is {q.dtype}"
     if h < MIN_ROWS or h & (h - 1):

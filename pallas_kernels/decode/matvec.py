@@ -19,6 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.device import Device
+
 BLOCKS = 528
 """Thread blocks to aim at: four for each multiprocessor of an H100 or H200."""
 
@@ -111,6 +113,8 @@ def unsupported_reason(
         return f"the kernel takes x of at most {ROWS} rows, got shape {x.shape}"
     if len(scales) not in (0, len(weights)):
         return f"{len(weights)} weights have {len(scales)} scales"
+    if scales and (reason := Device.default().reason_against_fp8()) is not None:
+        return reason
     axis, want = (2, DTYPE) if scales else (1, x.dtype)
     for weight in weights:
         if weight.ndim != 3 or weight.shape[axis] != x.shape[1]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.device import target
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
 
 SHARED_MEMORY_LIMIT = 232_448
@@ -125,7 +126,5 @@ class Rounds:
 
 
 def multiprocessors() -> int:
-    """Multiprocessors of the default GPU, or those of an H100 where the process has no GPU."""
-    if jax.default_backend() == "gpu":
-        return int(getattr(jax.devices()[0], "core_count", DEFAULT_MULTIPROCESSORS))
-    return DEFAULT_MULTIPROCESSORS
+    """Multiprocessors of the GPU that programs are made for, or those of an H100 where there is none."""
+    return int(getattr(target(), "core_count", DEFAULT_MULTIPROCESSORS))

@@ -60,7 +60,8 @@ def tile_masses(
     - `share`: float32 `[b, i, p]`, how many rows each probe stands for. One with a share of 0 or less is none, nor is
       one whose row is not in [0, t) or lies at or past its sequence's length.
     - `lengths`, `q_offset`, `scale`: as for `sparse_attention`.
-    - `implementation` (static): None (the best for this call), "hopper" or "xla".
+    - `implementation` (static): None (the best for this call), "hopper" (a kernel for compute capability 9.0) or "xla"
+      (jnp, on every other device).
     - `return_lse` (static): also return the log-sum-exp of each probe's scores.
 
     **Returns:** float32 `[b, n, i, j]` with j = ceil(s / 64); sums over j are the shares of each query tile. With

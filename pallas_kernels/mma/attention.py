@@ -9,8 +9,8 @@ head_dim 128, bf16), in TF/s on the key tiles of vertical-slash / block-sparse /
 4. 128 rows and 32 keys: 352 / 352 / 355 with 2 stages, 354 / 347 / 362 with 3, 351 / 351 / 352 with 4.
 5. 128 rows, 64 keys and 3 stages, which leave room for one thread block a multiprocessor: 294 / 296 / 301.
 6. Fragments read right before their products, a mask of one number a thread: 528 bytes of spills become 180.
-7. Probabilities rounded and added up a few columns at a time, one loop body for the diagonal: no spills below 9.0, 24
-   bytes on 9.0. Not timed.
+7. Probabilities rounded and added up a few columns at a time, one loop body for the diagonal, 32 keys from head_dim 96
+   on: nothing is spilled. On 12.0 that takes 64 rows, and cp.async: TMA makes a call of every copy there. Not timed.
 8. Thread numbers read anew in every step, to keep addresses out of registers: more spills, not less.
 """
 
@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tables as kernel_tables
 from pallas_kernels.device import Device
-from pallas_kernels.mma.config import BLOCK_SHARED_MEMORY, HEAD_DIMS, TMA_CAPABILITY, KernelConfig, default_config
+from pallas_kernels.mma.config import BLOCK_SHARED_MEMORY, HEAD_DIMS, KernelConfig, default_config
 from pallas_kernels.mma.kernel import kernel_body
 from pallas_kernels.mma.launch import Launch, Refs, scratch_types
 from pallas_kernels.plan import SparsePlan, kv_limit
@@ -115,7 +115,8 @@ def mma_attention(
     if not config.fits(q.shape[-1], capability):
         raise ValueError(
             f"{config} needs {config.shared_memory_bytes(q.shape[-1])} bytes of shared memory at head_dim "
-            f"{q.shape[-1]}, more than a thread block gets on compute capability {'.'.join(map(str, capability))}"
+            f"{q.shape[-1]}{' and TMA' if config.tma else ''}, more than a thread block gets on compute capability "
+            f"{'.'.join(map(str, capability))}"
         )
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if not scale > 0:
@@ -144,7 +145,6 @@ def attend(
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"] | None]:
     """Launches the kernel on prepared tables: `mma_attention` without its checks and preparation."""
     b, t, n, h = q.shape
-    tma = target_capability() >= TMA_CAPABILITY
     launch = Launch(
         config=config,
         heads=n,
@@ -153,17 +153,16 @@ def attend(
         head_dim=h,
         scale=scale,
         dtype=q.dtype,
-        tma=tma,
         emulate=interpret is not None,
     )
     # Results are stored by whole query tiles. cp.async reads whole key tiles too; TMA fills in what lies past the end.
-    multiple = 8 if tma else QUERY_TILE
+    multiple = 8 if config.tma else QUERY_TILE
     q = _pad_rows(q, QUERY_TILE)
     k, v = (_pad_rows(x, multiple) for x in (k, v))
     inputs = {"q": q, "k": k, "v": v} | {f.name: getattr(tables, f.name) for f in dataclasses.fields(tables)}
     inputs = {name: array for name, array in inputs.items() if array is not None}
     for name in ("keys", "values"):
-        if name in inputs and not tma:
+        if name in inputs and not config.tma:
             inputs[name] = _pad_rows(inputs[name], KEY_TILE)
     out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
     if return_lse:

@@ -18,8 +18,9 @@ BLOCK_SHARED_MEMORY = {
 }
 """Bytes of shared memory that one thread block may use, by compute capability."""
 
-TMA_CAPABILITY = (9, 0)
-"""From here on the tensor memory accelerator (TMA) copies and barriers count what arrived; before, cp.async does."""
+TMA_CAPABILITIES = ((9, 0), (10, 0))
+"""Where the tensor memory accelerator (TMA) copies fastest. GPUs before them have none. On 12.0 it reaches a thread
+block's own shared memory only, and every copy that the assembler can't prove to stay there is a call."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class KernelConfig:
     - `step_keys`: keys of one step, 32 or 64.
     - `stages`: steps whose keys and values are in shared memory or on their way.
     - `queries_in_registers`: keep the query rows there instead of reading them again in every step.
+    - `tma`: one thread asks the TMA for whole copies, and barriers count what arrived; otherwise all threads copy, 16
+      bytes at a time, by cp.async, which every GPU has.
 
     Raises ValueError for values that no kernel can be built from.
     """
@@ -39,6 +42,7 @@ class KernelConfig:
     step_keys: int = KEY_TILE
     stages: int = 2
     queries_in_registers: bool = False
+    tma: bool = False
 
     def __post_init__(self) -> None:
         if self.rows not in (64, QUERY_TILE):
@@ -55,18 +59,19 @@ class KernelConfig:
         return self.rows * row + self.stages * stage + 1_024  # alignment of the swizzled buffers, barriers
 
     def fits(self, head_dim: int, capability: tuple[int, int]) -> bool:
-        """Whether a thread block gets that much shared memory on GPUs of a compute capability."""
+        """Whether GPUs of a compute capability have what this needs: shared memory, and TMA if it is to copy."""
+        if self.tma and capability < min(TMA_CAPABILITIES):
+            return False
         return self.shared_memory_bytes(head_dim) <= BLOCK_SHARED_MEMORY.get(
             capability, min(BLOCK_SHARED_MEMORY.values())
         )
 
 
 def default_config(head_dim: int, capability: tuple[int, int]) -> KernelConfig:
-    """The configuration that serves a head_dim on GPUs of a compute capability."""
-    if head_dim > 128:
-        return KernelConfig(rows=64, step_keys=32)
-    if head_dim > 96 and capability == (8, 0):
-        return KernelConfig(step_keys=32)  # two thread blocks share a multiprocessor's 164 KiB
-    if head_dim > 96 and capability >= (10, 0):
-        return KernelConfig(step_keys=32, stages=3)  # 64 keys spill 200 to 400 bytes there
-    return KernelConfig()
+    """The configuration that serves a head_dim on GPUs of a compute capability: large tiles that spill nothing."""
+    tma = capability in TMA_CAPABILITIES
+    if head_dim > 128 or (head_dim > 64 and capability >= (12, 0)):
+        return KernelConfig(rows=64, step_keys=32, tma=tma)
+    if head_dim > 64:
+        return KernelConfig(step_keys=32, stages=3 if tma else 2, tma=tma)
+    return KernelConfig(tma=tma)

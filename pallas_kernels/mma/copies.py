@@ -77,6 +77,17 @@ def end_group() -> None:
     commit()  # pyright: ignore[reportCallIssue]  # Pallas passes the context
 
 
+def wait_groups(pending: int) -> None:
+    """Waits until all groups but the last `pending` have arrived, for all threads."""
+
+    @plgpu.inline_mgpu()
+    def wait(_):
+        nvvm.cp_async_wait_group(pending)
+        mgpu.utils.warpgroup_barrier()
+
+    wait()  # pyright: ignore[reportCallIssue]  # Pallas passes the context
+
+
 def _swizzled(offset: ir.Value, swizzle: int) -> ir.Value:
     """Where an element at `offset` of 16-byte aligned pieces lies, with rows of `swizzle` bytes: the row's number is
     added, bit by bit without carry, to that of the piece."""

@@ -16,7 +16,6 @@ from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
 class Launch:
     """Everything static about one launch.
 
-    - `tma`: copies are made by TMA, not by cp.async.
     - `emulate`: jnp.dot instead of mma, for the interpreter.
     """
 
@@ -27,7 +26,6 @@ class Launch:
     head_dim: int
     scale: float
     dtype: Any
-    tma: bool
     emulate: bool
 
     @property
@@ -58,7 +56,7 @@ class Launch:
     @property
     def two_views(self) -> bool:
         """Whether K and V are copied into another view of the shared memory than they are read from."""
-        return self.tma and not self.emulate
+        return self.config.tma and not self.emulate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +97,7 @@ def scratch_types(launch: Launch) -> dict[str, Any]:
         "v_smem": loaded(config.stages, parts, config.step_keys, width),
         "bias_smem": plgpu.SMEM((config.stages, KEY_TILE), jnp.bfloat16),
     }
-    if launch.tma:
+    if config.tma:
         types["q_full"] = plgpu.Barrier(num_arrivals=parts)
         types["kv_full"] = plgpu.Barrier(num_arrivals=2 * parts, num_barriers=config.stages)
         types["bias_full"] = plgpu.Barrier(num_arrivals=1, num_barriers=config.stages)

@@ -1,4 +1,4 @@
-"""Which keys each step of a thread block reads, and the copies that bring them: cp.async before Hopper, TMA from there.
+"""Which keys each step of a thread block reads, and the copies that bring them: by cp.async or by TMA.
 
 The steps of a query tile are, in order, its diagonal, band and block tiles, and gathered columns.
 """
@@ -123,7 +123,7 @@ class Loader:
     def _copy(self, source: Any, target: Any, barrier: Any) -> None:
         """Copies rows `source` [rows, head_dim] into `target` [parts, rows, width]."""
         launch = self.launch
-        if not launch.tma:
+        if not launch.config.tma:
             copies.copy_rows(source, target, launch.transforms, launch.swizzle)
             return
         for part in range(launch.parts):
@@ -139,7 +139,7 @@ class Loader:
         if self.q_full is not None:
             plgpu.barrier_wait(self.q_full)
         elif self.launch.config.queries_in_registers:
-            plgpu.wait_gmem_to_smem(self.launch.config.stages - 2)
+            copies.wait_groups(self.launch.config.stages - 2)
 
     def fetch(self, step: jax.Array, start: jax.Array) -> None:
         """Starts the copies of a step, if there is one: keys, values and where it needs one its bias.
@@ -167,12 +167,12 @@ class Loader:
 
         @pl.when((step >= plain) & (step < end))
         def _():
-            if launch.tma:
+            if launch.config.tma:
                 plgpu.copy_gmem_to_smem(steps.bias_row(step), self.bias_smem.at[slot], self.bias_full.at[slot])
             else:
                 copies.copy_bias(steps.bias_row(step), self.bias_smem.at[slot])
 
-        if not launch.tma:
+        if not launch.config.tma:
             copies.end_group()
 
     def wait(self, slot: jax.Array) -> None:
@@ -180,8 +180,8 @@ class Loader:
 
         What is fetched into the buffers of the step before must come after this.
         """
-        if not self.launch.tma:
-            plgpu.wait_gmem_to_smem(self.launch.config.stages - 2)
+        if not self.launch.config.tma:
+            copies.wait_groups(self.launch.config.stages - 2)
             return
         plgpu.barrier_wait(self.kv_full.at[slot])
         plgpu.commit_smem()  # ordinary loads have read the other buffers: a proxy fence before TMA writes them again
@@ -189,7 +189,7 @@ class Loader:
     def bias(self, step: jax.Array, layout: Any) -> jax.Array:
         """The bias of a step, a value for each key."""
         slot = lax.rem(step, jnp.int32(self.launch.config.stages))
-        if self.launch.tma:
+        if self.launch.config.tma:
             plgpu.barrier_wait(self.bias_full.at[slot])
         keys = pl.ds(self.steps.place(step)[1], self.launch.config.step_keys)
         return plgpu.load(self.bias_smem.at[slot, keys], layout=layout, optimized=False)

@@ -1,0 +1,99 @@
+"""`batch`: one reply for each row of a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minference_jax.cli.console import progress, read_full_text, split_names, stderr, stdout, usage, usage_error
+from minference_jax.cli.generate import load_model
+from minference_jax.patterns.resolve import resolve_patterns
+from minference_jax.patterns.text import PATTERN_HELP
+
+
+def batch(
+    file: Annotated[Path, typer.Argument(help="Rows: .jsonl, .csv, .tsv, or lines of text.")],
+    prompt: Annotated[str, typer.Option(help="What is asked of each row: {text} is its field text; {{ is a brace.")],
+    out: Annotated[Path, typer.Option(help="JSONL, a line for each row; a job that was stopped goes on.")],
+    model: Annotated[
+        Path | None, typer.Option(help="A Hugging Face directory or a .gguf file; default: the demo's model.")
+    ] = None,
+    choices: Annotated[str, typer.Option(help="Labels with commas: the reply is one, each with its probability.")] = "",
+    before: Annotated[
+        str, typer.Option(help="A file whose text is put before each prompt, and processed once: one text, many rows.")
+    ] = "",
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    raw: Annotated[bool, typer.Option(help="Continue the prompt itself, without the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 8,
+    pattern: Annotated[
+        str, typer.Option(help=f"How heads attend in prefill: {PATTERN_HELP} auto is sparse where that pays.")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
+    fp8: Annotated[bool, typer.Option("--fp8", help="Projections in FP8: faster on Hopper GPUs.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Where another process uses --out, wait for it.")] = False,
+) -> None:
+    """Ask the same of every row of a file. Killed at any time, the same command goes on where it was.
+
+    Example: minference-jax batch reviews.csv --prompt "Is this positive or negative? {text}" --choices
+    positive,negative --out replies.jsonl
+    """
+    from minference_jax.checkpoints.convert import open_checkpoint
+    from minference_jax.jobs import PromptTemplate, batch_replies, read_rows
+    from minference_jax.jobs.choices import choice_ids
+    from minference_jax.models.config import LlamaConfig
+    from minference_jax.runs.files import check_output_file
+    from minference_jax.text.tokenizer import load_tokenizer
+
+    # Everything that may be wrong is looked at before the weights are read.
+    labels = split_names("--choices", choices) if choices else []
+    if raw and system:
+        raise usage_error("--raw has no system message")
+    with usage("--out"):
+        check_output_file(out)
+    rows = read_rows(file)
+    text = read_full_text(before).replace("{", "{{").replace("}", "}}") + "\n\n" if before else ""
+    with usage("--prompt"):
+        template = PromptTemplate(text + prompt)
+        template.check(rows)
+    model = _demo_model() if model is None else model
+    config = LlamaConfig.from_hf(open_checkpoint(model).config)
+    tokenizer = load_tokenizer(model)
+    if labels:
+        with usage("--choices"):
+            choice_ids(tokenizer, labels)
+    with usage("--pattern"):
+        patterns: Any = pattern if pattern == "auto" else resolve_patterns(pattern, config.num_layers, config.num_heads)
+    network = load_model(model, patterns, dtype, fp8)
+    with progress(f"{len(rows):,} rows") as update:
+        replies = batch_replies(
+            network,
+            tokenizer,
+            rows,
+            template,
+            out=out,
+            choices=labels,
+            max_new_tokens=max_new_tokens,
+            batch=batch,
+            system=system,
+            raw=raw,
+            wait=wait,
+            progress=update,
+        )
+    for label in labels:
+        count = sum(reply.reply == label for reply in replies)
+        stdout().print(f"{label}: {count:,} of {len(replies):,}", markup=False)
+    cut = sum(not reply.finished for reply in replies)
+    if cut:
+        stderr().print(f"{cut:,} replies were cut at {max_new_tokens} tokens")
+    stderr().print(f"Written: {out}", markup=False)
+
+
+def _demo_model() -> Path:
+    from minference_jax.cli.fetch import default_model
+
+    if not default_model().is_dir():
+        raise usage_error("--model: name a model, or fetch the demo's with `minference-jax fetch-demo-model`")
+    return default_model()

@@ -1,0 +1,237 @@
+"""Compiles every kernel for every generation of GPUs without having one, and says what each takes.
+
+    python tests/compile_gpus.py [8.0 9.0 ...]
+
+Fails on registers spilled in a main loop, on more than a few bytes spilled anywhere, on ptxas performance warnings, and
+on more shared memory than the GPU has. Needs, beside jax and jaxlib, the CUDA plugins of the same version and NVIDIA's
+assembler and disassembler (about 1.4 GB together; keep them in a virtual environment of their own):
+
+    pip install jax==0.11.2 jaxtyping pytest
+    pip install --no-deps jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 \
+        nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-nvvm nvidia-cuda-crt nvidia-cuda-nvdisasm
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+MOST_SPILLED = 32
+"""Bytes: a few registers put away when a thread block starts and fetched when it ends, or between loops."""
+
+SHARED_MEMORY = {"8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227, "10.0": 227, "12.0": 99}
+"""KiB that a thread block may use, by compute capability."""
+
+# XLA's description of a GPU, as a GpuTargetConfig in text form. Numbers that decide nothing here are an H100's.
+TARGET = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {shared}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84942979072
+  cuda_compute_capability {{ major: {major} minor: {minor} {feature} }}
+  device_vendor: "NVIDIA Corporation" name: "{name}" platform_version: "Compute Capability {capability}"
+  model_str: "sm_{capability}" device_address_bits: 64 pcie_bandwidth: 34359738368 ecc_enabled: true
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.20.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 20 patch: 0 }}
+device_description_str: "{name}"
+"""
+
+
+class Case(NamedTuple):
+    """A call that launches kernels: the function, the shapes of its arguments, and the GPUs that it is for."""
+
+    name: str
+    call: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    capabilities: tuple[str, ...] = tuple(SHARED_MEMORY)
+
+
+class Kernel(NamedTuple):
+    """What ptxas says of one kernel, and the instructions of its main loops that move spilled registers."""
+
+    case: str
+    name: str
+    registers: int
+    spilled: int
+    spilled_in_loops: int | None
+    shared: int
+    warnings: list[str]
+
+    def complaints(self, capability: str) -> list[str]:
+        found = list(self.warnings)
+        if self.spilled_in_loops or (self.spilled and self.spilled_in_loops is None):
+            found.append("registers are spilled in a main loop")
+        if self.spilled > MOST_SPILLED:
+            found.append(f"more than {MOST_SPILLED} bytes are spilled")
+        if self.shared > SHARED_MEMORY[capability] * 1024:
+            found.append(f"more than {SHARED_MEMORY[capability]} KiB of shared memory")
+        return found
+
+
+def cases() -> Iterator[Case]:
+    """Every shipped configuration of every kernel."""
+    import jax
+    import jax.numpy as jnp
+    from test_hopper import SHAPES, avals
+    from test_hopper import attend as hopper
+    from test_tile_masses import MASS_SHAPES, masses_on_hopper
+
+    from pallas_kernels.index.keys import digit_counts, key_lists
+    from pallas_kernels.mma.attention import mma_attention
+
+    def warps(q, k, v, plan, lengths, q_offset):
+        return mma_attention(q, k, v, plan, lengths=lengths, q_offset=q_offset, return_lse=True)
+
+    size = 1 << 14
+    for h in (64, 96, 128, 256):
+        every = avals(1, size, size, 32, 8, h, columns=1024, bands=64, blocks=16)
+        yield Case(f"attention D{h}", warps, every)
+    yield Case("attention D128 fp16, bands", warps, avals(1, size, size, 32, 8, 128, bands=64, dtype="float16"))
+    yield Case("attention D128, diagonal", warps, avals(1, size, size, 32, 8, 128))
+    for name, shapes in SHAPES.items():
+        yield Case(f"attention {name}", hopper, shapes, ("9.0",))
+    for name, shapes in MASS_SHAPES.items():
+        yield Case(f"masses {name}", masses_on_hopper, shapes, ("9.0",))
+    shape = jax.ShapeDtypeStruct
+    keys, rows = shape((1, 32, 1024, 2048), jnp.uint16), shape((1, 1024), jnp.int32)
+    first = lambda keys, rows: digit_counts(keys, rows, None, None, shift=7, bits=8)  # noqa: E731
+    second = lambda *arrays: digit_counts(*arrays, shift=0, bits=7)  # noqa: E731
+    prefix = shape((1,), jnp.int32)
+    yield Case("selection, first digit", first, (keys, rows), ("9.0",))
+    of_columns = shape((1, 32, 2048), jnp.int32)
+    yield Case("selection, second digit, columns", second, (keys, rows, of_columns, prefix), ("9.0",))
+    yield Case("selection, lists", key_lists, (keys, prefix, shape((1, 32, 1024), jnp.int32)), ("9.0",))
+
+
+def sharding_on(capability: str) -> Any:
+    """Where a program for a GPU of this kind places its arguments."""
+    import jax
+    from jax.experimental import topologies
+
+    from pallas_kernels.device import GPUS
+
+    name, cores = GPUS[capability]
+    major, minor = capability.split(".")
+    target = TARGET.format(
+        name=name,
+        cores=cores,
+        shared=SHARED_MEMORY[capability] * 1024,
+        major=major,
+        minor=minor,
+        feature="feature_extension: ACCELERATED_FEATURES" if int(major) >= 9 else "",
+        capability=capability,
+    )
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
+    mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("device",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def compile_all(capability: str, wanted: str) -> None:
+    """Compiles the cases of one GPU, and prints a line of JSON for each kernel."""
+    import jax
+    from jax.experimental.mosaic.gpu import core
+
+    from pallas_kernels.device import lowering_for
+
+    shared: list[int] = []
+    measure = core._smem_tree_size  # pyright: ignore[reportPrivateUsage]
+
+    def measured(buffers: Any) -> int:
+        shared.append(measure(buffers))
+        return shared[-1]
+
+    core._smem_tree_size = measured
+    sharding, answers = sharding_on(capability), os.fdopen(os.dup(1), "w")
+    for case in cases():
+        if capability not in case.capabilities or not re.search(wanted, case.name):
+            continue
+        shared.clear()
+        arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arguments)
+        with tempfile.TemporaryFile() as log, lowering_for(capability):
+            for stream in (1, 2):  # ptxas writes to the process's own
+                os.dup2(log.fileno(), stream)
+            jax.jit(case.call).lower(*arguments).compile()
+            log.seek(0)
+            text = log.read().decode(errors="replace")
+        for kernel in kernels_of(case.name, text, shared):
+            print(json.dumps(kernel), file=answers, flush=True)
+
+
+def kernels_of(case: str, log: str, shared: list[int]) -> Iterator[Kernel]:
+    """What the log of one compilation says of each kernel."""
+    listings = re.split(r"(?=\t\.target)", log)[1:]
+    reports = re.split(r"(?=Compiling entry function)", log)[1:]
+    if not reports:
+        raise SystemExit(f"{case}: ptxas reported nothing\n{log[-2000:]}")
+    for place, report in enumerate(reports):
+        (name,) = re.findall(r"entry function '(\w+?)(?:_mosaic\w*)?'", report)
+        spilled = max(map(int, re.findall(r"(\d+) bytes spill", report)))
+        (registers,) = map(int, re.findall(r"Used (\d+) registers", report))
+        warnings = re.findall(r"\(C75\d\d\)[^\n]*", report)
+        in_loops = None
+        if len(listings) == len(reports):
+            frame, stored = (int(n) for n in re.findall(r"(\d+) bytes stack frame, (\d+)", report)[0])
+            in_loops = spills_in_loops(listings[place], frame - stored)
+        yield Kernel(case, name, registers, spilled, in_loops, shared[place], warnings)
+
+
+def spills_in_loops(sass: str, variables: int) -> int:
+    """Instructions that move spilled registers (local memory) in innermost loops with matrix products.
+
+    The first `variables` bytes of local memory hold what was never in registers, the phases of barriers.
+    """
+    lines = sass.splitlines()
+    labels = {match[1]: at for at, line in enumerate(lines) if (match := re.match(r"\s*(\.L_x_\d+):", line))}
+    loops = []
+    for at, line in enumerate(lines):
+        if (match := re.search(r"\bBRA\S*\s.*?(\.L_x_\d+)", line)) and labels.get(match[1], at) < at:
+            loops.append((labels[match[1]], at))
+    with_products = [(a, b) for a, b in loops if any(re.search(r"\b[HQ]?G?MMA\.|\bHMMA", x) for x in lines[a:b])]
+    inner = [x for x in with_products if not any(x[0] <= y[0] and y[1] <= x[1] and x != y for y in with_products)]
+    moves = [re.search(r"\b(?:LDL|STL)\b.*\[R1(?:\+(0x[0-9a-f]+))?\]", line) for a, b in inner for line in lines[a:b]]
+    return sum(int(move[1] or "0", 16) >= variables for move in moves if move)
+
+
+def main() -> int:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    if sys.argv[1:2] == ["--child"]:
+        compile_all(*sys.argv[2:])
+        return 0
+    env = dict(os.environ, JAX_PLATFORMS="cpu", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", PYTHONPATH=path)
+    env |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_SASS": "1"}
+    failed = False
+    wanted = os.environ.get("CASES", "")
+    print(f"{'GPU':5}{'case':42}{'kernel':24}{'registers':>10}{'spilled':>8}{'in loops':>9}{'shared':>8}")
+    for capability in sys.argv[1:] or SHARED_MEMORY:
+        command = [sys.executable, __file__, "--child", capability, wanted]
+        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if not line.startswith("["):
+                    print(line, end="")
+                    continue
+                kernel = Kernel(*json.loads(line))
+                complaints = kernel.complaints(capability)
+                in_loops = "?" if kernel.spilled_in_loops is None else kernel.spilled_in_loops
+                numbers = f"{kernel.registers:10}{kernel.spilled:8}{in_loops:>9}{kernel.shared:8}"
+                print(f"{capability:5}{kernel.case:42}{kernel.name:24}{numbers}", *complaints, sep="  ", flush=True)
+                failed |= bool(complaints)
+        failed |= child.returncode != 0
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
