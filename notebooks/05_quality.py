@@ -18,7 +18,7 @@
 #
 # What does it cost to look at a third of the keys, and what does it gain? This notebook hides facts in a novel and
 # asks for them, with dense attention, with MInference's dynamic plan, and with a fixed window that visits about as many
-# keys (A-shape, also known as StreamingLLM). Two samples of 384 tokens show how it is done and say little; on a GPU,
+# keys (A-shape, also known as StreamingLLM). Two samples of 256 tokens show how it is done and say little; on a GPU,
 # set `NOTEBOOK_LENGTHS=1024,4096,8192` and `NOTEBOOK_SAMPLES=50`. The table at the end is from such a run.
 
 # %%
@@ -35,7 +35,7 @@ from minference_jax.eval.report import markdown
 from minference_jax.eval.runner import evaluate
 from minference_jax.eval.tasks import make_tasks
 
-LENGTHS = [int(n) for n in os.environ.get("NOTEBOOK_LENGTHS", "384").split(",")]
+LENGTHS = [int(n) for n in os.environ.get("NOTEBOOK_LENGTHS", "256").split(",")]
 SAMPLES = int(os.environ.get("NOTEBOOK_SAMPLES", "2"))
 DENSITY = 0.35
 CACHE = Path(os.environ.get("MINFERENCE_CACHE") or Path.home() / ".cache" / "minference_jax")

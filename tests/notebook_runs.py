@@ -27,7 +27,8 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 @contextmanager
 def kernel() -> Iterator[KernelManager]:
     """One Jupyter kernel for several notebooks, so that JAX is imported once."""
-    manager, client = start_new_kernel(env=os.environ | {"PYTHONWARNINGS": "ignore"})
+    computed_for_long = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "PYTHONWARNINGS": "ignore"}
+    manager, client = start_new_kernel(env=os.environ | computed_for_long)
     client.stop_channels()
     try:
         yield manager

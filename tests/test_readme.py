@@ -16,7 +16,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"^minference-jax (.*?)(?:  +#.*)?$", README, re.MULTILINE)
 
 
-def test_a_long_text_is_read_with_a_sparse_plan(tmp_path, monkeypatch, capsys):
+def test_a_long_text_is_read_with_a_sparse_plan(tmp_path, monkeypatch, capsys, optimized):
     (example,) = (text for text in EXAMPLES if "Llama.from_pretrained" in text)
     folder = re.search(r'fetch_demo_model\("(.+?)"\)', example)
     assert folder is not None
