@@ -22,6 +22,7 @@ from minference_jax.patterns.base import Pattern, Where
 from minference_jax.patterns.heads import LayerPatterns, layer_patterns
 from minference_jax.patterns.rates import predicted
 from minference_jax.patterns.text import parse_pattern
+from minference_jax.zigzag import Zigzag
 from pallas_kernels.backends import Implementation, choose_implementation, find_backend
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
 from pallas_kernels.device import target
@@ -141,6 +142,8 @@ class Options(TypedDict, total=False):
     q_offset: int | Int[Array, ""]
     scale: float | None
     implementation: Implementation | None
+    axis_name: str | None
+    zigzag: Zigzag | None
 
 
 @overload
@@ -185,6 +188,8 @@ def sparse_attention(
     scale: float | None = None,
     implementation: Implementation | None = None,
     return_info: bool = False,
+    axis_name: str | None = None,
+    zigzag: Zigzag | None = None,
 ) -> Array | tuple[Array, AttentionInfo]:
     """Causal attention in which each head visits only the keys that its pattern names for this prompt.
 
@@ -194,6 +199,9 @@ def sparse_attention(
     - `pattern`: as `make_plan`. Static, except for the leaves of `LayerPatterns` and plan builders.
     - `lengths`: int32 `[b]` (right padding). `q_offset`: int32 scalar, may be traced; a multiple of 128.
     - `scale`, `implementation`, `return_info`: static. `implementation` as in `pallas_kernels.sparse_attention`.
+    - `axis_name` (static): inside `jax.shard_map`, the mesh axis over which a layer's heads are divided.
+    - `zigzag` (static): the devices that share these heads' query tiles: each is given all of q, makes the same plan,
+      and returns `zigzag.own` of the output.
 
     **Returns:** `[b, t, n, h]` in q's dtype, zero at rows at or past a sequence's length; with `return_info` also an
     `AttentionInfo`.
@@ -207,7 +215,8 @@ def sparse_attention(
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
     heads = _heads(pattern, q.shape[2])
     remark = _if_slower(pattern, q, k) if return_info and implementation is None else ""
-    out, info = _attend(q, k, v, heads, lengths, offset, check_scale(scale, q), implementation, return_info, remark)
+    settings = (check_scale(scale, q), implementation, return_info, remark, axis_name, zigzag)
+    out, info = _attend(q, k, v, heads, lengths, offset, *settings)
     return (out, info) if return_info else out
 
 
@@ -226,7 +235,7 @@ def _if_slower(pattern: Patterns, q: Array, k: Array) -> str:
     return f"; dense attention is predicted to be faster: {dense:.3g} ms instead of {sparse:.3g} ({source})"
 
 
-@partial(jax.jit, static_argnames=("scale", "implementation", "return_info", "remark"))
+@partial(jax.jit, static_argnames=("scale", "implementation", "return_info", "remark", "axis_name", "zigzag"))
 def _attend(
     q: Array,
     k: Array,
@@ -238,21 +247,34 @@ def _attend(
     implementation: Any,
     return_info: bool,
     remark: str,
+    axis_name: str | None,
+    zigzag: Zigzag | None,
 ) -> tuple[Array, AttentionInfo | None]:
     b, n = q.shape[0], q.shape[2]
     where: dict[str, Any] = {"lengths": lengths, "q_offset": q_offset, "scale": scale}
     everything = jnp.ones((b, n), jnp.float32)
     keeps_to_plans = implementation is not None and find_backend(implementation).keeps_to_plans
     dense_name = None if keeps_to_plans else implementation
+
+    def sparse_kernel(q: Array, k: Array, v: Array, plan: SparsePlan, q_offset: Array) -> Any:
+        place = where | {"q_offset": q_offset}
+        return pallas_kernels.sparse_attention(q, k, v, plan, implementation=implementation, **place)
+
+    def dense_kernel(q: Array, k: Array, v: Array, _: None, q_offset: Array) -> Any:
+        return pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **where | {"q_offset": q_offset})
+
+    def rows(kernel: Any, *inputs: Any) -> Any:
+        return kernel(*inputs) if zigzag is None else zigzag.attend(kernel, *inputs)
+
     if heads.covers >= k.shape[1] and not keeps_to_plans:
         choice = choose_implementation(q, k, v, None, implementation=dense_name)
-        out: Any = pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **where)
+        out: Any = rows(dense_kernel, q, k, v, None, q_offset)
         reason = f"the budgets cover all {k.shape[1]} keys: dense attention; {choice.reason}"
         return out, AttentionInfo(everything, everything, choice.name, reason) if return_info else None
 
     def sparse() -> tuple[Any, Array, Array]:
-        plan = make_plan(q, k, heads, **where)
-        out: Any = pallas_kernels.sparse_attention(q, k, v, plan, implementation=implementation, **where)
+        plan = make_plan(q, k, heads, **where, axis_name=axis_name)
+        out = rows(sparse_kernel, q, k, v, plan, q_offset)
         if not return_info:
             return out, everything, everything
         density = plan.density(q.shape[1], k.shape[1], q_offset=q_offset, lengths=lengths)
@@ -261,14 +283,15 @@ def _attend(
         return out, density, held
 
     def dense() -> tuple[Any, Array, Array]:
-        out: Any = pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **where)
-        return out, everything, everything
+        return rows(dense_kernel, q, k, v, None, q_offset), everything, everything
 
     all_dense = heads.all_dense()
+    if all_dense is not None and axis_name is not None:  # of the layer's heads, wherever they are
+        all_dense = jax.lax.pmin(all_dense.astype(jnp.int32), axis_name) == 1
     # One scanned program serves all layers; those without a sparse head skip the index.
     out, density, held = sparse() if all_dense is None else jax.lax.cond(all_dense, dense, sparse)
     if not return_info:
         return out, None
-    plan_shape = jax.eval_shape(lambda: make_plan(q, k, heads, **where))
+    plan_shape = jax.eval_shape(lambda: make_plan(q, k, heads, **where, axis_name=axis_name))
     choice = choose_implementation(q, k, v, plan_shape, implementation=implementation)
     return out, AttentionInfo(density, held, choice.name, choice.reason + remark)

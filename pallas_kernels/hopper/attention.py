@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -29,12 +28,11 @@ from pallas_kernels.hopper.assembler import ignores_setmaxnreg
 from pallas_kernels.hopper.buffers import scratch_types
 from pallas_kernels.hopper.config import HEAD_DIMS, KernelConfig
 from pallas_kernels.hopper.kernel import kernel_body
-from pallas_kernels.hopper.launch import Launch, Refs
-from pallas_kernels.plan import SparsePlan, kv_limit
+from pallas_kernels.hopper.launch import Launch
+from pallas_kernels.launches import Refs, differentiable
+from pallas_kernels.plan import SparsePlan
 from pallas_kernels.plan_builders import full_plan
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_query_tiles
-from pallas_kernels.tracing import under_own_settings
-from pallas_kernels.xla.backward import attention_backward
 
 CAPABILITIES = ("9.0",)
 """Compute capabilities that the kernel is made for."""
@@ -120,34 +118,12 @@ def hopper_attention(
     return _attention(q, k, v, plan, limits, offset, scale, return_lse, config, interpret)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+@differentiable
 def _attention(q, k, v, plan, lengths, q_offset, scale, return_lse, config, interpret):
     tables = hopper_tables.prepare(plan, q, k, v, lengths=lengths, q_offset=q_offset)
     aligned = plan.bands is None or plan.band_multiple % KEY_TILE == 0
     options = {"scale": scale, "return_lse": return_lse, "config": config, "interpret": interpret}
     return attend_prepared(q, k, v, tables, aligned=aligned, **options)
-
-
-@under_own_settings
-def _forward(q, k, v, plan, lengths, q_offset, scale, return_lse, config, interpret):
-    outputs: Any = _attention(q, k, v, plan, lengths, q_offset, scale, True, config, interpret)
-    out, lse = outputs
-    return (out, lse if return_lse else None), (q, k, v, plan, lengths, q_offset, out, lse)
-
-
-@under_own_settings
-def _backward(
-    scale: float, return_lse: bool, config: KernelConfig, interpret: Any, saved: Any, cotangents: Any
-) -> tuple[Any, ...]:
-    q, k, v, plan, lengths, q_offset, out, lse = saved
-    d_out, d_lse = cotangents
-    d_lse = d_lse if return_lse else jnp.zeros_like(lse)
-    limit = kv_limit(lengths, q.shape[0], k.shape[1])
-    d_q, d_k, d_v = attention_backward(q, k, v, plan, limit, q_offset, out, lse, d_out, d_lse, scale=scale)
-    return d_q, d_k, d_v, None, None, None
-
-
-_attention.defvjp(_forward, _backward)
 
 
 def attend_prepared(

@@ -31,7 +31,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS
-from pallas_kernels.hopper.launch import Launch, tile_transforms
+from pallas_kernels.hopper.launch import Launch
+from pallas_kernels.launches import tile_transforms
 
 QUERY_BUFFERS = 2
 """Query tiles whose rows, or results on their way out, are in shared memory at a time."""
@@ -82,7 +83,7 @@ def scratch_types(launch: Launch, with_lse: bool) -> dict[str, Any]:
     """What `Buffers` are made of, by field."""
     stages, dtype = launch.config.stages, launch.dtype
     parts, width = launch.parts, launch.part_width
-    tiling, swizzle = tile_transforms(launch)
+    tiling, swizzle = tile_transforms(launch.head_dim)
 
     def rows_of(*shape: int):
         return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))

@@ -23,9 +23,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper import compute, serial
 from pallas_kernels.hopper.buffers import Buffers
 from pallas_kernels.hopper.config import COMPUTE_WARPGROUPS
-from pallas_kernels.hopper.launch import Launch, Refs
+from pallas_kernels.hopper.launch import Launch
 from pallas_kernels.hopper.load import load
 from pallas_kernels.hopper.warpgroup import Warpgroup
+from pallas_kernels.launches import Refs
 
 _MEMORY = COMPUTE_WARPGROUPS  # index of the memory warpgroup
 

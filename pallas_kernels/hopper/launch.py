@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.config import KernelConfig, Rounds
 
@@ -49,35 +48,6 @@ class Launch:
     def two_views(self) -> bool:
         """Whether K and V are copied into another view of the shared memory than wgmma reads."""
         return not (self.aligned or self.emulate)
-
-
-@dataclasses.dataclass(frozen=True)
-class Refs:
-    """Arrays in device memory. `blocks`, `keys`, `values` and `lse` may be None."""
-
-    q: Any
-    k: Any
-    v: Any
-    work: Any
-    bands: Any
-    bias: Any
-    blocks: Any
-    keys: Any
-    values: Any
-    out: Any
-    lse: Any
-
-
-def swizzle_of(launch: Launch) -> int:
-    """Bytes of one swizzled row: the widest that divides a row of head_dim elements."""
-    return 128 if launch.head_dim % 64 == 0 else 64
-
-
-def tile_transforms(launch: Launch) -> tuple[Any, Any]:
-    """What lays rows out in shared memory as wgmma wants them."""
-    swizzle = swizzle_of(launch)
-    tiling = plgpu.TilingTransform((8, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
-    return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
 
 
 def share_of(launch: Launch) -> jax.Array:

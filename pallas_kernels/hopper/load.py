@@ -15,7 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import tables
 from pallas_kernels.hopper.buffers import QUERY_BUFFERS, Buffers
 from pallas_kernels.hopper.config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS
-from pallas_kernels.hopper.launch import Launch, Refs, item_of, share_of, split_head
+from pallas_kernels.hopper.launch import Launch, item_of, share_of, split_head
+from pallas_kernels.launches import Refs
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
 
 

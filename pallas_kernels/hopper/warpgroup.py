@@ -16,15 +16,13 @@ from pallas_kernels.hopper.buffers import QUERY_BUFFERS, Buffers
 from pallas_kernels.hopper.config import COMPUTE_WARPGROUPS, ROWS, STEP_KEYS
 from pallas_kernels.hopper.launch import (
     Launch,
-    Refs,
     item_of,
     share_of,
     split_head,
-    swizzle_of,
-    tile_transforms,
 )
 from pallas_kernels.hopper.product import start_product
 from pallas_kernels.hopper.registers import SUM_COLUMNS, exp2, folded, raised
+from pallas_kernels.launches import Refs, swizzle_of, tile_transforms
 from pallas_kernels.sizes import QUERY_TILE
 
 LAYOUT = plgpu.Layout.WGMMA
@@ -92,7 +90,7 @@ class Warpgroup:
 
     def start_values(self, acc, p16, slot: jax.Array):
         """Queues the product of probabilities and values; the sum is there after the next wait."""
-        transforms, swizzle = tile_transforms(self.launch), swizzle_of(self.launch)
+        transforms, swizzle = tile_transforms(self.launch.head_dim), swizzle_of(self.launch.head_dim)
         return start_product(acc, p16, self.buffers.v_smem.at[slot], transforms, swizzle)
 
     def emulated_scores(self, queries: Any, slot: jax.Array):

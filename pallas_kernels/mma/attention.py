@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -29,14 +28,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tables as kernel_tables
 from pallas_kernels.device import Device
+from pallas_kernels.launches import Refs, differentiable
 from pallas_kernels.mma.config import BLOCK_SHARED_MEMORY, HEAD_DIMS, KernelConfig, default_config
 from pallas_kernels.mma.kernel import kernel_body
-from pallas_kernels.mma.launch import Launch, Refs, scratch_types
-from pallas_kernels.plan import SparsePlan, kv_limit
+from pallas_kernels.mma.launch import Launch, scratch_types
+from pallas_kernels.plan import SparsePlan
 from pallas_kernels.plan_builders import full_plan
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_query_tiles
-from pallas_kernels.tracing import under_own_settings
-from pallas_kernels.xla.backward import attention_backward
 
 
 def target_capability() -> tuple[int, int]:
@@ -126,7 +124,7 @@ def mma_attention(
     return _attention(q, k, v, plan, limits, offset, scale, return_lse, config, interpret)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+@differentiable
 def _attention(q, k, v, plan, lengths, q_offset, scale, return_lse, config, interpret):
     tables = kernel_tables.prepare(plan, q, k, v, lengths=lengths, q_offset=q_offset)
     return attend(q, k, v, tables, scale=scale, return_lse=return_lse, config=config, interpret=interpret)
@@ -195,25 +193,3 @@ def attend(
 def _pad_rows(x: Float[Array, "b t *w"], multiple: int) -> Float[Array, "b T *w"]:
     """Zero rows up to a multiple. Free where there is nothing to pad."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))
-
-
-@under_own_settings
-def _forward(q, k, v, plan, lengths, q_offset, scale, return_lse, config, interpret):
-    outputs: Any = _attention(q, k, v, plan, lengths, q_offset, scale, True, config, interpret)
-    out, lse = outputs
-    return (out, lse if return_lse else None), (q, k, v, plan, lengths, q_offset, out, lse)
-
-
-@under_own_settings
-def _backward(
-    scale: float, return_lse: bool, config: KernelConfig, interpret: Any, saved: Any, cotangents: Any
-) -> tuple[Any, ...]:
-    q, k, v, plan, lengths, q_offset, out, lse = saved
-    d_out, d_lse = cotangents
-    d_lse = d_lse if return_lse else jnp.zeros_like(lse)
-    limit = kv_limit(lengths, q.shape[0], k.shape[1])
-    d_q, d_k, d_v = attention_backward(q, k, v, plan, limit, q_offset, out, lse, d_out, d_lse, scale=scale)
-    return d_q, d_k, d_v, None, None, None
-
-
-_attention.defvjp(_forward, _backward)

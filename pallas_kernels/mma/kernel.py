@@ -18,8 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tables
 from pallas_kernels.hopper.registers import SUM_COLUMNS, raised, rescaled
+from pallas_kernels.launches import Refs
 from pallas_kernels.mma import product
-from pallas_kernels.mma.launch import Launch, Refs, views
+from pallas_kernels.mma.launch import Launch, views
 from pallas_kernels.mma.load import Loader, Steps
 from pallas_kernels.mma.softmax import probabilities
 

@@ -1,4 +1,4 @@
-"""What is static about one launch of the warp-level kernel, its arrays in device memory, and its shared memory."""
+"""What is static about one launch of the warp-level kernel, and its shared memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.launches import swizzle_of, tile_transforms
 from pallas_kernels.mma.config import KernelConfig
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
 
@@ -30,8 +31,8 @@ class Launch:
 
     @property
     def swizzle(self) -> int:
-        """Bytes of one swizzled row: the widest that divides a row of head_dim elements."""
-        return 128 if self.head_dim % 64 == 0 else 64
+        """Bytes of one swizzled row."""
+        return swizzle_of(self.head_dim)
 
     @property
     def part_width(self) -> int:
@@ -45,8 +46,7 @@ class Launch:
     @property
     def transforms(self) -> tuple[Any, Any]:
         """What lays rows out in shared memory so that ldmatrix meets no bank conflicts."""
-        tiling = plgpu.TilingTransform((8, self.part_width))  # pyright: ignore[reportAbstractUsage]
-        return tiling, plgpu.SwizzleTransform(self.swizzle)  # pyright: ignore[reportAbstractUsage]
+        return tile_transforms(self.head_dim)
 
     @property
     def blocks_per_tile(self) -> int:
@@ -57,23 +57,6 @@ class Launch:
     def two_views(self) -> bool:
         """Whether K and V are copied into another view of the shared memory than they are read from."""
         return self.config.tma and not self.emulate
-
-
-@dataclasses.dataclass(frozen=True)
-class Refs:
-    """Arrays in device memory. `blocks`, `keys`, `values` and `lse` may be None."""
-
-    q: Any
-    k: Any
-    v: Any
-    work: Any
-    bands: Any
-    bias: Any
-    blocks: Any
-    keys: Any
-    values: Any
-    out: Any
-    lse: Any
 
 
 def scratch_types(launch: Launch) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tables
+from pallas_kernels.launches import Refs
 from pallas_kernels.mma import copies
-from pallas_kernels.mma.launch import Launch, Refs, views
+from pallas_kernels.mma.launch import Launch, views
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
 
 
