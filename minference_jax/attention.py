@@ -229,7 +229,8 @@ def _if_slower(pattern: Patterns, q: Array, k: Array) -> str:
         return ""
     pattern = parse_pattern(pattern) if isinstance(pattern, str) else pattern
     heads = [pattern] if isinstance(pattern, Pattern) else pattern
-    dense, sparse, source = predicted(heads, *q.shape[2:], q.shape[1], k.shape[1], target().device_kind)
+    _, rows, n, h = q.shape
+    dense, sparse, source = predicted(heads, n, h, rows, k.shape[1], target().device_kind)
     if sparse <= 1.02 * dense:
         return ""
     return f"; dense attention is predicted to be faster: {dense:.3g} ms instead of {sparse:.3g} ({source})"
@@ -257,11 +258,12 @@ def _attend(
     dense_name = None if keeps_to_plans else implementation
 
     def sparse_kernel(q: Array, k: Array, v: Array, plan: SparsePlan, q_offset: Array) -> Any:
-        place = where | {"q_offset": q_offset}
+        place: dict[str, Any] = where | {"q_offset": q_offset}
         return pallas_kernels.sparse_attention(q, k, v, plan, implementation=implementation, **place)
 
     def dense_kernel(q: Array, k: Array, v: Array, _: None, q_offset: Array) -> Any:
-        return pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **where | {"q_offset": q_offset})
+        place: dict[str, Any] = where | {"q_offset": q_offset}
+        return pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **place)
 
     def rows(kernel: Any, *inputs: Any) -> Any:
         return kernel(*inputs) if zigzag is None else zigzag.attend(kernel, *inputs)
