@@ -40,21 +40,26 @@ if os.environ.get("CHECK_ARRAYS") == "1":
 gc.set_threshold(100_000, 20, 20)
 
 LONGEST = (
+    "test_backends.py",
     "test_notebooks.py",
-    "test_eval_compare.py",
-    "test_cache.py",
+    "test_search.py",
     "test_eval_runner.py",
     "test_attention.py",
-    "test_search.py",
-    "test_backends.py",
-    "test_index_per_tile.py",
-    "test_hopper_tables.py",
-    "test_eval_baselines.py",
-    "test_generate.py",
+    "test_cache.py",
+    "test_mesh.py",
     "test_hopper.py",
+    "test_eval_baselines.py",
+    "test_index_per_tile.py",
+    "test_index_vertical_slash.py",
+    "test_llama.py",
+    "test_hopper_tables.py",
+    "test_generate.py",
     "test_index_builders.py",
+    "test_tile_masses.py",
+    "test_eval_compare.py",
+    "test_parity_variants.py",
 )
-"""Files whose tests take more than half a minute on one core, the longest first (`--durations=0` tells)."""
+"""Files whose tests take more than twenty seconds on one core, the longest first (`--durations=0` tells)."""
 
 
 def pytest_collection_modifyitems(items):

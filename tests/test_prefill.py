@@ -42,8 +42,8 @@ def test_a_second_run_says_that_its_programs_come_from_the_cache(tmp_path):
             # A program that no other test has compiled; and another config for `jit`, but the same for the cache.
             config = dataclasses.replace(TINY, vocab_size=67, eos_token_ids=(end,))
             model = Llama.random(config, jax.random.key(0))
-            found.append(list(bench_prefill(model, [128, 256], methods, repeats=1, pieces=False, jobs=2)))
-    assert [[row.cached for row in rows] for rows in found] == [[False] * 4, [True] * 4]
+            found.append(list(bench_prefill(model, [128], methods, repeats=1, pieces=False, jobs=2)))
+    assert [[row.cached for row in rows] for rows in found] == [[False] * 2, [True] * 2]
     assert all(row.seconds > 0 and math.isnan(row.attention) for rows in found for row in rows)
 
 
