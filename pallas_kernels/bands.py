@@ -1,7 +1,7 @@
 """Band tiles: 64 keys at one distance before every query tile. Which entries of a list count, and what they cover.
 
 The band at distance r shows the keys [q0 - r, q0 - r + 64) to the query tile that starts at q0. So a key is in the band
-if it lies `distance` before q0 with r - 64 < distance <= r, wherever the query tile is: one list serves all query tiles.
+if it lies `distance` before q0 with r - 64 < distance <= r, wherever the query tile is: one list serves them all.
 The bands 64 and 192, each letter a key tile (`d` the diagonal, which is always visited):
 
     keys         0   64  128 192 256 320
