@@ -10,22 +10,25 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
+from minference_jax.index.recall import AXES as RECALL_AXES
 from minference_jax.index.recall import estimated_recall
+from minference_jax.keywords import LayerKeywords, check_layer_keywords, in_dtype, naming_layer_keywords
 from minference_jax.patterns.base import Pattern, Where
-from minference_jax.patterns.heads import LayerPatterns, layer_patterns
+from minference_jax.patterns.heads import LayerPatterns, layer_patterns, patterns_of_heads
 from minference_jax.patterns.rates import predicted
-from minference_jax.patterns.text import parse_pattern
+from minference_jax.zigzag import Zigzag
 from pallas_kernels.backends import Implementation, choose_implementation, find_backend
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
 from pallas_kernels.device import target
 from pallas_kernels.plan import KEY_TILE, SparsePlan, kv_limit, num_query_tiles
+from pallas_kernels.spread import KV_AXES, PER_HEAD, PER_SEQUENCE, Q_AXES, WHOLE, by_device
 from pallas_kernels.tracing import under_own_settings, vary_alike
 
 
@@ -50,7 +53,7 @@ class AttentionInfo:
     reason: str
 
 
-Patterns = Pattern | Sequence[Pattern] | LayerPatterns | str
+Patterns = Pattern | str | Sequence[Pattern | str] | LayerPatterns
 """One layer's patterns: one (or a plan builder, or a pattern's text) for all heads, one per head, or as arrays."""
 
 
@@ -88,18 +91,21 @@ def make_plan(
     q, k = jax.lax.stop_gradient((q, k))  # a plan is integers
     lengths = check_lengths(lengths, q.shape[0], k.shape[1])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
-    heads = _heads(pattern, q.shape[2])
-    where = Where(kv_limit(lengths, q.shape[0], k.shape[1]), offset, check_scale(scale, q), axis_name)
-    return _plan(q, k, heads, where)
+    heads = layer_patterns(pattern, q.shape[2])
+    arrays = (q, k, heads, kv_limit(lengths, q.shape[0], k.shape[1]), offset)
+    of_heads = heads.axes()
+    if of_heads is None:  # the index of a stranger has all heads
+        axes = (PER_SEQUENCE, PER_SEQUENCE, WHOLE, PER_SEQUENCE, WHOLE)
+        return by_device(_plan, arrays, axes, PER_SEQUENCE, scale=check_scale(scale, q), axis_name=axis_name)
+    axes = (Q_AXES, KV_AXES, of_heads, PER_SEQUENCE, WHOLE)
+    return by_device(_plan, arrays, axes, PER_HEAD, scale=check_scale(scale, q), axis_name=axis_name)
 
 
-def _heads(pattern: Patterns, heads: int) -> LayerPatterns:
-    return layer_patterns(parse_pattern(pattern) if isinstance(pattern, str) else pattern, heads)
-
-
-@jax.jit
-def _plan(q: Array, k: Array, heads: LayerPatterns, where: Where) -> SparsePlan:
-    q, k, heads, where = vary_alike((q, k, heads, where))
+@partial(jax.jit, static_argnames=("scale", "axis_name"))
+def _plan(
+    q: Array, k: Array, heads: LayerPatterns, lengths: Array, q_offset: Array, *, scale: float, axis_name: Any
+) -> SparsePlan:
+    q, k, heads, where = vary_alike((q, k, heads, Where(lengths, q_offset, scale, axis_name)))
     plans = [(chosen, budgets.index(q, k, where)) for chosen, budgets in heads.chosen()]
     for _, plan in plans:
         plan.validate(q.shape[0], q.shape[2], q.shape[1])
@@ -134,6 +140,48 @@ def _merged(plans: list[tuple[Array | None, SparsePlan]], b: int, n: int, tiles:
     )
 
 
+class Options(LayerKeywords, total=False):
+    """The arguments of `sparse_attention` that say how, not what."""
+
+    lengths: Int[Array, " b"] | None
+    q_offset: int | Int[Array, ""]
+    scale: float | None
+    implementation: Implementation | None
+    axis_name: str | None
+    zigzag: Zigzag | None
+
+
+@overload
+def sparse_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    pattern: Patterns,
+    *,
+    return_info: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Array: ...
+@overload
+def sparse_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    pattern: Patterns,
+    *,
+    return_info: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Array, AttentionInfo]: ...
+@overload
+def sparse_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    pattern: Patterns,
+    *,
+    return_info: bool,
+    **options: Unpack[Options],
+) -> Any: ...
+@naming_layer_keywords
 @under_own_settings
 def sparse_attention(
     q: Float[Array, "b t n h"],
@@ -146,7 +194,10 @@ def sparse_attention(
     scale: float | None = None,
     implementation: Implementation | None = None,
     return_info: bool = False,
-) -> Any:
+    axis_name: str | None = None,
+    zigzag: Zigzag | None = None,
+    **layer: Unpack[LayerKeywords],
+) -> Array | tuple[Array, AttentionInfo]:
     """Causal attention in which each head visits only the keys that its pattern names for this prompt.
 
     **Arguments:**
@@ -155,6 +206,11 @@ def sparse_attention(
     - `pattern`: as `make_plan`. Static, except for the leaves of `LayerPatterns` and plan builders.
     - `lengths`: int32 `[b]` (right padding). `q_offset`: int32 scalar, may be traced; a multiple of 128.
     - `scale`, `implementation`, `return_info`: static. `implementation` as in `pallas_kernels.sparse_attention`.
+    - `axis_name` (static): inside `jax.shard_map`, the mesh axis over which a layer's heads are divided.
+    - `zigzag` (static): the devices that share these heads' query tiles: each is given all of q, makes the same plan,
+      and returns `zigzag.own` of the output.
+    - `layer`: what Flax's layers pass (`LayerKeywords`), so that `functools.partial(sparse_attention, pattern=...)` is
+      an `attention_fn`. What would have to be left out is refused: a mask, a bias, dropout, weights to be kept.
 
     **Returns:** `[b, t, n, h]` in q's dtype, zero at rows at or past a sequence's length; with `return_info` also an
     `AttentionInfo`.
@@ -163,12 +219,15 @@ def sparse_attention(
 
     **Raises:** ValueError and TypeError at trace time, naming the argument and the shapes.
     """
+    check_layer_keywords(layer)
+    q, k, v = in_dtype(q, k, v, layer)
     check_qkv(q, k, v)
     lengths = check_lengths(lengths, q.shape[0], k.shape[1])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
-    heads = _heads(pattern, q.shape[2])
+    heads = layer_patterns(pattern, q.shape[2])
     remark = _if_slower(pattern, q, k) if return_info and implementation is None else ""
-    out, info = _attend(q, k, v, heads, lengths, offset, check_scale(scale, q), implementation, return_info, remark)
+    settings: Any = (check_scale(scale, q), implementation, return_info, remark, axis_name, zigzag)
+    out, info = _attend(q, k, v, heads, lengths, offset, *settings)
     return (out, info) if return_info else out
 
 
@@ -179,15 +238,15 @@ def _if_slower(pattern: Patterns, q: Array, k: Array) -> str:
     """
     if isinstance(pattern, LayerPatterns):
         return ""
-    pattern = parse_pattern(pattern) if isinstance(pattern, str) else pattern
-    heads = [pattern] if isinstance(pattern, Pattern) else pattern
-    dense, sparse, source = predicted(heads, *q.shape[2:], q.shape[1], k.shape[1], target().device_kind)
+    t, n, h = q.shape[1:]
+    heads = patterns_of_heads(pattern, n)
+    dense, sparse, source = predicted(heads, n, h, t, k.shape[1], target().device_kind)
     if sparse <= 1.02 * dense:
         return ""
     return f"; dense attention is predicted to be faster: {dense:.3g} ms instead of {sparse:.3g} ({source})"
 
 
-@partial(jax.jit, static_argnames=("scale", "implementation", "return_info", "remark"))
+@partial(jax.jit, static_argnames=("scale", "implementation", "return_info", "remark", "axis_name", "zigzag"))
 def _attend(
     q: Array,
     k: Array,
@@ -199,37 +258,52 @@ def _attend(
     implementation: Any,
     return_info: bool,
     remark: str,
+    axis_name: str | None,
+    zigzag: Zigzag | None,
 ) -> tuple[Array, AttentionInfo | None]:
     b, n = q.shape[0], q.shape[2]
     where: dict[str, Any] = {"lengths": lengths, "q_offset": q_offset, "scale": scale}
     everything = jnp.ones((b, n), jnp.float32)
     keeps_to_plans = implementation is not None and find_backend(implementation).keeps_to_plans
     dense_name = None if keeps_to_plans else implementation
+
+    def sparse_kernel(q: Array, k: Array, v: Array, plan: SparsePlan, q_offset: Array) -> Any:
+        place: dict[str, Any] = where | {"q_offset": q_offset}
+        return pallas_kernels.sparse_attention(q, k, v, plan, implementation=implementation, **place)
+
+    def dense_kernel(q: Array, k: Array, v: Array, _: None, q_offset: Array) -> Any:
+        place: dict[str, Any] = where | {"q_offset": q_offset}
+        return pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **place)
+
+    def rows(kernel: Any, *inputs: Any) -> Any:
+        return kernel(*inputs) if zigzag is None else zigzag.attend(kernel, *inputs)
+
     if heads.covers >= k.shape[1] and not keeps_to_plans:
         choice = choose_implementation(q, k, v, None, implementation=dense_name)
-        out: Any = pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **where)
+        out: Any = rows(dense_kernel, q, k, v, None, q_offset)
         reason = f"the budgets cover all {k.shape[1]} keys: dense attention; {choice.reason}"
         return out, AttentionInfo(everything, everything, choice.name, reason) if return_info else None
 
     def sparse() -> tuple[Any, Array, Array]:
-        plan = make_plan(q, k, heads, **where)
-        out: Any = pallas_kernels.sparse_attention(q, k, v, plan, implementation=implementation, **where)
+        plan = make_plan(q, k, heads, **where, axis_name=axis_name)
+        out = rows(sparse_kernel, q, k, v, plan, q_offset)
         if not return_info:
             return out, everything, everything
         density = plan.density(q.shape[1], k.shape[1], q_offset=q_offset, lengths=lengths)
-        limit = kv_limit(lengths, b, k.shape[1])
-        held = estimated_recall(q, k, plan, lengths=limit, q_offset=q_offset, scale=scale)
+        arrays = (q, k, plan, kv_limit(lengths, b, k.shape[1]), q_offset)
+        held = by_device(estimated_recall, arrays, RECALL_AXES, PER_HEAD, scale=scale)
         return out, density, held
 
     def dense() -> tuple[Any, Array, Array]:
-        out: Any = pallas_kernels.dense_attention(q, k, v, implementation=dense_name, **where)
-        return out, everything, everything
+        return rows(dense_kernel, q, k, v, None, q_offset), everything, everything
 
     all_dense = heads.all_dense()
+    if all_dense is not None and axis_name is not None:  # of the layer's heads, wherever they are
+        all_dense = jax.lax.pmin(all_dense.astype(jnp.int32), axis_name) == 1
     # One scanned program serves all layers; those without a sparse head skip the index.
     out, density, held = sparse() if all_dense is None else jax.lax.cond(all_dense, dense, sparse)
     if not return_info:
         return out, None
-    plan_shape = jax.eval_shape(lambda: make_plan(q, k, heads, **where))
+    plan_shape = jax.eval_shape(lambda: make_plan(q, k, heads, **where, axis_name=axis_name))
     choice = choose_implementation(q, k, v, plan_shape, implementation=implementation)
     return out, AttentionInfo(density, held, choice.name, choice.reason + remark)

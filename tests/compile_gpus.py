@@ -144,9 +144,8 @@ def cases() -> Iterator[Case]:
         yield Case(f"matvec in {name}", multiply, (*arguments, scales), capabilities, reported=False)
 
 
-def sharding_on(capability: str) -> Any:
-    """Where a program for a GPU of this kind places its arguments."""
-    import jax
+def topology_of(capability: str, devices: int = 1) -> Any:
+    """So many GPUs of this kind on one host, none of which is here."""
     from jax.experimental import topologies
 
     from pallas_kernels.device import GPUS
@@ -162,8 +161,15 @@ def sharding_on(capability: str) -> Any:
         feature="feature_extension: ACCELERATED_FEATURES" if int(major) >= 9 else "",
         capability=capability,
     )
-    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
-    mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("device",))
+    return topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{devices}")
+
+
+def sharding_on(capability: str) -> Any:
+    """Where a program for a GPU of this kind places its arguments."""
+    import jax
+    from jax.experimental import topologies
+
+    mesh = topologies.make_mesh(topo=topology_of(capability), mesh_shape=(1,), axis_names=("device",))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 

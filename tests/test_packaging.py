@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("cli", "__main__"),
     ("demo", "eval", "bench", "compare", "search", "viz"),
-    ("checkpoints", "text", "planning", "models"),
+    ("checkpoints", "text", "planning", "models", "parallel"),
     ("attention",),
     ("patterns",),
     ("index",),

@@ -24,7 +24,8 @@ from minference_jax.bench.kernels import environment
 from minference_jax.bench.prefill_pieces import Pieces, time_pieces
 from minference_jax.bench.timing import median_seconds
 from minference_jax.models.forward import CHUNK
-from minference_jax.models.llama import Llama, prefill_program
+from minference_jax.models.llama import Llama
+from minference_jax.models.programs import prefill_program
 from minference_jax.patterns import AShape, HeadPatterns, Pattern
 from minference_jax.planning.auto import AUTO, PAPER_PATTERN
 from minference_jax.planning.memory import advise
@@ -113,7 +114,7 @@ def bench_prefill(
     jobs: int = 1,
     say: Callable[[str], None] | None = None,
 ) -> Iterator[Row]:
-    """Yields one row for each length and method.
+    """Yields one row for each length and method. A model on a mesh is timed as a whole: no pieces, no estimated rows.
 
     **Arguments:**
 
@@ -137,6 +138,8 @@ def bench_prefill(
         for tokens in lengths
         for name in methods
     ]
+    if model.mesh is not None:
+        cases, pieces = [case for case in cases if not case.estimated], False
     programs: Iterator[Compiled | None] = (None if case.estimated else _compile(case) for case in cases)
     if jobs > 1:
         say(f"compiling, {jobs} programs at a time")
@@ -148,6 +151,7 @@ def bench_prefill(
         say(f"{case.tokens:,} tokens, {case.method}")
         fp8 = case.network.fp8_projections
         options = {"dtype": model.dtype.name, "cache": None, "fp8_projections": fp8, "patterns": case.patterns}
+        options["mesh"] = model.mesh
         with advise(model.config, tokens=case.tokens, **options):
             row = _time(case, next(programs), repeats, pieces=pieces or case.estimated)
         if case.method == "dense":
@@ -158,14 +162,18 @@ def bench_prefill(
 def arguments(model: Llama, tokens: Any) -> tuple:
     """The traced arguments of a prefill without a cache."""
     lengths = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
-    return model.params(), model.patterns_for(tokens.shape[1]), tokens, lengths, lengths, None, None
+    inputs = model.exchange.place(model.config, (tokens, lengths, lengths))
+    return model.params(), model.patterns_for(tokens.shape[1]), *inputs, None, None, model.order(tokens.shape[1])
 
 
 def compile_prefill(model: Llama, tokens: Any, **static: Any) -> tuple[Any, float]:
     """The compiled program of a prefill without a cache, to be called with `arguments(...)`; and seconds it took."""
-    settings = {"rows_at_once": CHUNK, "implementation": None, "return_info": False} | static
+    settings = {"rows_at_once": CHUNK, "implementation": None, "return_info": False, "exchange": model.exchange}
+    settings |= static
     started = time.perf_counter()
-    program = prefill_program(model).lower(model.config, *arguments(model, tokens), **settings).compile()
+    program = (
+        prefill_program(model.fp8_projections).lower(model.config, *arguments(model, tokens), **settings).compile()
+    )
     return program, time.perf_counter() - started
 
 

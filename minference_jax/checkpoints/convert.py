@@ -9,11 +9,14 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from minference_jax.checkpoints import names
@@ -23,6 +26,8 @@ from minference_jax.checkpoints.hf_files import HFFiles, check_config, find_gguf
 from minference_jax.checkpoints.save import save_checkpoint as save_checkpoint
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.params import param_shapes
+from minference_jax.parallel.mesh import fitted
+from minference_jax.parallel.specs import param_specs
 
 Progress = Callable[[int, int], None]
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -39,6 +44,8 @@ class TensorFiles(Protocol):
 
     def read(self, name: str) -> np.ndarray: ...
 
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray: ...
+
 
 class GGUFFiles:
     """A GGUF file as `TensorFiles`."""
@@ -51,7 +58,7 @@ class GGUFFiles:
         self.config = hf_config(self._file)
         check_config(path, self.config)
         self.shapes = {name: tensor.shape for name, tensor in self._file.tensors.items()}
-        self.read = self._file.read
+        self.read, self.read_part = self._file.read, self._file.read_part
 
 
 def open_checkpoint(path: str | Path) -> TensorFiles:
@@ -80,11 +87,13 @@ def load_checkpoint(
     progress: Progress | None = None,
     convert: Callable[[str, Array], Mapping[str, Array]] | None = None,
     rope_scaling: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[LlamaConfig, dict[str, Array]]:
-    """Reads a checkpoint into our stacked parameters on the default device.
+    """Reads a checkpoint into our stacked parameters on the default device, or in slices on those of a mesh.
 
     Parameters stream one at a time: host memory holds one stacked parameter, and a few of the file's tensors, besides
-    what has been placed on the device.
+    what has been placed on the device. On a mesh it holds one device's slice of it instead, and slices of tensors: each
+    process reads what its own devices hold.
 
     **Arguments:**
 
@@ -95,6 +104,7 @@ def load_checkpoint(
       model was trained for: `{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}`.
     - `convert`: called with the name and array of each parameter as it is placed; what it returns is kept instead, so
       that the device never holds the whole model both ways (`fp8.quantize_param`).
+    - `mesh`: of `minference_jax.parallel.make_mesh`; where each slice goes, `parallel.specs` says.
 
     **Returns:** the config, and name → array as in `minference_jax.models.params.param_shapes`.
 
@@ -117,11 +127,24 @@ def load_checkpoint(
     groups = names.group_by_file_tensor(names.table(config, files.format).values(), files.format)
     _check_names(files, config, groups, aliases)
 
+    if mesh is not None:
+        mesh = fitted(mesh, config)
+    specs = {} if mesh is None else param_specs(config, mesh)
     params: dict[str, Array] = {}
     not_finite: list[str] = []
     done, total = 0, sum(names.num_layers(rows[0], config) for rows in groups)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for rows in groups:
+            if mesh is not None:
+                for row in rows:
+                    reader = _SliceReader(files, config, row, aliases, jnp.dtype(dtype), pool)
+                    value = reader.place(NamedSharding(mesh, specs[row.path]))
+                    not_finite += reader.not_finite
+                    params |= {row.path: value} if convert is None else convert(row.path, value)
+                done += names.num_layers(rows[0], config)
+                if progress is not None:
+                    progress(done, total)
+                continue
             reader = _GroupReader(files, config, rows, aliases, jnp.dtype(dtype))
             for trouble in pool.map(reader.place, range(names.num_layers(rows[0], config))):
                 not_finite += trouble
@@ -134,6 +157,51 @@ def load_checkpoint(
     _report(f"{files.path} cannot be used", {"NaN or infinite": not_finite})
     order = {name: place for place, name in enumerate(param_shapes(config))}
     return config, dict(sorted(params.items(), key=lambda item: order[item[0].removesuffix("_scale")]))
+
+
+class _SliceReader:
+    """Reads one stacked parameter slice by slice, each for one device."""
+
+    def __init__(
+        self,
+        files: TensorFiles,
+        config: LlamaConfig,
+        row: names.Row,
+        aliases: Mapping[str, str],
+        dtype: np.dtype,
+        pool: ThreadPoolExecutor,
+    ):
+        self._files, self._row, self._aliases, self._dtype, self._pool = files, row, aliases, dtype, pool
+        self._layout, self._shape = names.Layout.of(row, config), param_shapes(config)[row.path]
+        self.not_finite: list[str] = []
+
+    def place(self, sharding: NamedSharding) -> Array:
+        """The parameter: this process's devices get their slices, one after the other."""
+        indices = sharding.addressable_devices_indices_map(self._shape)
+        arrays, read = [], (None, None)
+        for device, index in indices.items():
+            if read[0] != index:  # what several devices hold is read once
+                read = (index, self._read(index))
+            arrays.append(jax.device_put(read[1], device))
+        jax.block_until_ready(arrays)
+        return jax.make_array_from_single_device_arrays(self._shape, sharding, arrays)
+
+    def _read(self, index: Any) -> np.ndarray:
+        stacked = names.in_layers(self._row)
+        sizes = [len(range(*cut.indices(size))) for cut, size in zip(index, self._shape, strict=True)]
+        out = np.empty(sizes, self._dtype)
+
+        def fill(layer: int) -> str | None:
+            name = names.file_name(self._row, self._files.format, layer)
+            file_name = self._aliases.get(name, name)
+            part = self._layout.read_part(partial(self._files.read_part, file_name), index[1:] if stacked else index)
+            with np.errstate(over="ignore", invalid="ignore"):
+                (out[layer] if stacked else out)[...] = part.astype(self._dtype, copy=False)
+            return None if np.all(np.isfinite(out[layer] if stacked else out)) else name
+
+        for trouble in self._pool.map(fill, range(self._shape[0] if stacked else 1)):
+            self.not_finite += [trouble] if trouble and trouble not in self.not_finite else []
+        return out
 
 
 class _GroupReader:

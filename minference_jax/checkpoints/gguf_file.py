@@ -82,6 +82,7 @@ _OTHER_TYPES = {
     40: "NVFP4",
     41: "Q1_0",
 }
+_AT_ONCE = 1 << 22  # numbers that are dequantized at once where a part is read
 _PLAIN = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -186,18 +187,35 @@ class GGUFFile:
 
         Raises `ImportError` when a quantized tensor is asked for and the `gguf` package is not installed.
         """
+        return self._rows(name, slice(None))
+
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Slices of one tensor, one for each axis. Rows of the first axis are dequantized a few at a time, so no more
+        than their slices are held."""
+        tensor = self.tensors[name]
+        if len(tensor.shape) == 1:
+            return self._rows(name, slice(None))[index]
+        start, stop, _ = index[0].indices(tensor.shape[0])
+        step = max(1, _AT_ONCE // math.prod(tensor.shape[1:]))
+        pieces = [(first, min(first + step, stop)) for first in range(start, stop, step)]
+        parts = [self._rows(name, slice(*piece))[:, *index[1:]].copy() for piece in pieces]
+        return np.concatenate(parts)
+
+    def _rows(self, name: str, rows: slice) -> np.ndarray:
+        """Some rows of the first axis, which are whole blocks of a tensor that has another one."""
         tensor = self.tensors[name]
         raw = np.frombuffer(self._bytes, np.uint8, tensor.num_bytes, tensor.offset)
         if tensor.type in _PLAIN:
-            return raw.view(_PLAIN[tensor.type]).reshape(tensor.shape)
+            return raw.view(_PLAIN[tensor.type]).reshape(tensor.shape)[rows]
         try:
             from gguf import GGMLQuantizationType, dequantize
         except ImportError as error:
             raise ImportError(
                 f"{self.path}: reading {tensor.type} tensors needs the 'gguf' package (pip install gguf)"
             ) from error
-        rows = raw.reshape(*tensor.shape[:-1], -1)
-        return dequantize(rows, GGMLQuantizationType(tensor.type_number)).reshape(tensor.shape)
+        blocks = raw.reshape(*tensor.shape[:-1], -1)[rows]
+        found = dequantize(blocks, GGMLQuantizationType(tensor.type_number))
+        return found.reshape(*blocks.shape[:-1], tensor.shape[-1])
 
     def _take(self, count: int) -> bytes:
         if count > len(self._bytes) - self._position:

@@ -34,6 +34,10 @@ class SplitGGUF:
         """One tensor, as `GGUFFile.read`."""
         return self._owner[name].read(name)
 
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Slices of one tensor, as `GGUFFile.read_part`."""
+        return self._owner[name].read_part(name, index)
+
 
 def open_gguf(path: Path) -> GGUFFile | SplitGGUF:
     """A GGUF file, or the whole model where `path` is a part of a split one.

@@ -173,6 +173,11 @@ class HFFiles:
         name = self._names[name]
         return self._handles[name].get_tensor(name)
 
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Slices of one tensor, one for each axis; nothing else of it is read."""
+        name = self._names[name]
+        return self._handles[name].get_slice(name)[index]
+
 
 def check_config(path: Path, config: dict[str, Any]) -> LlamaConfig:
     """The config of a checkpoint. Raises `ValueError` naming the path for a model that is not supported."""

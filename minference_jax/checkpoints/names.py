@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from minference_jax.models.config import LlamaConfig
 from minference_jax.models.params import param_shapes
 
 ArrayT = TypeVar("ArrayT", bound=Any)  # a NumPy or a JAX array
+Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -173,10 +174,47 @@ class Layout:
         part = tensor[self.rows[0] : self.rows[1]]
         return part.reshape(self.axis_sizes).transpose(self.order).reshape(self.shape)
 
+    def read_part(self, read: Callable[[Index], np.ndarray], index: Index) -> np.ndarray:
+        """Slices of our parameter, from as little of the file's tensor as has them.
+
+        `read(slices)`: those slices of the file's tensor. An axis that the file has inside another (the h of `(n h)`)
+        is read whole.
+        """
+        sizes, late = list(self.axis_sizes), []
+        inside = _grouped(self.axis_sizes, self.part_shape)
+        places = _grouped(tuple(self.axis_sizes[axis] for axis in self.order), self.shape)
+        wanted = [slice(0, size) for size in self.part_shape]
+        for cut, size, place in zip(index, self.shape, places, strict=True):
+            start, stop, _ = cut.indices(size)
+            axes = [self.order[i] for i in place]
+            group = next((i for i, group in enumerate(inside) if len(axes) == 1 and group[:1] == axes), None)
+            late.append(slice(start, stop) if group is None else slice(None))
+            if group is not None:
+                step = self.part_shape[group] // size
+                wanted[group] = slice(start * step, stop * step)
+                sizes[axes[0]] = stop - start
+        first = self.rows[0]
+        wanted[0] = slice(first + wanted[0].start, first + wanted[0].stop)
+        shape = [math.prod(sizes[self.order[i]] for i in place) for place in places]
+        return read(tuple(wanted)).reshape(sizes).transpose(self.order).reshape(shape)[tuple(late)]
+
     def write(self, param: np.ndarray) -> np.ndarray:
         """Our parameter as its rows of the file's tensor: the inverse of `read`."""
         split = tuple(self.axis_sizes[axis] for axis in self.order)
         return param.reshape(split).transpose(np.argsort(self.order)).reshape(self.part_shape)
+
+
+def _grouped(axes: tuple[int, ...], sizes: tuple[int, ...]) -> list[list[int]]:
+    """For each size, which consecutive axes multiply to it."""
+    groups, place = [], 0
+    for size in sizes:
+        group, product = [place], axes[place]
+        while product != size:
+            group.append(group[-1] + 1)
+            product *= axes[group[-1]]
+        groups.append(group)
+        place = group[-1] + 1
+    return groups
 
 
 def own_names(names: Iterable[str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ import typer
 
 from minference_jax.bench.cases import Case
 from minference_jax.cli.console import print_json, stderr, stdout, usage, usage_error
+from minference_jax.cli.mesh import HOSTS_HELP, MESH_HELP, check_mesh, start_mesh
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP, parse_pattern
 from pallas_kernels.backends import find_backend
@@ -34,6 +35,10 @@ def prefill(
         str, typer.Option(help="Beyond this length dense rows are estimated from one layer, and marked ~.")
     ] = "128K",
     pieces: Annotated[bool, typer.Option(help="Also time attention, index and projections by themselves.")] = True,
+    mesh: Annotated[
+        str, typer.Option(help=f"{MESH_HELP} Then no pieces are timed, and dense rows beyond the limit are left out.")
+    ] = "",
+    hosts: Annotated[str, typer.Option(help=HOSTS_HELP)] = "",
     jobs: Annotated[int, typer.Option(min=1, help="Compile so many programs at a time, all before the first run.")] = 1,
     rows_of: Annotated[
         Path | None,
@@ -68,7 +73,7 @@ def prefill(
         return
     chosen = _methods(methods)
     sizes = [parse_length(text) for text in lengths.split(",")]
-    network = _network(model, random_weights, dtype)
+    network = _network(model, random_weights, dtype, start_mesh(mesh, hosts))
     if pattern:
         with usage("--pattern"):
             mine = resolve_patterns(pattern, network.config.num_layers, network.config.num_heads)
@@ -93,7 +98,9 @@ def prefill(
     finally:  # rows that were measured before an error, such as a length that does not fit, are shown
         if rows:
             if json:
-                print_json(bench.to_json(rows, model=name, dtype=network.dtype.name))
+                print_json(
+                    bench.to_json(rows, model=name, dtype=network.dtype.name, **({"mesh": mesh} if mesh else {}))
+                )
             else:
                 _show(bench.table(rows))
     if plot is not None:
@@ -243,7 +250,7 @@ def _methods(names: str) -> dict:
     return {name: METHODS[name] for name in METHODS if name in names.split(",")}
 
 
-def _network(model: Path | None, random_weights: str, dtype: str):
+def _network(model: Path | None, random_weights: str, dtype: str, mesh: Any = None):
     import jax
 
     from minference_jax.checkpoints.presets import known_config
@@ -251,5 +258,7 @@ def _network(model: Path | None, random_weights: str, dtype: str):
 
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if model is not None:
-        return Llama.from_pretrained(model, dtype=dtype)
-    return Llama.random(known_config(random_weights), jax.random.key(0), dtype)
+        return Llama.from_pretrained(model, dtype=dtype, mesh=mesh)
+    config = known_config(random_weights)
+    check_mesh(mesh, config)
+    return Llama.random(config, jax.random.key(0), dtype, mesh=mesh)

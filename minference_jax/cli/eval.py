@@ -18,6 +18,7 @@ from minference_jax.cli.console import (
     usage_error,
 )
 from minference_jax.cli.generate import load_model
+from minference_jax.cli.mesh import MESH_HELP, check_mesh, start_mesh
 from minference_jax.patterns.resolve import resolve_patterns
 
 
@@ -45,6 +46,7 @@ def evaluate(
     output: Annotated[Path, typer.Option(help="Folder of results and report; a run that was stopped goes on.")] = Path(
         "eval"
     ),
+    mesh: Annotated[str, typer.Option(help=MESH_HELP + " Of one host.")] = "",
     wait: Annotated[bool, typer.Option("--wait", help="Where another process uses --output, wait for it.")] = False,
 ) -> None:
     """Score methods on tasks at prompt lengths; results are kept, and a stopped run goes on where it was."""
@@ -56,6 +58,7 @@ def evaluate(
     from minference_jax.runs.files import check_output_folder
     from minference_jax.text.tokenizer import load_tokenizer
 
+    shared = start_mesh(mesh)
     sizes = _lengths(lengths)
     names = split_methods(methods)
     with usage("--output"):
@@ -65,10 +68,11 @@ def evaluate(
     with usage("--tasks"):
         chosen = make_tasks(split_names("--tasks", tasks), text=book, qa=qa or (), files=file or ())
     config = LlamaConfig.from_hf(open_checkpoint(model).config)
+    check_mesh(shared, config)
     tokenizer = load_tokenizer(model)
     with usage("--methods"):
         compared = [_method(name, config, tokenizer) for name in names]
-    network = load_model(model, None, dtype)
+    network = load_model(model, None, dtype, mesh=shared)
     with progress("Evaluating") as update:
         results = run(
             network,

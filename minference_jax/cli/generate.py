@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from minference_jax.cli.console import print_json, progress, read_text, stderr, stdout, usage, usage_error
+from minference_jax.cli.mesh import HOSTS_HELP, MESH_HELP, check_mesh, start_mesh
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP, describe_patterns
 
@@ -60,13 +61,16 @@ def generate(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail, rather than warn, if the prompt and reply exceed the context.")
     ] = False,
+    mesh: Annotated[str, typer.Option(help=MESH_HELP)] = "",
+    hosts: Annotated[str, typer.Option(help=HOSTS_HELP)] = "",
     stats: Annotated[bool, typer.Option(help="Print tokens, times and density on standard error.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Answer a prompt, or a question about files, with dense or sparse prefill."""
     files = file or []
     if random_weights:
-        _random(model, random_weights, pattern, dtype, max_new_tokens, cache, fp8, prefill_chunk, json)
+        shared = start_mesh(mesh, hosts)
+        _random(model, random_weights, pattern, dtype, max_new_tokens, cache, fp8, prefill_chunk, json, shared)
         return
     if not (prompt or files or question):
         raise usage_error("give a prompt, --file or --question")
@@ -76,6 +80,7 @@ def generate(
         raise usage_error("--raw takes the text as it is: no --system, no --reply-prefix")
     text = "\n\n".join(filter(None, [*map(read_text, files), read_text("-") if prompt == "-" else prompt, question]))
 
+    shared = start_mesh(mesh, hosts)
     import jax
 
     from minference_jax.models.generate import generate as continue_tokens
@@ -85,12 +90,13 @@ def generate(
     scaling = _json_option("--rope-scaling", rope_scaling) if rope_scaling else None
     variables = dict(map(_variable, template_variable or []))
     config, patterns = check_model(Path(model), pattern, scaling)
+    check_mesh(shared, config)
     with _plain_warnings():
         tokenizer = load_tokenizer(model)
         ids = tokenizer.encode(text) if raw else _chat(tokenizer, text, system, reply_prefix, template, variables)
         check_prompts([ids], None, config.vocab_size)
         check_context(config, len(ids), max_new_tokens, strict)
-    network = load_model(Path(model), patterns, dtype, fp8, scaling)
+    network = load_model(Path(model), patterns, dtype, fp8, scaling, shared)
     decoder = tokenizer.stream()
 
     def write(new: list[list[int]]) -> None:
@@ -137,8 +143,10 @@ def check_model(path: Path, pattern: str, rope_scaling: Any = None) -> tuple[Any
     return config, patterns
 
 
-def load_model(path: Path, patterns: Any, dtype: str, fp8: bool = False, rope_scaling: Any = None) -> Any:
-    """The model with its weights."""
+def load_model(
+    path: Path, patterns: Any, dtype: str, fp8: bool = False, rope_scaling: Any = None, mesh: Any = None
+) -> Any:
+    """The model with its weights, on one device or a mesh."""
     import jax
 
     from minference_jax.models.llama import Llama
@@ -146,6 +154,7 @@ def load_model(path: Path, patterns: Any, dtype: str, fp8: bool = False, rope_sc
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with progress("Loading weights") as update:
         options: dict[str, Any] = {"fp8_projections": fp8, "progress": update, "rope_scaling": rope_scaling}
+        options["mesh"] = mesh
         return Llama.from_pretrained(path, dtype=dtype, patterns=patterns, **options)
 
 
@@ -190,6 +199,7 @@ def _random(
     fp8: bool,
     prefill_chunk: int | None,
     as_json: bool,
+    mesh: Any,
 ) -> None:
     """Random tokens through random weights of a real model's shape: what a prompt of that length takes."""
     import jax
@@ -203,7 +213,8 @@ def _random(
     with usage("--pattern"):
         patterns = pattern if pattern == "auto" else resolve_patterns(pattern, config.num_layers, config.num_heads)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    network = Llama.random(config, jax.random.key(0), dtype, patterns)
+    check_mesh(mesh, config)
+    network = Llama.random(config, jax.random.key(0), dtype, patterns, mesh)
     network = network.with_fp8_projections() if fp8 else network
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, (1, tokens))
     with progress("Reading the prompt") as update:

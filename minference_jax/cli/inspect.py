@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from minference_jax.cli.console import print_json, read_text, stdout, usage_error
+from minference_jax.cli.console import print_json, read_text, stdout, usage, usage_error
 from minference_jax.patterns.text import format_pattern
 
 
@@ -27,6 +27,7 @@ def inspect(
     memory: Annotated[
         bool, typer.Option("--memory", help="The longest prompt on each GPU; MODEL may be a name such as llama-3-8b.")
     ] = False,
+    mesh: Annotated[str, typer.Option(help="With --memory: on so many devices, rows=2,heads=8 or heads=8.")] = "",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show a checkpoint's config and parameters, and which patterns the heads follow; draw pictures of them."""
@@ -44,6 +45,8 @@ def inspect(
     heads = layers = None
     if memory and model is None:
         raise usage_error("--memory needs a model")
+    if mesh and not memory:
+        raise usage_error("--mesh needs --memory")
     if model is not None:
         from minference_jax.checkpoints.presets import CONFIGS
 
@@ -55,7 +58,8 @@ def inspect(
             config = LlamaConfig.from_hf(files.config)
         heads, layers = config.num_heads, config.num_layers
         if memory:
-            found = {f"longest prompt in tokens, by GPU, of {model}": _memory(config)}
+            where = f" on {mesh}" if mesh else ""
+            found = {f"longest prompt in tokens, by GPU, of {model}{where}": _memory(config, mesh)}
         else:
             found |= {"config": dataclasses.asdict(config), "parameters": _parameters(config)}
     if patterns is not None:
@@ -91,13 +95,16 @@ def _parameters(config: Any) -> dict[str, int]:
     return {**sizes, "all": sum(sizes.values())}
 
 
-def _memory(config: Any) -> dict[str, dict[str, int]]:
-    """The most tokens of a prompt, for each way to run it, on each GPU. bfloat16, one sequence."""
+def _memory(config: Any, mesh: str) -> dict[str, dict[str, int]]:
+    """The most tokens of a prompt, for each way to run it, on each GPU or a mesh of them. bfloat16, one sequence."""
+    from minference_jax.parallel.mesh import abstract_mesh
     from minference_jax.planning.memory import GPUS, USABLE, WAYS, longest_prompt
 
+    with usage("--mesh"):
+        shared = abstract_mesh(mesh, config) if mesh else None
     available = {name: USABLE * size * 2**30 for name, size in GPUS.items()}
     return {
-        way: {gpu: longest_prompt(config, memory, **options) for gpu, memory in available.items()}
+        way: {gpu: longest_prompt(config, memory, mesh=shared, **options) for gpu, memory in available.items()}
         for way, options in WAYS.items()
     }
 

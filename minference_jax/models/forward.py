@@ -2,6 +2,9 @@
 
 Layers are scanned, so a model of any depth compiles one layer. The residual stream and the KV cache are the scan's
 carry and are updated in place; parameters and head patterns are its inputs.
+
+On a mesh these functions run inside `jax.shard_map`: every device holds its slices of parameters, patterns and cache,
+and some rows of the prompt. `Exchange` says what devices send each other; on one device it does nothing.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ from jaxtyping import Array, Float, Int32
 import pallas_kernels
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.layers import Layer, StackedLayer, finish_layer, map_chunks, norm, project_qkv
+from minference_jax.models.layers import Layer, finish_layer, map_chunks, norm, project_qkv
 from minference_jax.models.part_attention import attend_to_cache
 from minference_jax.models.rope import LayerRope, layer_rope, turns
 from minference_jax.models.window import attend_layer, decode_layer
+from minference_jax.parallel.exchange import ONE, Exchange
 
 Params = Mapping[str, Array]
 
@@ -38,33 +42,37 @@ def stacked_layers(params: Params) -> Layer:
     return {name.removeprefix("layers."): value for name, value in params.items() if name.startswith("layers.")}
 
 
-def embed(config: LlamaConfig, params: Params, tokens: Int32[Array, "b t"]) -> Float[Array, "b t d"]:
+def embed(
+    config: LlamaConfig, params: Params, tokens: Int32[Array, "b t"], exchange: Exchange = ONE
+) -> Float[Array, "b t d"]:
     """Token embeddings; ids outside the vocabulary are clipped into it."""
-    x = jnp.take(params["embed"], tokens, axis=0, mode="clip")
+    x = exchange.take(config, params["embed"], tokens)
     return x if config.traits.embed_scale == 1 else x * jnp.asarray(config.traits.embed_scale, x.dtype)
 
 
-def logits(config: LlamaConfig, params: Params, x: Float[Array, "b t d"]) -> Float[Array, "b t vocab"]:
-    """Final norm and head, float32."""
+def logits(
+    config: LlamaConfig, params: Params, x: Float[Array, "b t d"], exchange: Exchange = ONE
+) -> Float[Array, "b t vocab"]:
+    """Final norm and head, float32. Each device of a mesh may have a slice of the head; x is then the same on all."""
     x = norm(config, x, params["final_norm"])
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     head, equation = (params["embed"], "btd,vd->btv") if config.tie_embeddings else (params["lm_head"], "btd,dv->btv")
     y = jnp.einsum(equation, x, head, precision=precision, preferred_element_type=jnp.float32)
+    y = exchange.join(config, y)
     y = y if config.traits.logit_divisor == 1 else y / config.traits.logit_divisor
     cap = config.traits.logit_cap
     return y if cap is None else cap * jnp.tanh(y / cap)
 
 
 def layer_qkv(
-    config: LlamaConfig, layer: Layer, x: Array, rope: LayerRope, start: Array, chunk: int
+    config: LlamaConfig, layer: Layer, x: Array, rope: LayerRope, positions: Int32[Array, " t"], chunk: int
 ) -> tuple[Array, Array, Array]:
-    """One layer's q, k, v for rows at positions start, start + 1, …, in chunks."""
+    """One layer's q, k, v for rows at these positions, in chunks."""
 
-    def project(first: Array, rows: Array) -> tuple[Array, Array, Array]:
-        positions = start + first + jnp.arange(rows.shape[1], dtype=jnp.int32)
-        return project_qkv(config, layer, rows, turns(config, rope, positions[None]))
+    def project(_: Array, rows: Array, positions: Array) -> tuple[Array, Array, Array]:
+        return project_qkv(config, layer, rows, turns(config, rope, positions))
 
-    return map_chunks(project, (x,), chunk)
+    return map_chunks(project, (x, positions[None]), chunk)
 
 
 def attend(
@@ -77,15 +85,38 @@ def attend(
     q_offset: Any,
     implementation: str | None,
     return_info: bool = False,
+    exchange: Exchange = ONE,
 ) -> tuple[Array, Any]:
-    """Attention of one layer's prefill and, with `return_info`, what is known about it: None when it is dense."""
+    """Attention of one layer's prefill and, with `return_info`, what is known about it: None when it is dense.
+
+    Where several devices have these heads, each returns its own rows.
+    """
     where = {"lengths": lengths, "q_offset": q_offset, "implementation": implementation}
     if patterns is None:
-        return cast(Array, pallas_kernels.dense_attention(q, k, v, **where)), None
+
+        def dense(q: Array, k: Array, v: Array, _: None, q_offset: Any) -> Array:
+            return cast(Array, pallas_kernels.dense_attention(q, k, v, **where | {"q_offset": q_offset}))
+
+        zigzag = exchange.zigzag
+        inputs = (q, k, v, None, q_offset)
+        return dense(*inputs) if zigzag is None else zigzag.attend(dense, *inputs), None
     from minference_jax.attention import sparse_attention  # a dense model needs no index
 
-    found = sparse_attention(q, k, v, patterns, **where, return_info=return_info)
+    mesh: Any = {"axis_name": exchange.axis_name, "zigzag": exchange.zigzag}
+    found = sparse_attention(q, k, v, patterns, **where, return_info=return_info, **mesh)
     return found if return_info else (found, None)
+
+
+def in_order(x: Float[Array, "b t n h"], order: Int32[Array, " k"] | None) -> Float[Array, "b t n h"]:
+    """Heads with their KV groups in this order."""
+    return x if order is None else jnp.take(x, of_heads(order, x.shape[2]), axis=2)
+
+
+def of_heads(order: Int32[Array, "*layers k"], heads: int) -> Int32[Array, "*layers n"]:
+    """The order of so many heads from that of their KV groups."""
+    group = heads // order.shape[-1]
+    each = group * order[..., None] + jnp.arange(group, dtype=jnp.int32)
+    return each.reshape(*order.shape[:-1], heads)
 
 
 def prefill(
@@ -101,24 +132,32 @@ def prefill(
     keep: str = "nothing",
     chunk: int = CHUNK,
     implementation: str | None = None,
+    exchange: Exchange = ONE,
+    order: Int32[Array, "layers k"] | None = None,
 ) -> tuple[Float[Array, "b t d"], KVCache | None, Any]:
     """Runs all layers over a prompt or a part of one.
 
     `start` None: the rows are the whole prompt, and attend to each other. Otherwise they stand at positions start…,
     and attend to the cache, which holds everything before them. `keep` says what to return of each layer, stacked:
     "nothing", "info" (of its attention) or "hidden" (its output). Returns the last layer's output, before the final
-    norm, with the cache and what was kept.
+    norm, with the cache and what was kept; on a mesh, a device's own rows of outputs. `order`: of the KV groups inside
+    attention, with `start` None; patterns are in that order, and so is what is known of attention.
     """
     t = tokens.shape[1]
     q_offset = jnp.int32(0) if start is None else start
     seen = jnp.minimum(lengths, q_offset + t)
-    served = partial(attend, implementation=implementation, return_info=keep == "info")
+    served = partial(attend, implementation=implementation, return_info=keep == "info", exchange=exchange)
+    positions = q_offset + exchange.positions(t)
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, Any]:
         x, cache = carry
-        index, layer, layer_patterns = inputs
-        q, k, v = layer_qkv(config, layer, x, layer_rope(config, rope_lengths, index), q_offset, chunk)
-        if cache is not None:
+        index, layer, layer_patterns, order = inputs
+        layer = exchange.whole_layer(config, layer)
+        qkv = layer_qkv(config, layer, x, layer_rope(config, rope_lengths, index), positions, chunk)
+        q, k, v = (exchange.to_heads(in_order(y, order), t) for y in qkv)
+        if cache is not None and order is not None:
+            cache = cache.write(index, q_offset, *(exchange.to_heads(y, t) for y in qkv[1:]))
+        elif cache is not None:
             cache = cache.write(index, q_offset, k, v)
 
         def whole() -> tuple[Array, Any]:
@@ -126,13 +165,16 @@ def prefill(
                 return served(q, k, v, layer_patterns, lengths=seen, q_offset=0)
             return attend_to_cache(served, q, cache, index, layer_patterns, start=start, lengths=lengths)
 
-        out, info = attend_layer(config, index, (q, k, v), cache, whole, start=start, lengths=seen)
+        where = {"start": start, "lengths": seen, "own": exchange.own_queries}
+        out, info = attend_layer(config, index, (q, k, v), cache, whole, **where)
+        out = in_order(exchange.to_rows(out), None if order is None else jnp.argsort(order))
         x = map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), chunk, in_place=True)
         return (x, cache), {"nothing": None, "info": info, "hidden": x}[keep]
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
-    carry = (embed(config, params, tokens), cache)
-    (x, cache), kept = jax.lax.scan(step, carry, (indices, stacked_layers(params), patterns))
+    table = exchange.whole(config, params, "embed")
+    carry = (embed(config, table, exchange.own_rows(tokens)), cache)
+    (x, cache), kept = jax.lax.scan(step, carry, (indices, stacked_layers(params), patterns, order))
     if cache is not None:
         written = jax.lax.dynamic_update_slice(cache.tokens, tokens, (jnp.int32(0), q_offset))
         cache = dataclasses.replace(cache, tokens=written, lengths=seen)
@@ -140,11 +182,15 @@ def prefill(
 
 
 def last_logits(
-    config: LlamaConfig, params: Params, x: Float[Array, "b t d"], last: Int32[Array, " b"]
+    config: LlamaConfig,
+    params: Params,
+    x: Float[Array, "b t d"],
+    last: Int32[Array, " b"],
+    t: int,
+    exchange: Exchange = ONE,
 ) -> Float[Array, "b vocab"]:
-    """Logits of one row per sequence, `last` (clipped to the rows there are)."""
-    rows = jnp.take_along_axis(x, jnp.clip(last, 0, x.shape[1] - 1)[:, None, None], axis=1)
-    return logits(config, params, rows)[:, 0]
+    """Logits of one row per sequence, `last` (clipped to the t rows of the prompt)."""
+    return logits(config, params, exchange.row(x, last, t), exchange)[:, 0]
 
 
 def decode(
@@ -153,6 +199,7 @@ def decode(
     tokens: Int32[Array, " b"],
     cache: KVCache,
     active: Array | None = None,
+    exchange: Exchange = ONE,
 ) -> tuple[Float[Array, "b vocab"], KVCache]:
     """Appends one token to each sequence: its logits, and the cache one longer.
 
@@ -164,7 +211,7 @@ def decode(
 
     def step(carry: tuple, index: Array) -> tuple[tuple, None]:
         x, cache = carry
-        layer = StackedLayer(stacked, index)
+        layer = exchange.layer(config, stacked, index)
         rope = layer_rope(config, positions + 1, index)
         q, k, v = project_qkv(config, layer, x, turns(config, rope, positions[:, None]))
         cache = cache.append(index, positions, k[:, 0], v[:, 0])
@@ -172,11 +219,12 @@ def decode(
         return (finish_layer(config, layer, x, out[:, None]), cache), None
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
-    (x, cache), _ = jax.lax.scan(step, (embed(config, params, tokens[:, None]), cache), indices)
+    carry = (embed(config, params, tokens[:, None], exchange), cache)
+    (x, cache), _ = jax.lax.scan(step, carry, indices)
     written = cache.tokens.at[rows, positions].set(tokens, mode="drop")
     longer = positions + (1 if active is None else active.astype(jnp.int32))
     cache = dataclasses.replace(cache, tokens=written, lengths=jnp.minimum(longer, cache.capacity))
-    return logits(config, params, x)[:, 0], cache
+    return logits(config, params, x, exchange)[:, 0], cache
 
 
 def log_likelihoods(
@@ -185,18 +233,21 @@ def log_likelihoods(
     x: Float[Array, "b t d"],
     tokens: Int32[Array, "b t"],
     lengths: Int32[Array, " b"],
+    exchange: Exchange = ONE,
 ) -> Float[Array, "b t"]:
     """log p(token i | tokens before it), float32, from the last layer's output; 0 for the first token and padding.
 
-    Logits exist for `LOGIT_CHUNK` rows at a time.
+    Logits exist for `LOGIT_CHUNK` rows at a time. On a mesh, x holds a device's own rows and the result is all of them.
     """
+    head = exchange.whole(config, params, "embed" if config.tie_embeddings else "lm_head")
 
     def score(_: Array, rows: Array, following: Array) -> Array:
-        values = logits(config, params, rows)
+        values = logits(config, head, rows)
         picked = jnp.take_along_axis(values, following[:, :, None], axis=-1, mode="clip")[:, :, 0]
         return picked - jax.nn.logsumexp(values, axis=-1)
 
-    following = jnp.roll(tokens, -1, axis=1)
-    scores = jnp.roll(map_chunks(score, (x, following), LOGIT_CHUNK), 1, axis=1)
+    following = exchange.own_rows(jnp.roll(tokens, -1, axis=1))
+    scores = exchange.all_rows(map_chunks(score, (x, following), LOGIT_CHUNK), tokens.shape[1])
+    scores = jnp.roll(scores, 1, axis=1)
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     return jnp.where((positions > 0) & (positions < lengths[:, None]), scores, 0.0)

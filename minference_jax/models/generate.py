@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from minference_jax.models import forward, llama
+from minference_jax.models import forward, programs
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
@@ -30,9 +30,11 @@ from minference_jax.models.requests import (
     token_ids,
 )
 from minference_jax.models.sampling import next_token
+from minference_jax.parallel.exchange import Exchange
 from minference_jax.planning.buckets import bucket_length
 from minference_jax.planning.memory import advise
 from minference_jax.text.prompts import PromptRunner, steps_before_new_rope
+from pallas_kernels.tracing import under_own_settings
 
 STEPS = 64
 """Decoding steps in one call of the jitted loop, and the width of its output."""
@@ -145,6 +147,7 @@ def generate(
         "eos": np.asarray(eos or (-1,), np.int32),
         "pad": np.int32(pad),
     }
+    choose = {name: model.exchange.place(model.config, value) for name, value in choose.items()}
     programs = _programs()
 
     started = time.perf_counter()
@@ -159,6 +162,7 @@ def generate(
         cache=cache_dtype or "model",
         fp8_projections=model.fp8_projections,
         patterns=model.patterns_at(prefill_chunk or rows, rows + room_for),
+        mesh=model.mesh,
     ):
         logits, filled, cached_tokens = run(prompts, sizes, cache, room_for)
         token, done = _first_token(logits, filled.lengths, np.zeros(len(sizes), bool), **choose)
@@ -181,6 +185,7 @@ def generate(
         else:
             token, done, filled, out, taken = _decode_steps(
                 model.config,
+                model.exchange,
                 model.params(),
                 token,
                 done,
@@ -222,11 +227,12 @@ def _valid_counts(new: np.ndarray, finished: np.ndarray, eos: tuple[int, ...]) -
 
 def _programs() -> int:
     """How many programs this process has compiled for the functions below and for prefill."""
-    functions: tuple[Any, ...] = (llama._prefill, llama._prefill_fp8, _first_token, _decode_steps)
+    functions: tuple[Any, ...] = (programs.prefill, programs.prefill_fp8, _first_token, _decode_steps)
     return sum(function._cache_size() for function in functions)
 
 
 @jax.jit
+@under_own_settings
 def _first_token(
     logits: Array,
     positions: Array,
@@ -243,9 +249,11 @@ def _first_token(
     return token, finished | jnp.isin(token, eos)
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+@partial(jax.jit, static_argnames=("config", "exchange"), donate_argnames="cache")
+@under_own_settings
 def _decode_steps(
     config: LlamaConfig,
+    exchange: Exchange,
     params: forward.Params,
     token: Array,
     finished: Array,
@@ -266,7 +274,7 @@ def _decode_steps(
 
     def advance(state: tuple) -> tuple:
         step, token, finished, cache, out = state
-        logits, cache = forward.decode(config, params, token, cache, active=~finished)
+        logits, cache = programs.decode_step(config, params, token, cache, ~finished, exchange)
         token = jnp.where(finished, pad, next_token(logits, key, cache.lengths, temperature, top_p))
         out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], step, axis=1)
         return step + 1, token, finished | jnp.isin(token, eos), cache, out

@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.core import Tracer
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
-from minference_jax.models import forward, fp8
+from minference_jax.models import forward, fp8, programs
 from minference_jax.models.cache import KVCache, cache_dtype
 from minference_jax.models.checks import (
     check_lengths,
@@ -34,12 +34,13 @@ from minference_jax.models.config import LlamaConfig
 from minference_jax.models.params import param_shapes as param_shapes
 from minference_jax.models.parts import prefill_parts
 from minference_jax.models.random_weights import random_params
+from minference_jax.parallel.deal import deal
+from minference_jax.parallel.exchange import ONE, Exchange
+from minference_jax.parallel.mesh import fitted
 from minference_jax.patterns.heads import HeadPatterns, LayerPatterns
 from minference_jax.patterns.resolve import Patterns, resolve_patterns
 from minference_jax.planning.auto import AUTO, auto_patterns
 from minference_jax.planning.cost import AttentionChoice, choose_attention
-
-"""The name of the patterns that give way to dense attention where they do not pay."""
 
 
 class Layers(nnx.Module):
@@ -59,6 +60,7 @@ class Llama(nnx.Module):
     - `auto`: dense attention wherever the patterns would not pay at a prompt's length (static); see `planning.cost`.
       `patterns_at` says what a length gets.
     - `embed`, `layers`, `final_norm`, `lm_head`: parameters, named and shaped as in `param_shapes(config)`.
+    - `mesh`: the devices that share the work, each with a slice of the weights; None for one device (static).
 
     Every method is jitted and can be called inside other transformations. Tokens are int32, padded on the right;
     `lengths` (int32 `[b]`, None for no padding) are clipped to the array. Ids outside the vocabulary are clipped too.
@@ -72,21 +74,29 @@ class Llama(nnx.Module):
         params: Mapping[str, Array],
         patterns: HeadPatterns | None = None,
         auto: bool = False,
+        mesh: Mesh | None = None,
     ):
         check_params(config, params)
         self.config, self.auto = config, auto
+        self.exchange = ONE if mesh is None else Exchange(fitted(mesh, config))
+        params = self.exchange.place(config, dict(params))
         self.embed = nnx.Param(params["embed"])
         self.layers = Layers(forward.stacked_layers(params))
         self.final_norm = nnx.Param(params["final_norm"])
         if not config.tie_embeddings:
             self.lm_head = nnx.Param(params["lm_head"])
         check_patterns(config, patterns)
+        if self.exchange.axis_name is not None and patterns is not None and patterns.builders:
+            raise ValueError("patterns: a plan builder sees all heads of a layer, which a mesh divides; use heads=1")
         self.patterns = patterns
-        self._layer_patterns = nnx.data(None if patterns is None or patterns.dense else patterns.arrays())
+        arrays = None if patterns is None or patterns.dense else patterns.arrays()
+        self._layer_patterns = nnx.data(self.exchange.place(config, arrays))
 
     @classmethod
-    def from_params(cls, config: LlamaConfig, params: Mapping[str, Array], patterns: Patterns = None) -> Llama:
-        """A model of these parameters (not copied).
+    def from_params(
+        cls, config: LlamaConfig, params: Mapping[str, Array], patterns: Patterns = None, mesh: Mesh | None = None
+    ) -> Llama:
+        """A model of these parameters (not copied, but for what a `mesh` moves to other devices).
 
         `patterns`: None for dense attention; one pattern or plan builder for all heads; `HeadPatterns`; a pattern's
         text, such as "a-shape:sink=64"; the path of a pattern file or the name of a preset; or "auto": at each
@@ -95,13 +105,25 @@ class Llama(nnx.Module):
         heads.
         """
         if isinstance(patterns, str) and patterns == AUTO:
-            return cls(config, params, auto=True)
-        return cls(config, params, resolve_patterns(patterns, config.num_layers, config.num_heads))
+            return cls(config, params, auto=True, mesh=mesh)
+        return cls(config, params, resolve_patterns(patterns, config.num_layers, config.num_heads), mesh=mesh)
 
     @classmethod
-    def random(cls, config: LlamaConfig, key: Array, dtype: Any = "float32", patterns: Patterns = None) -> Llama:
-        """Random weights: norms of one, biases of zero, matrices of standard deviation 1/√(inputs)."""
-        return cls.from_params(config, random_params(config, key, jnp.dtype(dtype).name), patterns)
+    def random(
+        cls,
+        config: LlamaConfig,
+        key: Array,
+        dtype: Any = "float32",
+        patterns: Patterns = None,
+        mesh: Mesh | None = None,
+    ) -> Llama:
+        """Random weights: norms of one, biases of zero, matrices of standard deviation 1/√(inputs).
+
+        With a `mesh`, each device makes its slices; they are other numbers than those of one device.
+        """
+        make = partial(random_params, config, key, jnp.dtype(dtype).name)
+        params = make() if mesh is None else Exchange(fitted(mesh, config)).make(config, make)
+        return cls.from_params(config, params, patterns, mesh)
 
     @classmethod
     def from_pretrained(
@@ -113,30 +135,49 @@ class Llama(nnx.Module):
         fp8_projections: bool = False,
         progress: Any = None,
         rope_scaling: Mapping[str, Any] | None = None,
+        mesh: Mesh | None = None,
     ) -> Llama:
         """Loads a Hugging Face directory or a GGUF file; see `minference_jax.checkpoints.convert.load_checkpoint`.
 
         `rope_scaling`: instead of the checkpoint's, for longer prompts. `fp8_projections`: see
         `with_fp8_projections`; each projection is quantized as it is read, so the device holds one of them at most in
-        `dtype` too. `progress(done, total)` is called as tensors are read.
+        `dtype` too. `progress(done, total)` is called as tensors are read. `mesh`: as `on`; each device is given its
+        slices as they are read, so that no host and no device ever holds the whole model.
         """
         from minference_jax.checkpoints.convert import load_checkpoint
 
         convert = fp8.quantize_param if fp8_projections else None
-        options: dict[str, Any] = {"progress": progress, "convert": convert, "rope_scaling": rope_scaling}
+        options: dict[str, Any] = {"progress": progress, "convert": convert, "rope_scaling": rope_scaling, "mesh": mesh}
         config, params = load_checkpoint(os.fspath(path), dtype=dtype, **options)
-        return cls.from_params(config, params, patterns)
+        return cls.from_params(config, params, patterns, mesh)
 
     def with_patterns(self, patterns: Patterns) -> Llama:
         """The same weights (shared, not copied) with other patterns."""
-        return Llama.from_params(self.config, self.params(), patterns)
+        return Llama.from_params(self.config, self.params(), patterns, self.mesh)
+
+    def on(self, mesh: Mesh | None) -> Llama:
+        """This model on the devices of a mesh (`minference_jax.parallel.make_mesh`), each with a slice of the weights.
+
+        All methods and `generate` then run on all of them, with the results of one device: in float32 bit for bit,
+        but for decoding, whose sums over devices round differently. None: on one device again. Raises `ValueError`
+        for a mesh that does not divide the heads, and names those that do.
+        """
+        params = self.params()
+        if mesh is None:
+            params = {name: jax.device_put(value, jax.devices()[0]) for name, value in params.items()}
+        return Llama(self.config, params, self.patterns, self.auto, mesh)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that share the work; None for one."""
+        return self.exchange.mesh
 
     def with_fp8_projections(self) -> Llama:
         """This model with the projections of its layers in FP8 (`models.fp8`); all else is shared, not copied.
 
         About half the time and half the memory of those weights on a Hopper GPU; elsewhere only the rounding.
         """
-        return Llama(self.config, fp8.quantize_params(self.params()), self.patterns, self.auto)
+        return Llama(self.config, fp8.quantize_params(self.params()), self.patterns, self.auto, self.mesh)
 
     @property
     def fp8_projections(self) -> bool:
@@ -183,39 +224,67 @@ class Llama(nnx.Module):
         if not self.auto:
             return self._layer_patterns
         found = self.patterns_at(rows, keys)
-        return None if found is None else found.arrays()
+        return None if found is None else self.exchange.place(self.config, found.arrays())
+
+    def order(self, tokens: int) -> Int32[Array, "layers k"] | None:
+        """The KV groups of each layer as the devices of a mesh attend for them, where that makes them more even."""
+        if self.mesh is None or self.config.traits.sinks:  # sinks are where the model's order puts their heads
+            return None
+        found = deal(self.config, self.patterns_at(tokens), tokens, self.exchange.heads)
+        return None if found is None else self.exchange.place(self.config, jnp.asarray(found))
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
         """An empty KV cache for `batch` sequences of up to `length` tokens.
 
         `dtype`: None for the model's; "fp8" (float8_e4m3fn) or "int8" for half the memory of 16-bit numbers.
         """
-        return KVCache.empty(self.config, batch, length, cache_dtype(dtype, self.dtype))
+        empty = partial(KVCache.empty, self.config, batch, length, cache_dtype(dtype, self.dtype))
+        return empty() if self.mesh is None else self.exchange.make(self.config, empty)
 
     def __call__(
-        self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
+        self,
+        tokens: Int32[Array, "b t"],
+        lengths: Int32[Array, " b"] | None = None,
+        *,
+        implementation: str | None = None,
     ) -> Float[Array, "b t vocab"]:
-        """float32 logits of every position, `[b, t, vocab]`; those of padding mean nothing."""
+        """float32 logits of every position, `[b, t, vocab]`; those of padding mean nothing.
+
+        `implementation` (static): of attention. Differentiable in the parameters, also with sparse patterns.
+        """
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        return _all_logits(self.config, self.params(), arrays, *check_tokens(tokens, lengths))
+        return programs.all_logits(
+            self.config, self.params(), arrays, *self._inputs(tokens, lengths), self.exchange, implementation
+        )
+
+    def _inputs(self, tokens: Any, lengths: Any) -> tuple[Int32[Array, "b t"], Int32[Array, " b"]]:
+        """Checked tokens and lengths, where the devices want them."""
+        return self.exchange.place(self.config, check_tokens(tokens, lengths))
 
     def hidden_states(
         self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
     ) -> Float[Array, "levels b t d"]:
         """Embeddings, the output of each layer, and the output of the final norm: layers + 2 levels."""
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        return _hidden_states(self.config, self.params(), arrays, *check_tokens(tokens, lengths))
+        return programs.hidden_states(self.config, self.params(), arrays, *self._inputs(tokens, lengths), self.exchange)
 
     def token_log_likelihoods(
-        self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None, *, return_info: bool = False
+        self,
+        tokens: Int32[Array, "b t"],
+        lengths: Int32[Array, " b"] | None = None,
+        *,
+        implementation: str | None = None,
+        return_info: bool = False,
     ) -> Any:
         """log p of each token given those before it, float32 `[b, t]`; 0 for the first one and for padding.
 
         The logits of a few rows exist at a time, so this costs no more memory than a prefill. With `return_info`
         also what `prefill` returns then: the `AttentionInfo` of all layers, None for dense attention.
+        `implementation` (static): of attention. Differentiable in the parameters, so its mean is a loss to train with.
         """
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        scores, info = _log_likelihoods(self.config, self.params(), arrays, *check_tokens(tokens, lengths))
+        inputs = (*self._inputs(tokens, lengths), self.exchange, implementation, return_info)
+        scores, info = programs.log_likelihoods(self.config, self.params(), arrays, *inputs)
         return (scores, info) if return_info else scores
 
     def prefill(
@@ -272,18 +341,18 @@ class Llama(nnx.Module):
             rows_at_once = tokens.shape[1] if start is not None and tokens.size <= forward.PART else forward.CHUNK
         if rows_at_once <= 0:
             raise ValueError(f"rows_at_once must be positive, got {rows_at_once}")
-        result = prefill_program(self, tokens, lengths, rope_lengths, start)(
+        result = programs.prefill_program(self.fp8_projections, self.embed[...], tokens, lengths, rope_lengths, start)(
             self.config,
             self.params(),
             self.patterns_for(tokens.shape[1], None if start is None or cache is None else cache.capacity),
-            tokens,
-            lengths,
-            rope_lengths,
+            *self.exchange.place(self.config, (tokens, lengths, rope_lengths)),
             cache,
-            start,
+            self.exchange.place(self.config, start),
+            None if start is not None else self.order(tokens.shape[1]),
             rows_at_once=rows_at_once,
             implementation=implementation,
             return_info=return_info,
+            exchange=self.exchange,
         )
         return result if return_info else result[:2]
 
@@ -298,6 +367,7 @@ class Llama(nnx.Module):
         end = whole + start
         lengths = end if lengths is None else jnp.maximum(check_lengths(lengths, tokens.shape[0]), 0)
         rope_lengths = jnp.minimum(lengths, end) if rope_lengths is None else rope_lengths
+        lengths = self.exchange.place(self.config, lengths)
         parts = prefill_parts(
             self.prefill, tokens, lengths, cache, chunk=chunk, start=start, rope_lengths=rope_lengths, **options
         )
@@ -312,74 +382,5 @@ class Llama(nnx.Module):
         """
         if jnp.shape(tokens) != cache.lengths.shape:
             raise ValueError(f"tokens must have shape {cache.lengths.shape} to fit the cache, got {jnp.shape(tokens)}")
-        return _decode(self.config, self.params(), jnp.asarray(tokens, jnp.int32), cache)
-
-
-@partial(jax.jit, static_argnums=0)
-def _all_logits(config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array) -> Array:
-    x, _, _ = forward.prefill(config, params, patterns, tokens, lengths, lengths, None, None)
-    return forward.logits(config, params, x)
-
-
-@partial(jax.jit, static_argnums=0)
-def _hidden_states(config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array) -> Array:
-    x, _, levels = forward.prefill(config, params, patterns, tokens, lengths, lengths, None, None, keep="hidden")
-    last = forward.norm(config, x, params["final_norm"])
-    return jnp.concatenate([forward.embed(config, params, tokens)[None], levels, last[None]])
-
-
-@partial(jax.jit, static_argnums=0)
-def _log_likelihoods(
-    config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array
-) -> tuple[Array, Any]:
-    x, _, info = forward.prefill(config, params, patterns, tokens, lengths, lengths, None, None, keep="info")
-    return forward.log_likelihoods(config, params, x, tokens, lengths), info
-
-
-def _run_prefill(
-    config: LlamaConfig,
-    params: forward.Params,
-    patterns: Any,
-    tokens: Array,
-    lengths: Array,
-    rope_lengths: Array,
-    cache: KVCache | None,
-    start: Array | None,
-    *,
-    rows_at_once: int,
-    implementation: str | None,
-    return_info: bool,
-) -> tuple[Array, KVCache | None, Any]:
-    x, cache, info = forward.prefill(
-        *(config, params, patterns, tokens, lengths, rope_lengths, cache, start),
-        keep="info" if return_info else "nothing",
-        chunk=rows_at_once,
-        implementation=implementation,
-    )
-    if start is None:
-        return forward.last_logits(config, params, x, lengths - 1), cache, info
-    last = lengths - 1 - start
-    head = partial(forward.last_logits, config, params)
-    shape = jax.eval_shape(head, x, last)
-    # Most parts of a prompt hold no last token, and the head of an 8B model is as large as two of its layers.
-    ends = jnp.any((last >= 0) & (last < x.shape[1]))
-    return jax.lax.cond(ends, head, lambda *_: jnp.zeros(shape.shape, shape.dtype), x, last), cache, info
-
-
-_compiled = partial(
-    jax.jit,
-    static_argnames=("config", "rows_at_once", "implementation", "return_info"),
-    donate_argnames=("cache",),
-)
-_prefill = _compiled(_run_prefill)
-# Of FP8 products XLA would compile and time Triton kernels beside cuBLASLt's, for more than a minute.
-_prefill_fp8 = _compiled(_run_prefill, compiler_options={"xla_gpu_enable_triton_gemm": False})
-
-
-def prefill_program(model: Llama, *inputs: Any) -> Any:
-    """The jitted function that prefills `model`; nested in another, the plain one: options are for whole programs."""
-    nested = any(isinstance(x, Tracer) for x in (*inputs, model.embed[...]))
-    return _prefill_fp8 if model.fp8_projections and not nested else _prefill
-
-
-_decode = jax.jit(forward.decode, static_argnames=("config",), donate_argnames=("cache",))
+        tokens = self.exchange.place(self.config, jnp.asarray(tokens, jnp.int32))
+        return programs.decode(self.config, self.params(), tokens, cache, self.exchange)

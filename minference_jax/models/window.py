@@ -86,11 +86,12 @@ def attend_layer(
     *,
     start: Int32[Array, ""] | None,
     lengths: Int32[Array, " b"],
+    own: Callable[[Array], Array] = lambda out: out,
 ) -> tuple[Float[Array, "b t n h"], Any]:
     """Attention of one layer's prefill: to its window where it has one, else `whole()`, which also says what it did.
 
     `start` None: the rows are the whole prompt. Otherwise they stand at positions start … of the cache. Of a layer with
-    a window the information is all ones.
+    a window the information is all ones. `own`: which rows of a window's output to keep, as `whole` does.
     """
     if config.sliding_window is None:
         return whole()
@@ -103,7 +104,7 @@ def attend_layer(
         else:
             out, _ = cache_window(config, qkv[0], cache, layer, start=start, lengths=lengths)
         info = jax.eval_shape(whole)[1]
-        return out, jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), info)
+        return own(out), jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), info)
 
     return _choose(config, layer, windowed, whole)
 

@@ -10,6 +10,9 @@ and k KV heads of h, MLP width f:
   the patterns' index and tables take (`Pattern.index_bytes`). MLP: residual stream, attention's output, and b · 3·f·a
   for each of the 16,384 rows that it has at once (of parts up to 32,768 rows for all of them).
 
+On a mesh of N devices and H groups of heads each holds its slices of the weights and 1 / H of the cache and of what has
+heads; rows outside attention are 1 / N of r, and q, k, v of these are held beside those that they are exchanged for.
+
 The first two are exact. The last is checked against what XLA allocates when it compiles for an H100: it is 1 to 15 %
 above, and up to 40 % for one prompt in parts.
 """
@@ -24,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from minference_jax.models.cache import cache_dtype
 from minference_jax.models.config import LlamaConfig
@@ -31,6 +35,8 @@ from minference_jax.models.forward import CHUNK, PART
 from minference_jax.models.fp8 import CONTRACTED, fp8_shapes
 from minference_jax.models.params import layer_shapes, param_shapes
 from minference_jax.models.rounding import QUANTIZED
+from minference_jax.parallel.mesh import AXES, HEADS
+from minference_jax.parallel.specs import param_axes
 from minference_jax.patterns import HeadPatterns, Pattern
 from minference_jax.planning.auto import AUTO, auto_pattern
 
@@ -83,13 +89,14 @@ def memory_need(
     cache: str | None = "model",
     fp8_projections: bool = False,
     patterns: HeadPatterns | Pattern | str | None = AUTO,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> MemoryNeed:
     """What prefilling `batch` prompts of `tokens` takes; the formula is at the top of this file.
 
     **Arguments:** `tokens`: capacity of the cache, generated tokens included. `chunk`: rows of a part; None for one
     call. `cache`: "model" (in `dtype`), "fp8" or "int8"; None keeps no cache, which needs `chunk` None.
     `patterns`: of the heads, or one for all of them; "auto" (the default) for what that uses at this length; None for
-    dense attention.
+    dense attention. `mesh`: of each of its devices.
     """
     if chunk is not None and cache is None:
         raise ValueError("a prefill in parts needs a cache")
@@ -99,11 +106,21 @@ def memory_need(
         patterns = auto_pattern(tokens)
     size = jnp.dtype(dtype).itemsize
     rows = min(chunk or tokens, tokens)
+    mesh = ONE_DEVICE if mesh is None else mesh
     return MemoryNeed(
-        weights=_weights(param_shapes(config), size, fp8_projections),
-        cache=0 if cache is None else _cache(config, batch, tokens, cache, dtype),
-        activations=_activations(config, batch, rows, tokens, size, fp8_projections, patterns),
+        weights=_weights(_own_shapes(config, mesh), size, fp8_projections),
+        cache=0 if cache is None else _cache(config, batch, tokens, cache, dtype) // mesh.shape[HEADS],
+        activations=_activations(config, batch, rows, tokens, size, fp8_projections, patterns, mesh),
     )
+
+
+def _own_shapes(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> dict[str, tuple[int, ...]]:
+    """Name → shape of what one device holds of each parameter."""
+    axes = param_axes(config, mesh)
+    return {
+        name: tuple(n // math.prod(mesh.shape[a] for a in cut) for n, cut in zip(shape, axes[name], strict=True))
+        for name, shape in param_shapes(config).items()
+    }
 
 
 def _weights(shapes: dict[str, tuple[int, ...]], size: int, fp8_projections: bool) -> int:
@@ -141,16 +158,20 @@ def _activations(
     size: int,
     fp8_projections: bool,
     patterns: HeadPatterns | Pattern | None,
+    mesh: Mesh | AbstractMesh,
 ) -> int:
     n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
-    stream, queries = rows * config.hidden_size * size, rows * n * h * size
-    keys_and_values = 2 * keys * k * h * size
-    index = index_bytes(patterns, rows, keys, batch * n, size)
-    attention = batch * (stream + 2 * queries + keys_and_values) + index
-    at_once = rows if rows < keys and batch * rows <= PART else min(rows, CHUNK)
-    mlp = batch * (stream + queries + 3 * at_once * config.intermediate_size * size)
+    heads, own = mesh.shape[HEADS], -(-rows // mesh.size)
+    stream, queries = own * config.hidden_size * size, rows * n // heads * h * size
+    keys_and_values = 2 * keys * k // heads * h * size
+    sent = own * (n + 2 * k) * h * size if mesh.size > 1 else 0
+    index = index_bytes(patterns, rows, keys, batch * n // heads, size)
+    attention = batch * (stream + 2 * queries + keys_and_values + sent) + index
+    at_once = own if rows < keys and batch * rows <= PART else min(own, CHUNK)
+    mlp = batch * (stream + own * n * h * size + 3 * at_once * config.intermediate_size * size)
     stacked = {f"layers.{name}": (1, *shape) for name, shape in layer_shapes(config).items()}
-    return max(attention, mlp) + _weights(stacked, size, fp8_projections)
+    table = config.vocab_size * config.hidden_size * size if mesh.size > 1 else 0
+    return max(max(attention, mlp) + _weights(stacked, size, fp8_projections), table)
 
 
 def longest_prompt(config: LlamaConfig, available: float, **options: Any) -> int:
@@ -166,6 +187,8 @@ def longest_prompt(config: LlamaConfig, available: float, **options: Any) -> int
     return 128 * low
 
 
+ONE_DEVICE = AbstractMesh((1, 1), AXES)
+
 WAYS: dict[str, dict[str, Any]] = {
     "logits only, no cache": {"cache": None},
     "cache in 16 bits": {"cache": "model"},
@@ -180,7 +203,7 @@ def advice(config: LlamaConfig, available: float, *, tokens: int, **options: Any
     """What was needed, and what would fit into `available` bytes instead."""
     need = memory_need(config, tokens=tokens, **options)
     lines = [f"{tokens:,} tokens need about {need}; {available / 2**30:.1f} GiB are available."]
-    kept = {name: value for name, value in options.items() if name in ("batch", "dtype", "patterns")}
+    kept = {name: value for name, value in options.items() if name in ("batch", "dtype", "patterns", "mesh")}
     ways = [(name, memory_need(config, tokens=tokens, **kept, **way)) for name, way in WAYS.items() if way["cache"]]
     fitting = [f"{name}: {other}" for name, other in ways if other.total <= available]
     if fitting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -70,7 +71,8 @@ class PromptRunner:
         padded[:, :width] = prompts[:, :width]
         sizes = sizes.astype(np.int32)
         longest = int(sizes.max())
-        new, lengths = jnp.asarray(padded[:, start:]), jnp.asarray(sizes)
+        place = partial(self._model.exchange.place, self._model.config)
+        new, lengths = place((jnp.asarray(padded[:, start:]), jnp.asarray(sizes)))
         options = {
             "rope_lengths": lengths,
             "implementation": self._implementation,

@@ -1,0 +1,60 @@
+"""A layer of which each device holds a slice, for decoding: it multiplies with its slice, and devices sum or join.
+
+Tensor parallelism: projections into heads and into the MLP's width give each device its own outputs; those back into
+the residual stream sum what each device has of them. Every device reads its own slice of the weights and no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from minference_jax.models.layers import Layer, StackedLayer, project
+from minference_jax.parallel.mesh import ROWS
+
+INTO_HEADS, OUT_OF_HEADS, OUT_OF_MLP = ("wq", "wk", "wv"), ("wo",), ("w_down",)
+
+
+def gather(x: Array, axes: tuple[tuple[str, ...], ...]) -> Array:
+    """All of an array of which each device has a slice; `axes`: for each axis, the mesh axes over which it is cut."""
+    for axis, names in enumerate(axes):
+        x = jax.lax.all_gather(x, names, axis=axis, tiled=True) if names else x
+    return x
+
+
+class ShardedLayer(StackedLayer):
+    """One layer of stacked slices; `axes` as `specs.param_axes` has them.
+
+    Experts are gathered: a token's few experts would be on few devices.
+    """
+
+    def __init__(self, stacked: Layer, index: Int32[Array, ""], axes: Mapping[str, tuple[tuple[str, ...], ...]]):
+        super().__init__(stacked, index)
+        self.axes = axes
+        self.experts = "router" in stacked
+
+    def __getitem__(self, name: str) -> Array:
+        value = super().__getitem__(name)
+        if self.experts and name.startswith("w_"):
+            return gather(value, self.axes[f"layers.{name}"][1:])
+        return value
+
+    def serves(self, names: tuple[str, ...], x: Float[Array, "b t *in"]) -> bool:
+        return True
+
+    def matvec(self, names: tuple[str, ...], x: Float[Array, "b 1 *in"]) -> list[Float[Array, "b 1 *out"]]:
+        axes = self.axes[f"layers.{names[0]}"]
+        cut = tuple(name for axis in axes for name in axis)
+        own = StackedLayer(self.stacked, self.index)
+        if names == OUT_OF_HEADS and ROWS in cut:  # x has whole heads, the weights a part of each
+            size = self.stacked["wo"].shape[-2 if "wo_scale" not in self.stacked else -1]
+            x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(ROWS) * size, size, axis=-1)
+        outs = project(own, names, x)
+        if names in (OUT_OF_HEADS, OUT_OF_MLP) and cut:
+            return [jax.lax.psum(out.astype(jnp.float32), cut).astype(out.dtype) for out in outs]
+        if names == INTO_HEADS and ROWS in cut:
+            return [jax.lax.all_gather(out, ROWS, axis=-1, tiled=True) for out in outs]
+        return outs
