@@ -74,7 +74,7 @@ class Zigzag:
         plan: SparsePlan | None,
         q_offset: Int32[Array, ""],
     ) -> Any:
-        """`attention(q, k, v, plan, q_offset)` of this device's two chunks of q `[b, t, n, h]`; rows on axis 1."""
+        """`attention(q, k, v, plan, q_offset)`, an array or several, of this device's two chunks of q."""
         t, size = q.shape[1], self.chunk(q.shape[1])
         extra = self.padded(t) - t
         q, k, v = (
@@ -86,7 +86,7 @@ class Zigzag:
             rows = jax.lax.dynamic_slice_in_dim(q, start, size, axis=1)
             part = None if plan is None else _tiles(plan, start // QUERY_TILE, size // QUERY_TILE, tiles)
             outs.append(attention(rows, k, v, part, q_offset + start))
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *outs)
+        return jax.tree.map(lambda *chunks: jnp.concatenate(chunks, axis=1), *outs)
 
 
 def _padded(x: Array, size: int, axis: int) -> Array:

@@ -146,7 +146,7 @@ def _ropes(name: str, config: Mapping[str, Any], family: Family, get: Get) -> di
 
     if not family.local_rope:
         return {"rope": read(_scaling(config, family))}
-    kinds = _mapping("rope_parameters", config.get("rope_parameters"))
+    kinds = _mapping("rope_parameters", config.get("rope_parameters"), nested=True)
     if kinds and not kinds.keys() <= _TYPES.keys():
         raise ValueError(f"rope_parameters must hold {' and '.join(_TYPES)}, got {', '.join(map(str, kinds))}")
     full = _mapping("rope_parameters", kinds.get("full_attention"))
@@ -163,11 +163,11 @@ def _scaling(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     return dict(family.rope)
 
 
-def _mapping(name: str, value: Any) -> dict[str, Any]:
+def _mapping(name: str, value: Any, nested: bool = False) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"{name} must be a dictionary, got {value!r}")
     found = dict(value or {})
-    if any(isinstance(inner, Mapping) for inner in found.values()) and not found.keys() <= _TYPES.keys():
+    if not nested and any(isinstance(inner, Mapping) for inner in found.values()):
         raise ValueError(f"{name} that differ by layer type are not supported")
     return found
 
