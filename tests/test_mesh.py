@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import run_command
 from jax.sharding import AxisType
+from variants import VARIANTS
 
 from minference_jax.checkpoints.presets import CONFIGS
 from minference_jax.models.capture import capture_qkv
@@ -121,3 +122,19 @@ def test_commands_take_a_mesh(tmp_path, capsys):
     assert found["mesh"] == "heads=2" and found["rows"][0]["seconds"] > 0 and found["rows"][0]["attention"] is None
     for options in (["--mesh", "heads=0"], ["--mesh", "rows=2,heads=2"], ["--hosts", "auto"]):
         assert run_command(capsys, *command, *options)[0] == 2
+
+
+@pytest.mark.parametrize("axis", ["heads", "rows"])
+def test_windows_experts_and_sinks_on_two_devices(rng, axis):
+    """Of gpt-oss: sinks lie with the heads, each expert's width over all devices."""
+    config = LlamaConfig.from_hf(VARIANTS["gpt_oss"])
+    params = Llama.random(config, jax.random.key(0)).params()
+    params["layers.sinks"] = jax.numpy.asarray(rng.standard_normal(params["layers.sinks"].shape), "float32")
+    one = Llama.from_params(config, params)
+    two = one.on(make_mesh(**({"heads": 2} if axis == "heads" else {"rows": 2, "heads": 1})))
+    tokens = rng.integers(0, config.vocab_size, (1, 300))
+    (expected, cache), (got, cut) = (model.prefill(tokens, None, model.init_cache(1, 384)) for model in (one, two))
+    np.testing.assert_allclose(got, expected, atol=DECODE_ATOL)
+    following = np.argmax(expected, axis=-1).astype(np.int32)
+    expected, got = one.decode(following, cache)[0], two.decode(following, cut)[0]
+    np.testing.assert_allclose(got, expected, atol=DECODE_ATOL)
