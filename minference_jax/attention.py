@@ -10,23 +10,25 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
+from minference_jax.index.recall import AXES as RECALL_AXES
 from minference_jax.index.recall import estimated_recall
+from minference_jax.keywords import LayerKeywords, check_layer_keywords, in_dtype, naming_layer_keywords
 from minference_jax.patterns.base import Pattern, Where
-from minference_jax.patterns.heads import LayerPatterns, layer_patterns
+from minference_jax.patterns.heads import LayerPatterns, layer_patterns, patterns_of_heads
 from minference_jax.patterns.rates import predicted
-from minference_jax.patterns.text import parse_pattern
 from minference_jax.zigzag import Zigzag
 from pallas_kernels.backends import Implementation, choose_implementation, find_backend
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
 from pallas_kernels.device import target
 from pallas_kernels.plan import KEY_TILE, SparsePlan, kv_limit, num_query_tiles
+from pallas_kernels.spread import KV_AXES, PER_HEAD, PER_SEQUENCE, Q_AXES, WHOLE, by_device
 from pallas_kernels.tracing import under_own_settings, vary_alike
 
 
@@ -51,7 +53,7 @@ class AttentionInfo:
     reason: str
 
 
-Patterns = Pattern | Sequence[Pattern] | LayerPatterns | str
+Patterns = Pattern | str | Sequence[Pattern | str] | LayerPatterns
 """One layer's patterns: one (or a plan builder, or a pattern's text) for all heads, one per head, or as arrays."""
 
 
@@ -89,18 +91,21 @@ def make_plan(
     q, k = jax.lax.stop_gradient((q, k))  # a plan is integers
     lengths = check_lengths(lengths, q.shape[0], k.shape[1])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
-    heads = _heads(pattern, q.shape[2])
-    where = Where(kv_limit(lengths, q.shape[0], k.shape[1]), offset, check_scale(scale, q), axis_name)
-    return _plan(q, k, heads, where)
+    heads = layer_patterns(pattern, q.shape[2])
+    arrays = (q, k, heads, kv_limit(lengths, q.shape[0], k.shape[1]), offset)
+    of_heads = heads.axes()
+    if of_heads is None:  # the index of a stranger has all heads
+        axes = (PER_SEQUENCE, PER_SEQUENCE, WHOLE, PER_SEQUENCE, WHOLE)
+        return by_device(_plan, arrays, axes, PER_SEQUENCE, scale=check_scale(scale, q), axis_name=axis_name)
+    axes = (Q_AXES, KV_AXES, of_heads, PER_SEQUENCE, WHOLE)
+    return by_device(_plan, arrays, axes, PER_HEAD, scale=check_scale(scale, q), axis_name=axis_name)
 
 
-def _heads(pattern: Patterns, heads: int) -> LayerPatterns:
-    return layer_patterns(parse_pattern(pattern) if isinstance(pattern, str) else pattern, heads)
-
-
-@jax.jit
-def _plan(q: Array, k: Array, heads: LayerPatterns, where: Where) -> SparsePlan:
-    q, k, heads, where = vary_alike((q, k, heads, where))
+@partial(jax.jit, static_argnames=("scale", "axis_name"))
+def _plan(
+    q: Array, k: Array, heads: LayerPatterns, lengths: Array, q_offset: Array, *, scale: float, axis_name: Any
+) -> SparsePlan:
+    q, k, heads, where = vary_alike((q, k, heads, Where(lengths, q_offset, scale, axis_name)))
     plans = [(chosen, budgets.index(q, k, where)) for chosen, budgets in heads.chosen()]
     for _, plan in plans:
         plan.validate(q.shape[0], q.shape[2], q.shape[1])
@@ -135,7 +140,7 @@ def _merged(plans: list[tuple[Array | None, SparsePlan]], b: int, n: int, tiles:
     )
 
 
-class Options(TypedDict, total=False):
+class Options(LayerKeywords, total=False):
     """The arguments of `sparse_attention` that say how, not what."""
 
     lengths: Int[Array, " b"] | None
@@ -176,6 +181,7 @@ def sparse_attention(
     return_info: bool,
     **options: Unpack[Options],
 ) -> Any: ...
+@naming_layer_keywords
 @under_own_settings
 def sparse_attention(
     q: Float[Array, "b t n h"],
@@ -190,6 +196,7 @@ def sparse_attention(
     return_info: bool = False,
     axis_name: str | None = None,
     zigzag: Zigzag | None = None,
+    **layer: Unpack[LayerKeywords],
 ) -> Array | tuple[Array, AttentionInfo]:
     """Causal attention in which each head visits only the keys that its pattern names for this prompt.
 
@@ -202,6 +209,8 @@ def sparse_attention(
     - `axis_name` (static): inside `jax.shard_map`, the mesh axis over which a layer's heads are divided.
     - `zigzag` (static): the devices that share these heads' query tiles: each is given all of q, makes the same plan,
       and returns `zigzag.own` of the output.
+    - `layer`: what Flax's layers pass (`LayerKeywords`), so that `functools.partial(sparse_attention, pattern=...)` is
+      an `attention_fn`. What would have to be left out is refused: a mask, a bias, dropout, weights to be kept.
 
     **Returns:** `[b, t, n, h]` in q's dtype, zero at rows at or past a sequence's length; with `return_info` also an
     `AttentionInfo`.
@@ -210,12 +219,14 @@ def sparse_attention(
 
     **Raises:** ValueError and TypeError at trace time, naming the argument and the shapes.
     """
+    check_layer_keywords(layer)
+    q, k, v = in_dtype(q, k, v, layer)
     check_qkv(q, k, v)
     lengths = check_lengths(lengths, q.shape[0], k.shape[1])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
-    heads = _heads(pattern, q.shape[2])
+    heads = layer_patterns(pattern, q.shape[2])
     remark = _if_slower(pattern, q, k) if return_info and implementation is None else ""
-    settings = (check_scale(scale, q), implementation, return_info, remark, axis_name, zigzag)
+    settings: Any = (check_scale(scale, q), implementation, return_info, remark, axis_name, zigzag)
     out, info = _attend(q, k, v, heads, lengths, offset, *settings)
     return (out, info) if return_info else out
 
@@ -227,10 +238,9 @@ def _if_slower(pattern: Patterns, q: Array, k: Array) -> str:
     """
     if isinstance(pattern, LayerPatterns):
         return ""
-    pattern = parse_pattern(pattern) if isinstance(pattern, str) else pattern
-    heads = [pattern] if isinstance(pattern, Pattern) else pattern
-    _, rows, n, h = q.shape
-    dense, sparse, source = predicted(heads, n, h, rows, k.shape[1], target().device_kind)
+    t, n, h = q.shape[1:]
+    heads = patterns_of_heads(pattern, n)
+    dense, sparse, source = predicted(heads, n, h, t, k.shape[1], target().device_kind)
     if sparse <= 1.02 * dense:
         return ""
     return f"; dense attention is predicted to be faster: {dense:.3g} ms instead of {sparse:.3g} ({source})"
@@ -280,8 +290,8 @@ def _attend(
         if not return_info:
             return out, everything, everything
         density = plan.density(q.shape[1], k.shape[1], q_offset=q_offset, lengths=lengths)
-        limit = kv_limit(lengths, b, k.shape[1])
-        held = estimated_recall(q, k, plan, lengths=limit, q_offset=q_offset, scale=scale)
+        arrays = (q, k, plan, kv_limit(lengths, b, k.shape[1]), q_offset)
+        held = by_device(estimated_recall, arrays, RECALL_AXES, PER_HEAD, scale=scale)
         return out, density, held
 
     def dense() -> tuple[Any, Array, Array]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from minference_jax.attention import Patterns, sparse_attention
 from pallas_kernels.backends import Implementation
@@ -24,39 +23,6 @@ def attention_fn(pattern: Patterns, *, implementation: Implementation | None = N
     **Arguments:** `pattern`, `implementation`: as for `minference_jax.sparse_attention`.
 
     **Returns:** `attend(query, key, value, ...)` for arrays `[b, t, n, h]`. It raises ValueError for what it would
-    have to leave out: a mask or bias, dropout, a precision, weights to be kept.
+    have to leave out (`minference_jax.keywords`): a mask or bias, dropout, a precision, weights to be kept.
     """
-
-    def attend(
-        query: Float[Array, "b t n h"],
-        key: Float[Array, "b s k h"],
-        value: Float[Array, "b s k h"],
-        bias: Any = None,
-        mask: Any = None,
-        *,
-        dropout_rng: Any = None,
-        dropout_rate: float = 0.0,
-        broadcast_dropout: bool = True,
-        deterministic: bool = True,
-        dtype: Any = None,
-        precision: Any = None,
-        module: Any = None,
-        promote_dtype: Callable[..., Any] | None = None,
-        is_causal: bool | None = None,
-        **others: Any,
-    ) -> Float[Array, "b t n h"]:
-        for name, value_of_it in (("mask", mask), ("bias", bias), ("module", module), ("precision", precision)):
-            if value_of_it is not None:
-                raise ValueError(f"sparse attention takes no {name}: it is causal, with the mask of its pattern")
-        if dropout_rate and not deterministic:
-            raise ValueError(f"sparse attention has no dropout, got dropout_rate {dropout_rate}")
-        for name, value_of_it in others.items():
-            if value_of_it is not None:
-                raise ValueError(f"sparse attention takes no {name}")
-        if promote_dtype is not None:
-            query, key, value = promote_dtype((query, key, value), dtype=dtype)
-        elif dtype is not None:
-            query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
-        return sparse_attention(query, key, value, pattern, implementation=implementation)
-
-    return attend
+    return partial(sparse_attention, pattern=pattern, implementation=implementation)

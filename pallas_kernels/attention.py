@@ -6,9 +6,10 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backends import DenseImplementation, Implementation, choose_implementation
+from pallas_kernels.backends import DenseImplementation, Implementation, choose_implementation, find_backend
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
 from pallas_kernels.plan import SparsePlan
+from pallas_kernels.spread import KV_AXES, PER_HEAD, PER_SEQUENCE, Q_AXES, WHOLE, by_device
 from pallas_kernels.tracing import under_own_settings
 
 Output = Float[Array, "b t n h"]
@@ -78,8 +79,8 @@ def sparse_attention(
     - `lengths`: int32 `[b]`, keys of each sequence (right padding); clamped to [0, s]. Default: all s.
     - `q_offset`: int32 scalar, may be traced; a multiple of 128 (a traced one is rounded down to it).
     - `scale` (static): multiplies the scores, by default 1/sqrt(h).
-    - `implementation` (static): the name of a backend, "hopper", "xla" or "reference"; or None, the best for this
-      call (`choose_implementation` says which and why).
+    - `implementation` (static): the name of a backend, "hopper", "mma", "xla" or "reference"; or None, the best for
+      this call on the default device, or on that of `lowering_for` (`choose_implementation` says which and why).
     - `return_lse` (static): also return the log-sum-exp of the scores.
 
     **Returns:** `[b, t, n, h]` in q's dtype; with `return_lse` the pair of that and float32 `[b, t, n]`, natural
@@ -88,9 +89,15 @@ def sparse_attention(
     **Raises:** TypeError and ValueError at trace time, naming the argument and the shapes. Nothing that depends on
     data raises: the plan's rules say what is ignored.
 
-    Works under jit, vmap, lax.scan, shard_map and jax.checkpoint, and whatever JAX's settings are. Reverse-mode
+    Works under jit, vmap, lax.scan, shard_map and jax.checkpoint, and whatever JAX's settings are. Arrays that are
+    spread over devices by sequences or heads stay so, on Auto and Explicit axes of a mesh: each device works on its own
+    ones, and the output lies where q does; what is spread over positions is gathered first. Reverse-mode
     differentiable in q, k and v, with every implementation but "cudnn" for dense attention; forward mode is refused by
     JAX. Arrays of 64 bits are no attention's: float64 is refused.
+
+    A NaN or infinity of a key reaches the rows that see it; in the "xla" backend only these. Kernels multiply a weight
+    of zero with the values of every key of a step, and so spread it to rows that visit the same step: padding included,
+    they want finite k and v.
 
     Source: MInference (arXiv 2407.02490) §3.2.
     """
@@ -132,8 +139,8 @@ def dense_attention(
     """Causal attention over every key: what the sparse functions are compared with, and their choice for short prompts.
 
     **Arguments:** as `sparse_attention`, without a plan. `implementation` (static): None, the best for this call;
-    "cudnn", a GPU's fused kernel, whose log-sum-exp has q's precision only; "hopper", our kernel with every key tile;
-    "xla", blockwise jnp; or "reference".
+    "cudnn", a GPU's fused kernel, whose log-sum-exp has q's precision only; "hopper" and "mma", our kernels with every
+    key tile; "xla", blockwise jnp; or "reference".
 
     **Returns, raises:** as `sparse_attention`.
     """
@@ -157,7 +164,25 @@ def _attend(
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
     scale = check_scale(scale, q)
     choice = choose_implementation(q, k, v, plan, implementation=implementation)
-    out, lse = choice.backend.attend(
-        q, k, v, plan, lengths=lengths, q_offset=offset, scale=scale, return_lse=return_lse
-    )
+    options = {"name": choice.name, "scale": scale, "return_lse": return_lse}
+    arrays = (q, k, v, plan, lengths, offset)
+    axes = (Q_AXES, KV_AXES, KV_AXES, PER_HEAD, PER_SEQUENCE, WHOLE)
+    out, lse = by_device(_serve, arrays, axes, (Q_AXES, Q_AXES), **options)
     return (out, lse) if return_lse else out
+
+
+def _serve(
+    q: Array,
+    k: Array,
+    v: Array,
+    plan: SparsePlan | None,
+    lengths: Array | None,
+    q_offset: Array,
+    *,
+    name: str,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Array, Array | None]:
+    return find_backend(name).attend(
+        q, k, v, plan, lengths=lengths, q_offset=q_offset, scale=scale, return_lse=return_lse
+    )

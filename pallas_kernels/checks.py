@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.sizes import QUERY_TILE
 
 DTYPES = ("float32", "bfloat16", "float16")
+LEAST_HEADS = 129
+"""More heads than any model has: so many, of fewer keys, are positions in the wrong place."""
 
 
 def check_qkv(q: Array, k: Array, v: Array) -> None:
@@ -31,6 +33,11 @@ def check_qkv(q: Array, k: Array, v: Array) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must have four axes [batch, positions, heads, head_dim]; got {shapes}")
+    if k.shape[1] < LEAST_HEADS <= q.shape[2] and q.shape[1] < q.shape[2]:
+        raise ValueError(
+            f"q has {q.shape[2]} heads of {q.shape[1]} positions; arrays are [batch, positions, heads, head_dim]: swap "
+            f"axes 1 and 2 of [batch, heads, positions, head_dim]; got {shapes}"
+        )
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if k.shape != v.shape:
@@ -60,10 +67,10 @@ def check_lengths(lengths: Any, batch: int, kv_len: int) -> Int[Array, " b"] | N
         raise TypeError(f"lengths must be integers, got {lengths.dtype}")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths must have shape ({batch},), one for each sequence; got {lengths.shape}")
-    return _clamped(lengths, 0, kv_len)
+    return clamped(lengths, 0, kv_len)
 
 
-def _clamped(x: Any, low: int, high: int) -> Array:
+def clamped(x: Any, low: int, high: int) -> Array:
     """An integer array of any width as int32 within [low, high]: clamped before it is narrowed."""
     if not isinstance(x, jax.Array):  # JAX would cut off the upper half of 64 bits
         return jnp.asarray(
@@ -88,7 +95,7 @@ def check_q_offset(q_offset: int | Int[Array, ""], q_len: int, kv_len: int) -> I
         raise TypeError(f"q_offset must be an integer scalar, got {q_offset!r}")
     if q_offset.shape or not jnp.issubdtype(q_offset.dtype, jnp.integer):
         raise ValueError(f"q_offset must be an integer scalar, got {q_offset.dtype} {q_offset.shape}")
-    return _clamped(q_offset, 0, kv_len) // QUERY_TILE * QUERY_TILE
+    return clamped(q_offset, 0, kv_len) // QUERY_TILE * QUERY_TILE
 
 
 def check_scale(scale: float | None, q: Float[Array, "b t n h"]) -> float:

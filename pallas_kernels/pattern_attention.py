@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention import Options, Output, OutputAndLse, sparse_attention
 from pallas_kernels.checks import check_positions, check_qkv
 from pallas_kernels.plan_builders import a_shape_plan, block_sparse_plan, vertical_slash_plan
+from pallas_kernels.spread import PER_HEAD, by_device
 from pallas_kernels.tracing import under_own_settings
 
 
@@ -113,7 +114,7 @@ def vertical_slash_attention(
     check_qkv(q, k, v)
     check_positions("columns", columns, q.shape[0], q.shape[2], 3)
     check_positions("slashes", slashes, q.shape[0], q.shape[2], 3)
-    plan = vertical_slash_plan(columns, slashes, kv_len=k.shape[1])
+    plan = by_device(vertical_slash_plan, (columns, slashes), (PER_HEAD, PER_HEAD), PER_HEAD, kv_len=k.shape[1])
     return sparse_attention(q, k, v, plan, return_lse=return_lse, **options)
 
 
@@ -161,4 +162,5 @@ def block_sparse_attention(
     """
     check_qkv(q, k, v)
     check_positions("blocks", blocks, q.shape[0], q.shape[2], 4)
-    return sparse_attention(q, k, v, block_sparse_plan(blocks), return_lse=return_lse, **options)
+    plan = by_device(block_sparse_plan, (blocks,), (PER_HEAD,), PER_HEAD)
+    return sparse_attention(q, k, v, plan, return_lse=return_lse, **options)

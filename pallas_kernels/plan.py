@@ -19,8 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import rule
 from pallas_kernels.bands import kept_bands
-from pallas_kernels.checks import check_lengths
+from pallas_kernels.checks import check_lengths, check_q_offset
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
+from pallas_kernels.spread import PER_HEAD, PER_SEQUENCE, WHOLE, by_device
 from pallas_kernels.tracing import under_own_settings
 
 _PARTS = {"columns": "column_count", "bands": "band_count", "blocks": "block_count"}
@@ -103,7 +104,6 @@ class SparsePlan:
                 return part.shape[:2]
         return None
 
-    @partial(jax.jit, static_argnames=("q_len", "kv_len"))
     @under_own_settings
     def to_mask(
         self,
@@ -122,21 +122,8 @@ class SparsePlan:
 
         Memory: b·n·q_len·kv_len bytes. For tests and pictures, not for long sequences.
         """
-        lengths = self._lengths(lengths, kv_len)
-        b, n = self.shape() or (1 if lengths is None else lengths.shape[0], 1)
-        self.validate(b, n, q_len)
-        q_offset = jnp.asarray(q_offset, jnp.int32)
-        rows = q_offset + jnp.arange(q_len, dtype=jnp.int32)
-        keys = jnp.arange(kv_len, dtype=jnp.int32)
-        tiles = jax.vmap(lambda i: visited_keys(self, i, kv_len, q_offset, (b, n)), out_axes=2)(
-            jnp.arange(num_query_tiles(q_len), dtype=jnp.int32)
-        )
-        mask = tiles[:, :, jnp.arange(q_len, dtype=jnp.int32) // QUERY_TILE]
-        if self.columns is not None and self.column_count is not None:
-            mask = mask | _column_flags(self.columns, self.column_count, kv_len)[:, :, None, :]
-        causal = keys[None, :] <= rows[:, None]
-        limit = kv_limit(lengths, b, kv_len)[:, None, None, None]
-        return mask & causal & (keys < limit) & (rows[:, None] < limit)
+        arrays = (self, check_q_offset(q_offset, q_len, kv_len), self._lengths(lengths, kv_len))
+        return by_device(_mask, arrays, _AXES, PER_HEAD, q_len=q_len, kv_len=kv_len)
 
     @under_own_settings
     def density(
@@ -153,7 +140,8 @@ class SparsePlan:
 
         Cost: one pass over query tiles, each over the lists of every head.
         """
-        return self._density(q_len, kv_len, jnp.asarray(q_offset, jnp.int32), self._lengths(lengths, kv_len))
+        arrays = (self, check_q_offset(q_offset, q_len, kv_len), self._lengths(lengths, kv_len))
+        return by_device(_density, arrays, _AXES, PER_HEAD, q_len=q_len, kv_len=kv_len)
 
     def _lengths(self, lengths: Any, kv_len: int) -> Int[Array, " b"] | None:
         shape = self.shape()
@@ -162,50 +150,73 @@ class SparsePlan:
         batch = np.shape(lengths)[0] if shape is None and np.ndim(lengths) else (shape or (1, 1))[0]
         return check_lengths(lengths, batch, kv_len)
 
-    @partial(jax.jit, static_argnums=(1, 2))
-    def _density(
-        self, q_len: int, kv_len: int, q_offset: Int[Array, ""], lengths: Int[Array, " b"] | None
-    ) -> Float[Array, "b n"]:
-        b, n = self.shape() or (1 if lengths is None else lengths.shape[0], 1)
-        self.validate(b, n, q_len)
-        limit = kv_limit(lengths, b, kv_len)[:, None]
-        tile_keys = num_key_tiles(kv_len) * KEY_TILE
-        columns_before = None  # number of columns before each key, [b, n, keys + 1]
-        if self.columns is not None and self.column_count is not None:
-            flags = _column_flags(self.columns, self.column_count, kv_len)
-            flags = jnp.pad(flags, ((0, 0), (0, 0), (1, tile_keys - kv_len)))
-            columns_before = jnp.cumsum(flags, axis=-1, dtype=jnp.int32)
-        kept = _kept(self)
 
-        def columns_up_to(key: Int[Array, "b n *w"]) -> Int[Array, "b n *w"]:
-            assert columns_before is not None
-            index = key.reshape(b, n, -1)
-            return jnp.take_along_axis(columns_before, index, axis=-1, mode="clip").reshape(key.shape)
+_AXES = (PER_HEAD, WHOLE, PER_SEQUENCE)
 
-        def cells(i: Int[Array, ""]) -> tuple[Float[Array, "b n"], Float[Array, "b 1"]]:
-            q0 = q_offset + i * QUERY_TILE
-            rows = jnp.clip(jnp.minimum(limit, q_offset + q_len) - q0, 0, QUERY_TILE).astype(jnp.float32)
-            keys = jnp.zeros((b, n), jnp.int32)
+
+@partial(jax.jit, static_argnames=("q_len", "kv_len"))
+def _mask(
+    plan: SparsePlan, q_offset: Int[Array, ""], lengths: Int[Array, " b"] | None, *, q_len: int, kv_len: int
+) -> Bool[Array, "b n t s"]:
+    b, n = plan.shape() or (1 if lengths is None else lengths.shape[0], 1)
+    plan.validate(b, n, q_len)
+    rows = q_offset + jnp.arange(q_len, dtype=jnp.int32)
+    keys = jnp.arange(kv_len, dtype=jnp.int32)
+    tiles = jax.vmap(lambda i: visited_keys(plan, i, kv_len, q_offset, (b, n)), out_axes=2)(
+        jnp.arange(num_query_tiles(q_len), dtype=jnp.int32)
+    )
+    mask = tiles[:, :, jnp.arange(q_len, dtype=jnp.int32) // QUERY_TILE]
+    if plan.columns is not None and plan.column_count is not None:
+        mask = mask | _column_flags(plan.columns, plan.column_count, kv_len)[:, :, None, :]
+    causal = keys[None, :] <= rows[:, None]
+    limit = kv_limit(lengths, b, kv_len)[:, None, None, None]
+    return mask & causal & (keys < limit) & (rows[:, None] < limit)
+
+
+@partial(jax.jit, static_argnames=("q_len", "kv_len"))
+def _density(
+    plan: SparsePlan, q_offset: Int[Array, ""], lengths: Int[Array, " b"] | None, *, q_len: int, kv_len: int
+) -> Float[Array, "b n"]:
+    b, n = plan.shape() or (1 if lengths is None else lengths.shape[0], 1)
+    plan.validate(b, n, q_len)
+    limit = kv_limit(lengths, b, kv_len)[:, None]
+    tile_keys = num_key_tiles(kv_len) * KEY_TILE
+    columns_before = None  # number of columns before each key, [b, n, keys + 1]
+    if plan.columns is not None and plan.column_count is not None:
+        flags = _column_flags(plan.columns, plan.column_count, kv_len)
+        flags = jnp.pad(flags, ((0, 0), (0, 0), (1, tile_keys - kv_len)))
+        columns_before = jnp.cumsum(flags, axis=-1, dtype=jnp.int32)
+    kept = _kept(plan)
+
+    def columns_up_to(key: Int[Array, "b n *w"]) -> Int[Array, "b n *w"]:
+        assert columns_before is not None
+        index = key.reshape(b, n, -1)
+        return jnp.take_along_axis(columns_before, index, axis=-1, mode="clip").reshape(key.shape)
+
+    def cells(i: Int[Array, ""]) -> tuple[Float[Array, "b n"], Float[Array, "b 1"]]:
+        q0 = q_offset + i * QUERY_TILE
+        rows = jnp.clip(jnp.minimum(limit, q_offset + q_len) - q0, 0, QUERY_TILE).astype(jnp.float32)
+        keys = jnp.zeros((b, n), jnp.int32)
+        if columns_before is not None:
+            keys = columns_up_to(jnp.broadcast_to(jnp.minimum(q0, tile_keys), (b, n)))
+        if kept is not None and plan.bands is not None:
+            start = q0 - plan.bands
+            start, end = jnp.clip(start, 0, tile_keys), jnp.clip(start + KEY_TILE, 0, tile_keys)
+            new = end - start
             if columns_before is not None:
-                keys = columns_up_to(jnp.broadcast_to(jnp.minimum(q0, tile_keys), (b, n)))
-            if kept is not None and self.bands is not None:
-                start = q0 - self.bands
-                start, end = jnp.clip(start, 0, tile_keys), jnp.clip(start + KEY_TILE, 0, tile_keys)
-                new = end - start
-                if columns_before is not None:
-                    new -= columns_up_to(end) - columns_up_to(start)
-                keys += jnp.where(kept, new, 0).sum(-1)
-            if self.blocks is not None:
-                new = jnp.int32(KEY_TILE)
-                if columns_before is not None:
-                    edges = columns_before[..., ::KEY_TILE]
-                    new -= edges[..., 1:] - edges[..., :-1]
-                keys += jnp.where(block_tiles(self, i, kv_len, q_offset), new, 0).sum(-1)
-            diagonal = rows * (rows + 1) / 2
-            return keys.astype(jnp.float32) * rows + diagonal, q0.astype(jnp.float32) * rows + diagonal
+                new -= columns_up_to(end) - columns_up_to(start)
+            keys += jnp.where(kept, new, 0).sum(-1)
+        if plan.blocks is not None:
+            new = jnp.int32(KEY_TILE)
+            if columns_before is not None:
+                edges = columns_before[..., ::KEY_TILE]
+                new -= edges[..., 1:] - edges[..., :-1]
+            keys += jnp.where(block_tiles(plan, i, kv_len, q_offset), new, 0).sum(-1)
+        diagonal = rows * (rows + 1) / 2
+        return keys.astype(jnp.float32) * rows + diagonal, q0.astype(jnp.float32) * rows + diagonal
 
-        visited, causal = jax.lax.map(cells, jnp.arange(num_query_tiles(q_len), dtype=jnp.int32), batch_size=16)
-        return visited.sum(0) / jnp.maximum(causal.sum(0), 1)
+    visited, causal = jax.lax.map(cells, jnp.arange(num_query_tiles(q_len), dtype=jnp.int32), batch_size=16)
+    return visited.sum(0) / jnp.maximum(causal.sum(0), 1)
 
 
 # Programs that take or give plans can be exported (`jax.export`), their static fields as JSON.

@@ -23,14 +23,21 @@ def under_own_settings[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         if jax.config.read("jax_enable_x64"):
-            args, kwargs = jax.tree.map(_narrow, (args, kwargs))
+            narrow: Any = (tuple(map(_narrow, args)), {name: _narrow(x) for name, x in kwargs.items()})
+            args, kwargs = narrow
         with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
             return function(*args, **kwargs)
 
     return wrapped
 
 
-def _narrow(x: Any) -> Any:
+def _narrow(tree: Any) -> Any:
+    """The same object unless it holds integers of 64 bits."""
+    wide = any(isinstance(x, jax.Array) and x.dtype in (jnp.int64, jnp.uint64) for x in jax.tree.leaves(tree))
+    return jax.tree.map(_as_int32, tree) if wide else tree
+
+
+def _as_int32(x: Any) -> Any:
     if isinstance(x, jax.Array) and x.dtype in (jnp.int64, jnp.uint64):
         most = jnp.iinfo(jnp.int32)
         low = jnp.asarray(0 if x.dtype == jnp.uint64 else most.min, x.dtype)

@@ -15,6 +15,8 @@ from minference_jax import (
     AShape,
     BlockSparse,
     Dense,
+    Llama,
+    LlamaConfig,
     PerTile,
     SharedDensity,
     VerticalSlash,
@@ -22,6 +24,7 @@ from minference_jax import (
     sparse_attention,
 )
 from minference_jax.index.recall import recall
+from minference_jax.models.checks import check_lengths
 
 PATTERNS = (
     Dense(),
@@ -81,6 +84,30 @@ def test_every_family_is_traced_under_every_setting(inputs, pattern):
         jax.jit(lambda q, k, v: results(pattern, q, k, v)).trace(*inputs)
 
 
+def test_models_and_tile_masses_are_traced_under_every_setting(inputs):
+    """Numbers of 64 bits are among what they are given: NumPy's own integers."""
+    q, k, _ = inputs
+    config = LlamaConfig(61, 16, 24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
+    tokens, lengths = np.arange(400).reshape(2, 200), np.array([200, 2**40])
+    with contextlib.ExitStack() as stack:
+        for name in ("x64", "rank promotion", "leaks"):
+            stack.enter_context(SETTINGS[name]())
+        model = Llama.random(config, jax.random.key(0), patterns="vertical-slash:columns=3,slashes=3")
+        calls = {
+            "logits": lambda: model(tokens, lengths),
+            "hidden": lambda: model.hidden_states(tokens, lengths),
+            "scores": lambda: model.token_log_likelihoods(tokens, lengths),
+            "whole": lambda: model.prefill(tokens, lengths, model.init_cache(2, 512), return_info=True)[0],
+            "part": lambda: model.prefill(tokens, lengths, model.init_cache(2, 512, "int8"), start=128)[0],
+            "decoded": lambda: model.decode(tokens[:, 0], model.init_cache(2, 512, "fp8"))[0],
+            "masses": lambda: pk.tile_masses(q, k, *probes, lengths=LENGTHS, return_lse=True),
+        }
+        probes = jnp.zeros((2, 2, 1), jnp.int32), jnp.ones((2, 2, 1), jnp.float32)
+        dtypes = {name: {x.dtype.name for x in jax.tree.leaves(jax.eval_shape(call))} for name, call in calls.items()}
+    assert dtypes == {name: {"float32"} for name in calls}
+    np.testing.assert_array_equal(check_lengths([7, 2**40], 2), [7, 2**31 - 1])
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_shard_map_with_checked_axes(inputs, pattern):
     """Batch or heads over devices: traced with `check_vma`, gradients of arrays that all devices share included."""
@@ -105,7 +132,6 @@ def test_shard_map_with_checked_axes(inputs, pattern):
 
 
 def test_an_exported_program_gives_a_plan(inputs):
-    pytest.importorskip("flatbuffers")  # what JAX writes exported programs with
     q, k, _ = inputs
     exported = jax.export.export(jax.jit(lambda q, k: make_plan(q, k, PATTERNS[2])))(q, k)
     plan = jax.export.deserialize(exported.serialize()).call(q, k)

@@ -7,6 +7,7 @@ import pytest
 from helpers import assert_close, random_qkv
 from plans import int32
 
+import minference_jax
 from pallas_kernels import (
     a_shape_attention,
     block_sparse_attention,
@@ -41,6 +42,16 @@ def test_a_traced_offset_is_rounded_down_to_a_query_tile(rng):
     plan = a_shape_plan(1, 2, sink=1, window=64)
     at = lambda offset: sparse_attention(q, k, v, plan, q_offset=jnp.int32(offset), implementation="reference")  # noqa: E731
     np.testing.assert_array_equal(at(130), at(128))
+
+
+@pytest.mark.parametrize("pattern", ["vertical-slash:columns=6,slashes=6", "shared-density:density=0.6,every=64"])
+def test_a_broken_key_reaches_no_row_before_it(rng, pattern):
+    """In the index neither: its probes may see the key, and then choose what they like, but numbers stay numbers."""
+    q, k, v = random_qkv(rng, 1, 300, 300, 2, 1, 8)
+    attend = jax.jit(lambda k, v: minference_jax.sparse_attention(q, k, v, pattern))
+    for broken in (jnp.nan, jnp.inf, -jnp.inf):
+        out = attend(k.at[:, 200].set(broken), v.at[:, 200].set(broken))
+        assert np.isfinite(out[:, :200]).all() and not np.isfinite(out[:, 200]).any()
 
 
 def test_the_log_sum_exp_comes_if_asked_for(rng):

@@ -12,11 +12,15 @@ from jaxtyping import Array, Bool, Float, Int
 from minference_jax.index import probes
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
 from pallas_kernels.plan import QUERY_TILE, SparsePlan, kv_limit, num_query_tiles, visited_keys
+from pallas_kernels.spread import KV_AXES, PER_HEAD, PER_SEQUENCE, Q_AXES, WHOLE, by_device
 from pallas_kernels.tracing import under_own_settings
 
 CELLS = 1 << 23
 """How many (probe, key) pairs `estimated_recall` looks up in a plan at once, at some bytes each: few and large steps
 where prompts are short."""
+
+AXES = (Q_AXES, KV_AXES, PER_HEAD, PER_SEQUENCE, WHOLE)
+"""Of the arguments of both functions; see `pallas_kernels.spread`."""
 
 
 @under_own_settings
@@ -40,7 +44,8 @@ def recall(
     check_qkv(q, k, k)
     plan.validate(q.shape[0], q.shape[2], q.shape[1])
     limit = kv_limit(check_lengths(lengths, q.shape[0], k.shape[1]), q.shape[0], k.shape[1])
-    return _recall(q, k, plan, limit, check_q_offset(q_offset, q.shape[1], k.shape[1]), check_scale(scale, q))
+    arrays = (q, k, plan, limit, check_q_offset(q_offset, q.shape[1], k.shape[1]))
+    return by_device(_recall, arrays, AXES, PER_HEAD, factor=check_scale(scale, q))
 
 
 @partial(jax.jit, static_argnames="factor")
@@ -86,9 +91,9 @@ def estimated_recall(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
     plan: SparsePlan,
-    *,
     lengths: Int[Array, " b"],
     q_offset: Int[Array, ""],
+    *,
     scale: float,
 ) -> Float[Array, "b n"]:
     """As `recall`, from 64 probe rows (the last 16 and 48 spread over the rows): as cheap as the index itself.

@@ -17,6 +17,7 @@ from minference_jax.models.layers import finish_layer, map_chunks
 from minference_jax.models.llama import Llama
 from minference_jax.models.rope import layer_rope
 from minference_jax.models.window import attend_layer
+from pallas_kernels.tracing import under_own_settings
 
 
 def capture_qkv(
@@ -51,12 +52,14 @@ def _layer(params: forward.Params, index: Array) -> dict[str, Array]:
 
 
 @partial(jax.jit, static_argnames="config")
+@under_own_settings
 def _project(config: LlamaConfig, params: forward.Params, x: Array, lengths: Array, index: Array) -> Any:
     rope, positions = layer_rope(config, lengths, index), jnp.arange(x.shape[1], dtype=jnp.int32)
     return forward.layer_qkv(config, _layer(params, index), x, rope, positions, forward.CHUNK)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="x")
+@under_own_settings
 def _finish(
     config: LlamaConfig, params: forward.Params, x: Array, q: Array, k: Array, v: Array, lengths: Array, index: Array
 ) -> Array:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int32
 
 from minference_jax.models import fp8
@@ -15,8 +16,11 @@ from minference_jax.models.config import LlamaConfig
 from minference_jax.models.params import param_shapes
 from minference_jax.patterns.heads import HeadPatterns
 from minference_jax.patterns.resolve import resolve_patterns
+from pallas_kernels.checks import clamped
 
 QUERY_TILE = 128
+INT32 = -(2**31), 2**31 - 1
+"""Numbers of 64 bits are clamped to these before they are narrowed: JAX would cut off their upper halves."""
 _FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -57,24 +61,24 @@ def check_params(config: LlamaConfig, params: Mapping[str, Array]) -> None:
 
 def check_tokens(tokens: Any, lengths: Any) -> tuple[Int32[Array, "b t"], Int32[Array, " b"]]:
     """tokens and lengths as int32 arrays, lengths clipped to [0, t]; `ValueError` or `TypeError` if malformed."""
-    tokens = jnp.asarray(tokens)
+    tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"tokens must have shape [batch, tokens] without empty axes, got {tokens.shape}")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"tokens must be integers, got {tokens.dtype}")
     b, t = tokens.shape
     lengths = jnp.full((b,), t, jnp.int32) if lengths is None else check_lengths(lengths, b)
-    return tokens.astype(jnp.int32), jnp.clip(lengths, 0, t)
+    return clamped(tokens, *INT32), jnp.clip(lengths, 0, t)
 
 
 def check_lengths(lengths: Any, batch: int) -> Int32[Array, " b"]:
     """One int32 per sequence; `ValueError` or `TypeError` if it is anything else."""
-    lengths = jnp.asarray(lengths)
+    lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
     if lengths.shape != (batch,):
         raise ValueError(f"lengths must have shape ({batch},), one for each row of tokens, got {lengths.shape}")
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"lengths must be integers, got {lengths.dtype}")
-    return lengths.astype(jnp.int32)
+    return clamped(lengths, *INT32)
 
 
 def check_start(start: Any, tokens: Array, cache: KVCache | None) -> Int32[Array, ""] | None:

@@ -34,6 +34,7 @@ from minference_jax.parallel.exchange import Exchange
 from minference_jax.planning.buckets import bucket_length
 from minference_jax.planning.memory import advise
 from minference_jax.text.prompts import PromptRunner, steps_before_new_rope
+from pallas_kernels.tracing import under_own_settings
 
 STEPS = 64
 """Decoding steps in one call of the jitted loop, and the width of its output."""
@@ -231,6 +232,7 @@ def _programs() -> int:
 
 
 @jax.jit
+@under_own_settings
 def _first_token(
     logits: Array,
     positions: Array,
@@ -248,6 +250,7 @@ def _first_token(
 
 
 @partial(jax.jit, static_argnames=("config", "exchange"), donate_argnames="cache")
+@under_own_settings
 def _decode_steps(
     config: LlamaConfig,
     exchange: Exchange,

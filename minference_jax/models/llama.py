@@ -228,7 +228,9 @@ class Llama(nnx.Module):
 
     def order(self, tokens: int) -> Int32[Array, "layers k"] | None:
         """The KV groups of each layer as the devices of a mesh attend for them, where that makes them more even."""
-        found = None if self.mesh is None else deal(self.config, self.patterns_at(tokens), tokens, self.exchange.heads)
+        if self.mesh is None or self.config.traits.sinks:  # sinks are where the model's order puts their heads
+            return None
+        found = deal(self.config, self.patterns_at(tokens), tokens, self.exchange.heads)
         return None if found is None else self.exchange.place(self.config, jnp.asarray(found))
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
@@ -240,11 +242,20 @@ class Llama(nnx.Module):
         return empty() if self.mesh is None else self.exchange.make(self.config, empty)
 
     def __call__(
-        self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None
+        self,
+        tokens: Int32[Array, "b t"],
+        lengths: Int32[Array, " b"] | None = None,
+        *,
+        implementation: str | None = None,
     ) -> Float[Array, "b t vocab"]:
-        """float32 logits of every position, `[b, t, vocab]`; those of padding mean nothing."""
+        """float32 logits of every position, `[b, t, vocab]`; those of padding mean nothing.
+
+        `implementation` (static): of attention. Differentiable in the parameters, also with sparse patterns.
+        """
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        return programs.all_logits(self.config, self.params(), arrays, *self._inputs(tokens, lengths), self.exchange)
+        return programs.all_logits(
+            self.config, self.params(), arrays, *self._inputs(tokens, lengths), self.exchange, implementation
+        )
 
     def _inputs(self, tokens: Any, lengths: Any) -> tuple[Int32[Array, "b t"], Int32[Array, " b"]]:
         """Checked tokens and lengths, where the devices want them."""
@@ -258,16 +269,22 @@ class Llama(nnx.Module):
         return programs.hidden_states(self.config, self.params(), arrays, *self._inputs(tokens, lengths), self.exchange)
 
     def token_log_likelihoods(
-        self, tokens: Int32[Array, "b t"], lengths: Int32[Array, " b"] | None = None, *, return_info: bool = False
+        self,
+        tokens: Int32[Array, "b t"],
+        lengths: Int32[Array, " b"] | None = None,
+        *,
+        implementation: str | None = None,
+        return_info: bool = False,
     ) -> Any:
         """log p of each token given those before it, float32 `[b, t]`; 0 for the first one and for padding.
 
         The logits of a few rows exist at a time, so this costs no more memory than a prefill. With `return_info`
         also what `prefill` returns then: the `AttentionInfo` of all layers, None for dense attention.
+        `implementation` (static): of attention. Differentiable in the parameters, so its mean is a loss to train with.
         """
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        inputs = self._inputs(tokens, lengths)
-        scores, info = programs.log_likelihoods(self.config, self.params(), arrays, *inputs, self.exchange)
+        inputs = (*self._inputs(tokens, lengths), self.exchange, implementation, return_info)
+        scores, info = programs.log_likelihoods(self.config, self.params(), arrays, *inputs)
         return (scores, info) if return_info else scores
 
     def prefill(

@@ -17,15 +17,23 @@ from minference_jax.models import forward
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.parallel.exchange import OF_HEADS, ONE, Exchange
+from pallas_kernels.tracing import under_own_settings
 
 
-@partial(jax.jit, static_argnames=("config", "exchange"))
+@partial(jax.jit, static_argnames=("config", "exchange", "implementation"))
+@under_own_settings
 def all_logits(
-    config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array, exchange: Exchange
+    config: LlamaConfig,
+    params: forward.Params,
+    patterns: Any,
+    tokens: Array,
+    lengths: Array,
+    exchange: Exchange,
+    implementation: str | None,
 ) -> Array:
     def own(params: forward.Params, patterns: Any, tokens: Array, lengths: Array) -> Array:
         inputs = (config, params, patterns, tokens, lengths, lengths, None, None)
-        x, _, _ = forward.prefill(*inputs, exchange=exchange)
+        x, _, _ = forward.prefill(*inputs, exchange=exchange, implementation=implementation)
         return forward.logits(config, exchange.whole(config, params, "embed", "lm_head"), x)
 
     rows = exchange.run(config, own, params, patterns, tokens, lengths, out=exchange.rows_on(1))
@@ -33,6 +41,7 @@ def all_logits(
 
 
 @partial(jax.jit, static_argnames=("config", "exchange"))
+@under_own_settings
 def hidden_states(
     config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array, exchange: Exchange
 ) -> Array:
@@ -47,19 +56,30 @@ def hidden_states(
     return exchange.in_order(rows, 2, tokens.shape[1])
 
 
-@partial(jax.jit, static_argnames=("config", "exchange"))
+@partial(jax.jit, static_argnames=("config", "exchange", "implementation", "return_info"))
+@under_own_settings
 def log_likelihoods(
-    config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array, exchange: Exchange
+    config: LlamaConfig,
+    params: forward.Params,
+    patterns: Any,
+    tokens: Array,
+    lengths: Array,
+    exchange: Exchange,
+    implementation: str | None,
+    return_info: bool,
 ) -> tuple[Array, Any]:
+    keep = "info" if return_info else "nothing"
+
     def own(params: forward.Params, patterns: Any, tokens: Array, lengths: Array) -> tuple[Array, Any]:
         inputs = (config, params, patterns, tokens, lengths, lengths, None, None)
-        x, _, info = forward.prefill(*inputs, keep="info", exchange=exchange)
+        x, _, info = forward.prefill(*inputs, keep=keep, exchange=exchange, implementation=implementation)
         return forward.log_likelihoods(config, params, x, tokens, lengths, exchange), info
 
     out = (exchange.everywhere, OF_HEADS)
     return exchange.run(config, own, params, patterns, tokens, lengths, out=out)
 
 
+@under_own_settings
 def _run_prefill(
     config: LlamaConfig,
     params: forward.Params,
@@ -156,6 +176,7 @@ def decode_step(
 
 
 @partial(jax.jit, static_argnames=("config", "exchange"), donate_argnames=("cache",))
+@under_own_settings
 def decode(
     config: LlamaConfig, params: forward.Params, tokens: Array, cache: KVCache, exchange: Exchange
 ) -> tuple[Array, KVCache]:

@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from minference_jax.patterns.base import Budgets, Pattern, PlanBuilder
+from minference_jax.patterns.text import parse_pattern
+from pallas_kernels.spread import PER_HEAD
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["kind", "budgets"], meta_fields=["families", "covers", "dense"])
@@ -46,6 +48,15 @@ class LayerPatterns:
             return [(None, self.budgets[0])]
         return [(self.kind == code, budgets) for code, budgets in enumerate(self.budgets)]
 
+    def axes(self) -> LayerPatterns | None:
+        """For each leaf of one layer, `[heads]` or `[b, heads]`, its axes as `pallas_kernels.spread` writes them.
+
+        None where a plan builder occurs, whose own arrays have any shape.
+        """
+        if any(isinstance(leaf, Pattern) for leaf in jax.tree.leaves(self, is_leaf=lambda x: isinstance(x, Pattern))):
+            return None
+        return jax.tree.map(lambda leaf: PER_HEAD[-leaf.ndim :], self)
+
     def all_dense(self) -> Bool[Array, ""] | None:
         """Whether every head of this layer is dense, which the layer decides; None if no layer has a dense head."""
         return None if self.dense < 0 else jnp.all(self.kind == self.dense)
@@ -69,7 +80,7 @@ class LayerPatterns:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeadPatterns:
-    """One pattern for each query head of each layer: `layers[layer][head]`. Hashable.
+    """One pattern for each query head of each layer: `layers[layer][head]`, each may be given as text. Hashable.
 
     `scores`, `densities` and `recalls`, if given, have one number a head, as found by a pattern search: the relative
     error of the head's output (in the original's files, whatever its search wrote), visited / causal cells, and the
@@ -85,7 +96,10 @@ class HeadPatterns:
     recalls: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(tuple(layer) for layer in self.layers))
+        given: Any = self.layers
+        parsed = {p: parse_pattern(p) for layer in given for p in layer if isinstance(p, str)}
+        layers = tuple(tuple(parsed[p] if isinstance(p, str) else p for p in layer) for layer in given)
+        object.__setattr__(self, "layers", layers)
         heads = {len(layer) for layer in self.layers}
         if not self.layers or heads == {0}:
             raise ValueError("HeadPatterns needs at least one layer and one head")
@@ -106,8 +120,9 @@ class HeadPatterns:
                 raise ValueError(f"HeadPatterns: {name} and layers differ in shape")
 
     @classmethod
-    def uniform(cls, pattern: Pattern, layers: int, heads: int) -> HeadPatterns:
+    def uniform(cls, pattern: Pattern | str, layers: int, heads: int) -> HeadPatterns:
         """The same pattern for every head."""
+        pattern = parse_pattern(pattern) if isinstance(pattern, str) else pattern
         return cls(((pattern,) * heads,) * layers)
 
     @property
@@ -157,28 +172,40 @@ class HeadPatterns:
         return _arrays(self.layers)
 
 
-def layer_patterns(pattern: Pattern | Sequence[Pattern] | LayerPatterns, heads: int) -> LayerPatterns:
+def layer_patterns(pattern: Pattern | str | Sequence[Pattern | str] | LayerPatterns, heads: int) -> LayerPatterns:
     """One layer's patterns, given in any accepted form, as arrays `[heads]`.
 
     **Arguments:** `pattern`: one pattern (or plan builder) for all heads, one per head, or one layer's `LayerPatterns`.
+    A pattern may be given as text.
 
-    **Raises:** TypeError for anything that is no pattern; ValueError for the wrong number of heads.
+    **Raises:** TypeError for anything that is no pattern; ValueError for the wrong number of heads, and for a text that
+    is no pattern's.
     """
     if isinstance(pattern, LayerPatterns):
         if pattern.kind.shape != (heads,):
             raise ValueError(f"pattern arrays have shape {pattern.kind.shape}; expected ({heads},), one layer's heads")
         return pattern
+    own = patterns_of_heads(pattern, heads)
+    stacked = {id(p): jax.tree.map(lambda x: jnp.asarray(x)[None], p) for p in own if isinstance(p, PlanBuilder)}
+    with jax.debug_infs(False):  # an infinite threshold stands for none
+        return _arrays((tuple(stacked.get(id(p), p) for p in own),)).layer(0)
+
+
+def patterns_of_heads(pattern: Pattern | str | Sequence[Pattern | str], heads: int) -> Sequence[Pattern]:
+    """One pattern for each head of a layer, from what `layer_patterns` accepts but arrays; raises as it does."""
     if isinstance(pattern, HeadPatterns):
         raise TypeError("pattern is a HeadPatterns of a whole model; pass one layer's: patterns.layer(l) or .arrays()")
+    if isinstance(pattern, str):
+        pattern = parse_pattern(pattern)
     if isinstance(pattern, Pattern):
         pattern = (pattern,) * heads
+    if isinstance(pattern, Sequence):
+        pattern = tuple(parse_pattern(p) if isinstance(p, str) else p for p in pattern)
     if not isinstance(pattern, Sequence) or any(not isinstance(p, Pattern) for p in pattern):
         raise TypeError(f"pattern must be a pattern, one pattern per head or LayerPatterns, got {pattern!r}")
     if len(pattern) != heads:
         raise ValueError(f"pattern has {len(pattern)} entries; q has {heads} heads")
-    stacked = {id(p): jax.tree.map(lambda x: jnp.asarray(x)[None], p) for p in pattern if isinstance(p, PlanBuilder)}
-    with jax.debug_infs(False):  # an infinite threshold stands for none
-        return _arrays((tuple(stacked.get(id(p), p) for p in pattern),)).layer(0)
+    return pattern
 
 
 def _identity(pattern: Pattern) -> Any:

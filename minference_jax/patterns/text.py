@@ -6,11 +6,13 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minference_jax.patterns.base import Pattern
-from minference_jax.patterns.heads import HeadPatterns
 from minference_jax.patterns.registry import FAMILIES
+
+if TYPE_CHECKING:
+    from minference_jax.patterns.heads import HeadPatterns
 
 PATTERN_HELP = (
     f"one of {', '.join(FAMILIES)}, with its fields as in 'vertical-slash:columns=64,tiles=16,probes=spread'; or a"

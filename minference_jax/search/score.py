@@ -107,7 +107,7 @@ def output_errors(
                 new = jnp.maximum(top, s.max(-1))
                 return new, total * jnp.exp(top - new) + jnp.exp(s - new[..., None]).sum(-1)
 
-            start = jnp.full((g, ROWS), -1e30, jnp.float32), jnp.zeros((g, ROWS), jnp.float32)
+            start = jnp.full((g, ROWS), -3e38, jnp.float32), jnp.zeros((g, ROWS), jnp.float32)
             top, total = jax.lax.fori_loop(0, steps, softmax, start)
             lse = top + jnp.log(jnp.maximum(total, 1e-30))
             valid = position < group["length"]

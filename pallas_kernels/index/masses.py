@@ -18,6 +18,8 @@ from pallas_kernels.device import Device
 from pallas_kernels.index.hopper import HEAD_DIMS, hopper_masses
 from pallas_kernels.index.xla import xla_masses
 from pallas_kernels.plan import kv_limit
+from pallas_kernels.spread import KV_AXES, PER_HEAD, PER_SEQUENCE, Q_AXES, WHOLE, by_device
+from pallas_kernels.tracing import under_own_settings
 
 MassImplementation = Literal["hopper", "xla"]
 
@@ -33,6 +35,7 @@ FORMS = {"hopper": Form(hopper_masses, kernels=True), "xla": Form(xla_masses, ke
 """The forms by name: the kernel, and the one that runs anywhere."""
 
 
+@under_own_settings
 def tile_masses(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -85,13 +88,20 @@ def tile_masses(
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
     factor = check_scale(scale, q)
     choice = choose_masses(q, k, implementation)
-
-    rows, share = jnp.clip(rows, -1, q.shape[1]), jnp.maximum(share, 0)
-    limit = jnp.minimum(kv_limit(lengths, q.shape[0], k.shape[1]) - offset, q.shape[1])[:, None, None]
-    probes = (share > 0) & (rows >= 0) & (rows < limit)
-    positions = jnp.where(probes, rows + offset, -1)
-    mass, lse = FORMS[choice.name].masses(q, k, rows, positions, share, scale=factor)
+    arrays = (q, k, rows, share, kv_limit(lengths, q.shape[0], k.shape[1]), offset)
+    axes = (Q_AXES, KV_AXES, PER_SEQUENCE, PER_SEQUENCE, PER_SEQUENCE, WHOLE)
+    mass, lse = by_device(_masses, arrays, axes, (PER_HEAD, PER_HEAD), name=choice.name, scale=factor)
     return (mass, lse) if return_lse else mass
+
+
+def _masses(
+    q: Array, k: Array, rows: Array, share: Array, lengths: Array, q_offset: Array, *, name: str, scale: float
+) -> tuple[Array, Array]:
+    rows, share = jnp.clip(rows, -1, q.shape[1]), jnp.maximum(share, 0)
+    limit = jnp.minimum(lengths - q_offset, q.shape[1])[:, None, None]
+    probes = (share > 0) & (rows >= 0) & (rows < limit)
+    positions = jnp.where(probes, rows + q_offset, -1)
+    return FORMS[name].masses(q, k, rows, positions, share, scale=scale)
 
 
 def choose_masses(

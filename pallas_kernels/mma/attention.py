@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
@@ -37,12 +36,9 @@ from pallas_kernels.plan_builders import full_plan
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_query_tiles
 
 
-def target_capability() -> tuple[int, int]:
-    """The compute capability that kernels are lowered for: the default device's, or 9.0 where there is no GPU.
-
-    Mosaic decides the same way which form of a copy it makes.
-    """
-    return mgpu_utils._infer_arch()  # pyright: ignore[reportPrivateUsage]
+def target_capability() -> tuple[int, ...]:
+    """The compute capability that programs are made for; 9.0 where that is no GPU."""
+    return Device.default().version or (9, 0)
 
 
 def unsupported_reason(

@@ -92,7 +92,7 @@ class Rows:
     def nothing(self) -> tuple[Any, ...]:
         """Running maxima, sums and weighted values (one array for each part of head_dim) of no keys."""
         rows = self.launch.config.rows
-        m = plgpu.layout_cast(jnp.full((rows,), -1e30, jnp.float32), self.acc.reduce(1))
+        m = plgpu.layout_cast(jnp.full((rows,), -3e38, jnp.float32), self.acc.reduce(1))
         widths = [SUM_COLUMNS] + [self.launch.part_width] * self.launch.parts
         return m, *(plgpu.layout_cast(jnp.zeros((rows, width), jnp.float32), self.acc) for width in widths)
 
