@@ -24,11 +24,19 @@ VOLATILE = re.compile(r"0x[0-9a-f]+|\b\d+(\.\d+){2,}\S*|[\d.,]+ (ms|s|seconds)\b
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
+COMPUTING = ("03", "05")
+"""Notebooks that take longer to compute than to compile."""
+BEFORE = """%reset -f
+import jax
+jax.config.update("jax_disable_most_optimizations", {})
+del jax"""
+"""Nothing is left of the notebook before."""
+
+
 @contextmanager
 def kernel() -> Iterator[KernelManager]:
     """One Jupyter kernel for several notebooks, so that JAX is imported once."""
-    computed_for_long = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "PYTHONWARNINGS": "ignore"}
-    manager, client = start_new_kernel(env=os.environ | computed_for_long)
+    manager, client = start_new_kernel(env=os.environ | {"PYTHONWARNINGS": "ignore"})
     client.stop_channels()
     try:
         yield manager
@@ -39,7 +47,7 @@ def kernel() -> Iterator[KernelManager]:
 def executed(source: Path, manager: KernelManager) -> NotebookNode:
     """The notebook of `source` (.py), run from its first cell to the last, with its outputs."""
     notebook = jupytext.read(source)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))  # nothing is left of the notebook before
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(BEFORE.format(source.name[:2] not in COMPUTING)))
     NotebookClient(notebook, km=manager, timeout=500, resources={"metadata": {"path": str(FOLDER)}}).execute()
     del notebook.cells[0]
     for number, cell in enumerate(notebook.cells):
