@@ -82,12 +82,11 @@ class Kernel(NamedTuple):
 
     def complaints(self, capability: str) -> list[str]:
         found = list(self.warnings)
-        if self.spilled <= KNOWN_SPILLS.get(self.case, 0):
-            return found
-        if self.spilled_in_loops or (self.spilled and self.spilled_in_loops is None):
-            found.append("registers are spilled in a main loop")
-        if self.spilled > MOST_SPILLED:
-            found.append(f"more than {MOST_SPILLED} bytes are spilled")
+        if self.spilled > KNOWN_SPILLS.get(self.case, 0):
+            if self.spilled_in_loops != 0:
+                found.append("registers are spilled in a main loop, or ptxas's listing is missing")
+            if self.spilled > MOST_SPILLED:
+                found.append(f"more than {MOST_SPILLED} bytes are spilled")
         if self.shared > SHARED_MEMORY[capability] * 1024:
             found.append(f"more than {SHARED_MEMORY[capability]} KiB of shared memory")
         return found
