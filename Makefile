@@ -16,11 +16,13 @@ ifneq ($(shell cat .venv/.folder 2>/dev/null) $(shell $(BIN)/python -c 'import p
 $(shell rm -f .venv/.folder .venv/.runtime .venv/.dev)
 endif
 
-.PHONY: help venv demo test check lint format clean compile-gpus
+.PHONY: help venv demo test nightly notebooks check lint format clean compile-gpus
 
 help:
 	@echo "make demo     a real Llama reads a book chapter with dense and with sparse prefill, and answers a question"
-	@echo "make test     the whole test suite"
+	@echo "make test     the test suite"
+	@echo "make nightly  larger cases of what it checks"
+	@echo "make notebooks  run the notebooks and keep their outputs"
 	@echo "make check    ruff and pyright, as CI runs them"
 	@echo "make format   rewrite the sources the way ruff wants them"
 	@echo "make venv     the environment with everything for development, in .venv"
@@ -33,6 +35,12 @@ demo: .venv/.runtime
 # to a process, the longest first (tests/conftest.py orders them).
 test: .venv/.dev torch-env
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20 $(PYTEST_ARGS)
+
+nightly: .venv/.dev torch-env
+	$(BIN)/python -m pytest -m nightly $(PYTEST_ARGS)
+
+notebooks: .venv/.dev torch-env
+	$(BIN)/python tests/notebook_runs.py $(NOTEBOOKS)
 
 check: lint
 	$(BIN)/pyright

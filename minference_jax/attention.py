@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +140,47 @@ def _merged(plans: list[tuple[Array | None, SparsePlan]], b: int, n: int, tiles:
     )
 
 
+class Options(LayerKeywords, total=False):
+    """The arguments of `sparse_attention` that say how, not what."""
+
+    lengths: Int[Array, " b"] | None
+    q_offset: int | Int[Array, ""]
+    scale: float | None
+    implementation: Implementation | None
+    axis_name: str | None
+    zigzag: Zigzag | None
+
+
+@overload
+def sparse_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    pattern: Patterns,
+    *,
+    return_info: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Array: ...
+@overload
+def sparse_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    pattern: Patterns,
+    *,
+    return_info: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Array, AttentionInfo]: ...
+@overload
+def sparse_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    pattern: Patterns,
+    *,
+    return_info: bool,
+    **options: Unpack[Options],
+) -> Any: ...
 @naming_layer_keywords
 @under_own_settings
 def sparse_attention(
@@ -156,7 +197,7 @@ def sparse_attention(
     axis_name: str | None = None,
     zigzag: Zigzag | None = None,
     **layer: Unpack[LayerKeywords],
-) -> Any:
+) -> Array | tuple[Array, AttentionInfo]:
     """Causal attention in which each head visits only the keys that its pattern names for this prompt.
 
     **Arguments:**
@@ -185,7 +226,7 @@ def sparse_attention(
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
     heads = layer_patterns(pattern, q.shape[2])
     remark = _if_slower(pattern, q, k) if return_info and implementation is None else ""
-    settings = (check_scale(scale, q), implementation, return_info, remark, axis_name, zigzag)
+    settings: Any = (check_scale(scale, q), implementation, return_info, remark, axis_name, zigzag)
     out, info = _attend(q, k, v, heads, lengths, offset, *settings)
     return (out, info) if return_info else out
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,14 +67,14 @@ class Zigzag:
 
     def attend(
         self,
-        attention: Callable[..., Array],
+        attention: Callable[..., Any],
         q: Array,
         k: Array,
         v: Array,
         plan: SparsePlan | None,
         q_offset: Int32[Array, ""],
-    ) -> Array:
-        """`attention(q, k, v, plan, q_offset)` of this device's two chunks of q `[b, t, n, h]`."""
+    ) -> Any:
+        """`attention(q, k, v, plan, q_offset)`, an array or several, of this device's two chunks of q."""
         t, size = q.shape[1], self.chunk(q.shape[1])
         extra = self.padded(t) - t
         q, k, v = (
@@ -85,7 +86,7 @@ class Zigzag:
             rows = jax.lax.dynamic_slice_in_dim(q, start, size, axis=1)
             part = None if plan is None else _tiles(plan, start // QUERY_TILE, size // QUERY_TILE, tiles)
             outs.append(attention(rows, k, v, part, q_offset + start))
-        return jnp.concatenate(outs, axis=1)
+        return jax.tree.map(lambda *chunks: jnp.concatenate(chunks, axis=1), *outs)
 
 
 def _padded(x: Array, size: int, axis: int) -> Array:

@@ -35,9 +35,9 @@ from minference_jax.data import load_text
 from minference_jax.search import search_patterns
 from minference_jax.viz.patterns import colours
 
-TOKENS = int(os.environ.get("NOTEBOOK_TOKENS", "1024"))
-LAYERS = 2 if TOKENS < 512 else 4
-TARGET = 0.35 if TOKENS >= 1024 else 0.7  # the diagonal alone is much of a short prompt
+TOKENS = int(os.environ.get("NOTEBOOK_TOKENS", "512"))
+LAYERS = 2 if TOKENS < 1024 else 4
+TARGET = 0.35 if TOKENS >= 1024 else 0.6  # the diagonal alone is much of a short prompt
 CACHE = Path(os.environ.get("MINFERENCE_CACHE") or Path.home() / ".cache" / "minference_jax")
 
 # %% [markdown]

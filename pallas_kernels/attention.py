@@ -79,8 +79,8 @@ def sparse_attention(
     - `lengths`: int32 `[b]`, keys of each sequence (right padding); clamped to [0, s]. Default: all s.
     - `q_offset`: int32 scalar, may be traced; a multiple of 128 (a traced one is rounded down to it).
     - `scale` (static): multiplies the scores, by default 1/sqrt(h).
-    - `implementation` (static): the name of a backend, "hopper", "xla" or "reference"; or None, the best for this
-      call (`choose_implementation` says which and why).
+    - `implementation` (static): the name of a backend, "hopper", "mma", "xla" or "reference"; or None, the best for
+      this call on the default device, or on that of `lowering_for` (`choose_implementation` says which and why).
     - `return_lse` (static): also return the log-sum-exp of the scores.
 
     **Returns:** `[b, t, n, h]` in q's dtype; with `return_lse` the pair of that and float32 `[b, t, n]`, natural
@@ -139,8 +139,8 @@ def dense_attention(
     """Causal attention over every key: what the sparse functions are compared with, and their choice for short prompts.
 
     **Arguments:** as `sparse_attention`, without a plan. `implementation` (static): None, the best for this call;
-    "cudnn", a GPU's fused kernel, whose log-sum-exp has q's precision only; "hopper", our kernel with every key tile;
-    "xla", blockwise jnp; or "reference".
+    "cudnn", a GPU's fused kernel, whose log-sum-exp has q's precision only; "hopper" and "mma", our kernels with every
+    key tile; "xla", blockwise jnp; or "reference".
 
     **Returns, raises:** as `sparse_attention`.
     """

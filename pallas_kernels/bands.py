@@ -1,7 +1,13 @@
 """Band tiles: 64 keys at one distance before every query tile. Which entries of a list count, and what they cover.
 
-The band at distance r shows, to the query tile that starts at q0, the keys [q0 - r, q0 - r + 64). A key that lies
-`distance` before q0 is in it if r - 64 < distance <= r, wherever the query tile is: one list serves all query tiles.
+The band at distance r shows the keys [q0 - r, q0 - r + 64) to the query tile that starts at q0. So a key is in the band
+if it lies `distance` before q0 with r - 64 < distance <= r, wherever the query tile is: one list serves them all.
+The bands 64 and 192, each letter a key tile (`d` the diagonal, which is always visited):
+
+    keys         0   64  128 192 256 320
+    q0 = 0       d   d
+    q0 = 128     .   b   d   d               b = [64, 128) by the band 64; the band 192 would begin before key 0
+    q0 = 256     .   b   .   b   d   d       b = [64, 128) by the band 192, [192, 256) by the band 64
 """
 
 from __future__ import annotations

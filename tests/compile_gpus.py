@@ -3,8 +3,11 @@
     python tests/compile_gpus.py [8.0 9.0 ...]
 
 Fails on registers spilled in a main loop, on more than a few bytes spilled anywhere, on ptxas performance warnings, and
-on more shared memory than the GPU has. Needs, beside jax and jaxlib, the CUDA plugins of the same version and NVIDIA's
-assembler and disassembler (about 1.4 GB together; keep them in a virtual environment of their own):
+on more shared memory than the GPU has. Of Triton's kernels it says only that they compile. With CASES=REGEX in the
+environment it compiles those only.
+
+Needs, beside jax and jaxlib, the CUDA plugins of the same version and NVIDIA's assembler and disassembler (about 1.4 GB
+together; keep them in a virtual environment of their own):
 
     pip install jax==0.11.2 jaxtyping pytest
     pip install --no-deps jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 \
@@ -51,12 +54,16 @@ device_description_str: "{name}"
 
 
 class Case(NamedTuple):
-    """A call that launches kernels: the function, the shapes of its arguments, and the GPUs that it is for."""
+    """A call that launches kernels: the function, the shapes of its arguments, and the GPUs that it is for.
+
+    `reported`: ptxas's words on it reach us, which those on Triton's kernels do not.
+    """
 
     name: str
     call: Callable[..., Any]
     arguments: tuple[Any, ...]
     capabilities: tuple[str, ...] = tuple(SHARED_MEMORY)
+    reported: bool = True
 
 
 class Kernel(NamedTuple):
@@ -89,6 +96,8 @@ def cases() -> Iterator[Case]:
     from test_hopper import attend as hopper
     from test_tile_masses import MASS_SHAPES, masses_on_hopper
 
+    from pallas_kernels.decode.attention import decode_attention
+    from pallas_kernels.decode.matvec import stacked_matvec
     from pallas_kernels.index.keys import digit_counts, key_lists
     from pallas_kernels.mma.attention import mma_attention
 
@@ -115,10 +124,28 @@ def cases() -> Iterator[Case]:
     yield Case("selection, second digit, columns", second, (keys, rows, of_columns, prefix), ("9.0",))
     yield Case("selection, lists", key_lists, (keys, prefix, shape((1, 32, 1024), jnp.int32)), ("9.0",))
 
+    one, with_fp8 = shape((), jnp.int32), ("8.9", "9.0", "10.0", "12.0")
+    for dtype, capabilities in ((jnp.bfloat16, tuple(SHARED_MEMORY)), (jnp.float8_e4m3fn, with_fp8)):
+        name, narrow = jnp.dtype(dtype).name, dtype != jnp.bfloat16
+        cache, query = shape((2, 1, 8192, 8, 128), dtype), shape((1, 32, 128), jnp.bfloat16)
+        scale = shape((2, 1, 8192, 8), jnp.bfloat16) if narrow else None
 
-def sharding_on(capability: str) -> Any:
-    """Where a program for a GPU of this kind places its arguments."""
-    import jax
+        def decode(q, k, v, layer, lengths, scale):
+            return decode_attention(q, k, v, layer, lengths, k_scale=scale, v_scale=scale)
+
+        arguments = (query, cache, cache, one, prefix, scale)
+        yield Case(f"decode, cache in {name}", decode, arguments, capabilities, reported=False)
+
+        def multiply(x, weight, layer, scales):
+            return stacked_matvec(x, [weight], layer, scales)
+
+        arguments = (shape((1, 4096), jnp.bfloat16), shape((2, 4096, 4096), dtype), one)
+        scales = (shape((2, 4096), jnp.float32),) if narrow else ()
+        yield Case(f"matvec in {name}", multiply, (*arguments, scales), capabilities, reported=False)
+
+
+def topology_of(capability: str, devices: int = 1) -> Any:
+    """So many GPUs of this kind on one host, none of which is here."""
     from jax.experimental import topologies
 
     from pallas_kernels.device import GPUS
@@ -134,8 +161,15 @@ def sharding_on(capability: str) -> Any:
         feature="feature_extension: ACCELERATED_FEATURES" if int(major) >= 9 else "",
         capability=capability,
     )
-    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
-    mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("device",))
+    return topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{devices}")
+
+
+def sharding_on(capability: str) -> Any:
+    """Where a program for a GPU of this kind places its arguments."""
+    import jax
+    from jax.experimental import topologies
+
+    mesh = topologies.make_mesh(topo=topology_of(capability), mesh_shape=(1,), axis_names=("device",))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
@@ -166,6 +200,9 @@ def compile_all(capability: str, wanted: str) -> None:
             jax.jit(case.call).lower(*arguments).compile()
             log.seek(0)
             text = log.read().decode(errors="replace")
+        if not case.reported:
+            print(json.dumps(case.name), file=answers, flush=True)
+            continue
         for kernel in kernels_of(case.name, text, shared):
             print(json.dumps(kernel), file=answers, flush=True)
 
@@ -220,6 +257,9 @@ def main() -> int:
         with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
             assert child.stdout is not None
             for line in child.stdout:
+                if line.startswith('"'):
+                    print(f"{capability:5}{json.loads(line):42}compiled by Triton", flush=True)
+                    continue
                 if not line.startswith("["):
                     print(line, end="")
                     continue

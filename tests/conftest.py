@@ -1,10 +1,10 @@
 """Test-wide settings: strict dtype promotion, two CPU devices, full-precision matrix products. Warnings are errors.
 
-Most of the suite's time goes into compilation. Programs are compiled without most optimizations, here and in child
-processes; tests that compute for long ask for the fixture `optimized`. What was compiled is kept in .pytest_cache/jax,
-which the workers of pytest-xdist, the child processes and the next run share. Python's own bytecode is kept too, also
-where PYTHONDONTWRITEBYTECODE is set: a child process that parses the sources of JAX and transformers anew takes five
-to ten seconds longer to start.
+Most of the suite's time goes into compilation. Programs are compiled without most optimizations and by XLA's older
+emitters of CPU code, here and in child processes; tests that compute for long ask for the fixture `optimized`. What was
+compiled is kept in .pytest_cache/jax, which the workers of pytest-xdist, the child processes and the next run share.
+Python's own bytecode is kept too, also where PYTHONDONTWRITEBYTECODE is set: a child process that parses the sources of
+JAX and transformers anew takes five to ten seconds longer to start.
 
 With CHECK_ARRAYS=1, annotated shapes and dtypes are checked at every call (jaxtyping and beartype), in this process.
 """
@@ -17,8 +17,11 @@ from pathlib import Path
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# The newer emitters set MLIR up anew for every fusion of a program: compilation then takes two to three times longer.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads spin while they wait for each other
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA warns at length about programs that come from the cache
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 
@@ -37,21 +40,26 @@ if os.environ.get("CHECK_ARRAYS") == "1":
 gc.set_threshold(100_000, 20, 20)
 
 LONGEST = (
+    "test_backends.py",
     "test_notebooks.py",
-    "test_eval_compare.py",
-    "test_cache.py",
+    "test_search.py",
     "test_eval_runner.py",
     "test_attention.py",
-    "test_search.py",
-    "test_backends.py",
-    "test_index_per_tile.py",
-    "test_hopper_tables.py",
-    "test_eval_baselines.py",
-    "test_generate.py",
+    "test_cache.py",
+    "test_mesh.py",
     "test_hopper.py",
+    "test_eval_baselines.py",
+    "test_index_per_tile.py",
+    "test_index_vertical_slash.py",
+    "test_llama.py",
+    "test_hopper_tables.py",
+    "test_generate.py",
     "test_index_builders.py",
+    "test_tile_masses.py",
+    "test_eval_compare.py",
+    "test_parity_variants.py",
 )
-"""Files whose tests take more than half a minute on one core, the longest first (`--durations=0` tells)."""
+"""Files whose tests take more than twenty seconds on one core, the longest first (`--durations=0` tells)."""
 
 
 def pytest_collection_modifyitems(config, items):

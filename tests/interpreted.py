@@ -1,22 +1,27 @@
-"""Runs one case of a GPU's kernel in the Mosaic GPU interpreter, with its race detector, in a process of its own.
+"""Runs cases of a GPU's kernel in the Mosaic GPU interpreter, with its race detector, in a process of their own.
 
-    PYTHONPATH=. python tests/interpreted.py hopper no-overlap
+    PYTHONPATH=. python tests/interpreted.py hopper [CASE ...]
 
-A kernel that forgets an arrival hangs; the caller sets the time limit.
+Without names, all cases. A kernel that forgets an arrival hangs; the caller sets the time limit.
 """
 
 import sys
 
 import jax
-from backend_cases import UNDER_TEST
+from backend_cases import UNDER_TEST, UnderTest
 from helpers import assert_close, assert_lse_close
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.reference import reference_attention
 
 
-def main(backend: str, name: str) -> None:
+def main(backend: str, *names: str) -> None:
     (tested,) = (tested for tested in UNDER_TEST if tested.name == backend)
+    for name in names or tested.kernel_cases():
+        run(tested, name)
+
+
+def run(tested: UnderTest, name: str) -> None:
     assert tested.interpreted is not None
     case, config = tested.interpreted.cases[name]
     *arrays, lengths, q_offset = case.arguments(seed=1)
@@ -31,7 +36,7 @@ def main(backend: str, name: str) -> None:
     expected, expected_lse = reference_attention(*arrays, **options)
     assert_close(out, expected)
     assert_lse_close(lse, expected_lse)
-    print("agrees")
+    print(name, "agrees", flush=True)
 
 
 if __name__ == "__main__":

@@ -169,9 +169,9 @@ def test_a_part_reads_a_prefix_of_a_long_cache_and_finds_the_same(model, pattern
     assert prefix_extents(64, 1024, short=0) == [256, 512, 768, 1024]
     assert prefix_extents(300, 1000, short=0) == [384, 768, 1000]
     assert prefix_extents(600, 1000, short=0) == [1000]
-    model = model.with_patterns(pattern)
     tokens = jnp.asarray(prompt(rng, 2, 640))
     _, cache = model.prefill(tokens, None, model.init_cache(2, 1024))
+    model = model.with_patterns(pattern)
 
     @partial(jax.jit, static_argnums=0)
     def part(short: int, start: jax.Array) -> Any:

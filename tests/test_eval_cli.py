@@ -2,24 +2,16 @@
 
 import json
 
-import jax
 import pytest
-from smollm2 import smollm2_directory
+from smollm2 import tiny_with_tokenizer
 
-from minference_jax.checkpoints.save import save_checkpoint
 from minference_jax.cli import main
 from minference_jax.cli.eval import split_methods
-from minference_jax.models import LlamaConfig
-from minference_jax.models.llama import Llama
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    config = LlamaConfig(49152, 16, 16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, tie_embeddings=True)
-    directory = tmp_path_factory.mktemp("tiny") / "model"
-    model = Llama.random(config, jax.random.key(0))
-    save_checkpoint(config, model.params(), directory, tokenizer_from=smollm2_directory())
-    return str(directory)
+    return str(tiny_with_tokenizer(tmp_path_factory.mktemp("tiny") / "model"))
 
 
 def test_eval_writes_results_and_report_and_goes_on(tiny, tmp_path, capsys):

@@ -49,7 +49,7 @@ def visits(tables: hopper_tables.KernelTables, plan: SparsePlan, z: int, i: int,
 
 
 @pytest.mark.parametrize(
-    "t, s, q_offset, lengths", [(300, 300, 0, None), (260, 900, 512, [900, 600]), (130, 130, 0, [0, 64])]
+    "t, s, q_offset, lengths", [(300, 300, 0, None), (260, 900, 512, [900, 600]), (300, 300, 0, [0, 64])]
 )
 @pytest.mark.parametrize("parts", ["all", "columns", "bands", "blocks", "columns+bands", "none"])
 def test_every_key_of_the_plan_is_visited_once(rng, parts, t, s, q_offset, lengths):

@@ -1,6 +1,6 @@
 """One model on a mesh: the results of one device, bit for bit; sums over devices in decoding round differently."""
 
-import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import run_command
 from jax.sharding import AxisType
 
 from minference_jax.checkpoints.presets import CONFIGS
@@ -18,7 +19,7 @@ from minference_jax.parallel import make_mesh
 from minference_jax.parallel.deal import deal, slowest
 from minference_jax.parallel.mesh import abstract_mesh, parse_mesh
 from minference_jax.patterns import AShape, Dense, HeadPatterns
-from minference_jax.planning.memory import memory_need
+from minference_jax.planning.memory import GPUS, USABLE, longest_prompt, memory_need
 
 DECODE_ATOL = 1e-5
 
@@ -103,4 +104,20 @@ def test_each_device_needs_its_share_of_the_memory():
     assert many.cache == one.cache // 8
     assert one.activations / 8 < many.activations < one.activations / 4
     with pytest.raises(ValueError, match="of 16 devices these fit: rows=2,heads=8, rows=4,heads=4"):
-        memory_need(config, tokens=128, mesh=abstract_mesh("heads=16", dataclasses.replace(config)))
+        memory_need(config, tokens=128, mesh=abstract_mesh("heads=16", config))
+
+
+def test_commands_take_a_mesh(tmp_path, capsys):
+    status, out, err = run_command(capsys, "inspect", "llama-3-8b", "--memory", "--mesh", "heads=8", "--json")
+    assert status == 0, err
+    many = json.loads(out)["longest prompt in tokens, by GPU, of llama-3-8b on heads=8"]
+    one = longest_prompt(CONFIGS["llama-3-8b"], USABLE * GPUS["80 GB"] * 2**30, cache="model")
+    assert many["cache in 16 bits"]["80 GB"] > 4 * one
+    (tmp_path / "config.json").write_text(json.dumps(LlamaConfig(61, 32, 40, 1, 4, 2, 8).to_hf()))
+    command = ["bench", "prefill", "--random-weights", tmp_path, "--methods", "dense", "--json", "--lengths", "256"]
+    status, out, err = run_command(capsys, *command, "--repeats", 1, "--mesh", "heads=2")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["mesh"] == "heads=2" and found["rows"][0]["seconds"] > 0 and found["rows"][0]["attention"] is None
+    for options in (["--mesh", "heads=0"], ["--mesh", "rows=2,heads=2"], ["--hosts", "auto"]):
+        assert run_command(capsys, *command, *options)[0] == 2

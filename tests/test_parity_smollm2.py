@@ -1,7 +1,11 @@
-"""SmolLM2-135M-Instruct, real weights, on 2,048 tokens of a novel: JAX against PyTorch in float32."""
+"""SmolLM2-135M-Instruct, real weights, on 2,048 tokens of a novel: JAX against PyTorch in float32.
+
+notebooks/03 compares them on 256 tokens, whenever the tests run.
+"""
 
 import json
 
+import pytest
 from smollm2 import smollm2_directory
 from torch_env import torch_python
 
@@ -9,6 +13,7 @@ from minference_jax.compare import run_compare
 from minference_jax.data import load_text
 
 
+@pytest.mark.nightly
 def test_float32_logits_argmax_and_greedy_tokens_are_those_of_pytorch(capsys, optimized):
     model, python = smollm2_directory(), torch_python()
     # One thread for PyTorch: two are slower wherever something else needs a core, for they wait for each other.

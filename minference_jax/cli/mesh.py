@@ -25,7 +25,7 @@ def start_mesh(mesh: str, hosts: str = "", config: Any = None) -> Any:
     from minference_jax.parallel.mesh import make_mesh, parse_mesh
 
     with usage("--mesh"):
-        sizes = parse_mesh(mesh)
+        sizes: dict[str, Any] = {**parse_mesh(mesh)}
     if hosts:
         import jax
 

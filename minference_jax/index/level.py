@@ -1,11 +1,13 @@
-"""One level for all tiles of a layer: the lowest at which those that reach it fit into a number of cells.
+"""One level for all tiles of a layer: tiles whose key is above it are visited, and they fit into a number of cells.
 
-Tiles × tiles is the largest array of an index, so it is kept as 16-bit integers and read few times. Tiles at the level
-itself are taken in order of position while they fit, so that equal worths (a prompt of one token) neither all fit nor
-all fall out.
+The level is the lowest for which that holds. Tiles whose key equals the level are visited in order of position while
+they fit: so of many equal tiles (a prompt that repeats one token) some are visited, neither all nor none.
 
-Two forms do the same. In jnp, each pass finds three bits of the level by seven sums, and bitmaps become lists. On
-Hopper, two passes count keys by digit, and lists are written at once.
+A *key* is a tile's worth as a 15-bit integer. Query tiles × key tiles is the largest array of an index; it is kept in
+16 bits and read few times.
+
+Two forms give the same result. In jnp, five passes find three bits of the level each, by seven sums, and bitmaps become
+lists. On Hopper, two passes count the tiles of each digit, and lists are written at once.
 """
 
 from __future__ import annotations
@@ -45,10 +47,10 @@ def reaching(
     axis_name: str | None = None,
     kernels: bool = False,
 ) -> tuple[Int[Array, "b n i j"], Int[Array, "b n i"]]:
-    """The tiles of the highest keys that have no more than `most` cells in a sequence.
+    """The tiles with the highest keys: as many as have at most `most` cells together, in each sequence.
 
-    Tiles of key ALWAYS are taken whatever they cost, those of key NEVER are not. Equal keys go to the lower (head,
-    query tile, key tile).
+    Tiles of key ALWAYS are taken whatever they cost; tiles of key NEVER are not taken. Of equal keys, the tile with the
+    lower (head, query tile, key tile) comes first.
 
     **Arguments:** `open_keys`: how many keys of a tile each head counts, None for all 64; `rows`: rows that each query
     tile counts: a tile has open_keys · rows cells. `axis_name` (static): a mesh axis over which the heads of a layer
@@ -92,7 +94,10 @@ def _reached(
 
 
 def _level_by_sums(keys, open_keys, rows, most, total) -> Int[Array, " b"]:
-    """The highest level that is reached by too many, 0 if none is; three bits a pass."""
+    """The highest level whose tiles, those at it included, have more than `most` cells; 0 if there is none.
+
+    Each pass finds three bits: it sums the cells that reach each of seven trial levels.
+    """
     found = jnp.zeros(most.shape, jnp.int32)
     for shift in range(_BITS - _DIGIT, -1, -_DIGIT):
         trials = _reached(keys, open_keys, [found + (digit << shift) for digit in range(1, 1 << _DIGIT)])
@@ -102,7 +107,7 @@ def _level_by_sums(keys, open_keys, rows, most, total) -> Int[Array, " b"]:
 
 
 def _level_by_counts(keys, open_keys, rows, most, total) -> Int[Array, " b"]:
-    """The same in two passes."""
+    """What `_level_by_sums` finds, in two passes: tiles are counted by the high, then by the low bits of their keys."""
 
     def best(prefix, above, *, shift, bits):
         counts = digit_counts(keys, rows, open_keys, prefix, shift=shift, bits=bits)

@@ -1,9 +1,12 @@
 """The index of `PerTile`: every m-th row is a probe, so that each query tile has its own estimate.
 
-Prompts of some thousand tokens can afford that, and gain three things. Key tiles are chosen for each query tile instead
-of bands for all of them. What a plan holds is known well enough to compare plans head by head. So no head needs to keep
-less than the original's rule would: whatever is worth a visit is taken (a mean attention weight of at least the
-threshold), and a head that would hold less than under the original's budget takes more, down to a threshold of its own.
+Prompts of some thousand tokens can afford so many probes, and gain two things:
+
+- Key tiles are chosen for each query tile by itself, not as bands at one distance before all of them.
+- The softmax mass that a plan holds is known well enough to compare plans, head by head.
+
+The rule: whatever has a mean attention weight of at least the threshold is visited (`worth.py`). If a head then holds
+less mass than the original's rule would hold with the floor's budget, its threshold is lowered until it does not.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from pallas_kernels.plan_builders import slashes_to_bands
 from pallas_kernels.tracing import vary_alike
 
 SPLITS = ((1.0, 1.0), (0.5, 1.35), (0.125, 1.45))
-"""Factors of columns and slashes that visit about as much on text, where the columns are a quarter of the prompt. A
-head keeps what the original's rule would at the best of these."""
+"""Factors of (columns, slashes). On text, where the columns are a quarter of the prompt, the three visit about as many
+cells. The floor of a head is what the original's rule holds at the best of them."""
 
 SPARED, SPARED_OF_ALL = 0.9, 0.0005
 """The plan may miss at most 90 % of the mass that the original rule misses, minus 0.05 % of all mass. The margin
@@ -134,7 +137,10 @@ def _covered(bands: Int[Array, "b n R"], count: Int[Array, "b n"], s: int) -> Bo
 def _choose(
     mass: Mass, threshold: Float[Array, "b k g"], least: Float[Array, "b k g"]
 ) -> tuple[Bool[Array, "b k g x"], Bool[Array, "b k g i kt"]]:
-    """Columns and blocks at the threshold, or at the largest of 2⁻ˣ of it that holds `least`."""
+    """Columns and blocks at the threshold if they hold the mass `least`; else at the highest lower one that does.
+
+    Lower ones are threshold · 2⁻ˣ with x up to `OCTAVES`, found by bisection.
+    """
 
     def halve(step: Int[Array, ""], ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends

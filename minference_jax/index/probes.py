@@ -20,15 +20,17 @@ PROBES = 64
 """Probe rows per head (`last_q` of the original)."""
 
 SCORE_BYTES = 512 * 2**20
-"""Most memory that probe scores may take at once: with one KV head of a 1M-token prompt at a time (four query heads,
-bfloat16) they just fit."""
+"""The most memory that probe scores may take at once. One KV head of a 1M-token prompt (four query heads, bfloat16)
+takes just as much."""
 
 LAST = 16
 """Of the probes that are spread over the prompt, so many are its last rows."""
 
 LAST_IMPORTANCE = 0.3
-"""How much each of the last rows counts where the other probes are spread over the prompt: they stand for far fewer
-rows. (In proportion they would hardly count, but what the end asks for is what a prompt is read for.)"""
+"""The weight of each of the last rows where the other probes are spread over the prompt. Each of the others counts 1.
+
+A last row stands for itself, a spread probe for many rows, so by proportion the last rows would hardly count. But what
+the end of a prompt asks for is what the prompt is read for."""
 
 
 def probe_rows(valid: Int[Array, " b"], spread: Bool[Array, " n"]) -> Int[Array, "b n p"]:
@@ -74,10 +76,10 @@ def probe_scores(
 
 
 class Weights(NamedTuple):
-    """`probe_weights`, to be written out anew for each sum over them.
+    """The probes' softmax weights as functions: each call computes them anew, for one sum over them.
 
-    Every call is behind a barrier of its own. Without them a compiler may see one array of float32 weights with many
-    readers and store it, at twice the size of the scores; this way each sum fuses its own exponentials.
+    An array of float32 weights would take twice the memory of the scores, and a compiler stores it if it sees many
+    readers. So every call stands behind a barrier of its own, and each sum fuses its own exponentials.
     """
 
     by_key: Callable[[], Float[Array, "*heads p s"]]
@@ -172,11 +174,11 @@ def map_heads(
     *,
     bytes_per_kv_head: int,
 ) -> Any:
-    """`function(k, per_head, per_sequence)` over so many sequences and KV heads at once that its scores stay within
-    SCORE_BYTES: several sequences where all heads of one fit, else some heads of one.
+    """Calls `function(k, per_head, per_sequence)` for a few sequences and KV heads at a time; the results are joined.
 
-    Leaves of `per_head` start with axes `[b, k]`, those of `per_sequence` with `[b]`; so do the slices that
-    `function` gets, and its results must start with `[b, k]`.
+    As many at a time as keep the scores within `SCORE_BYTES`: several whole sequences if all heads of one fit, else
+    some KV heads of one sequence. Leaves of `per_head` start with the axes `[b, k]`, leaves of `per_sequence` with
+    `[b]`. `function` gets slices with the same axes, and its results must start with `[b, k]`.
     """
     b, kv_heads = k.shape[0], k.shape[2]
     if b * kv_heads * bytes_per_kv_head <= SCORE_BYTES:

@@ -1,10 +1,15 @@
 """The vertical-slash index: key columns and band tiles for each head, from the attention of a few probe rows.
 
-Counted in lines (`tiles=None`) the choice is the original's: column sums and diagonal sums of the probes' softmax,
-the first 30 columns and the distances 0 … 99 forced. Counted in tiles it is ours: bands by the mass they capture,
-then columns by the mass that the bands leave uncovered (by all their mass with probes="last"). With a threshold, heads
-differ in how much they take: each takes what is worth a visit, judged by the mean attention weight of the keys, and
-bands are judged without the keys that are columns for sure.
+There are two rules.
+
+- *Slashes counted in lines* (`tiles=None`) is the original's rule. The probes' softmax weights are summed by key and by
+  distance. The keys and the distances with the largest sums are taken; the first 30 keys and the distances 0 … 99 are
+  taken in any case.
+- *Slashes counted in tiles* is ours. First the bands that capture the most mass are taken. Then columns are taken by
+  the mass that the bands leave uncovered; with probes="last", by all of their mass.
+
+With a threshold, heads differ in how much they take. A column or a band is taken if the mean attention weight of its
+keys reaches the threshold. Keys that are columns for sure (`sure_columns`) do not count when bands are judged.
 
 Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2; the constants are those of its released code.
 """
@@ -34,10 +39,13 @@ GROWTH = 8
 """How many times its budget a head with a threshold may take: it decides static widths."""
 
 SURE_COLUMN = 3.0
-"""A key with so many times the mean weight that is worth a visit (the threshold; where there is none, half of the mean
-over all keys), from as many probes or more, is a column, whatever tiles hold. Each of the spread probes sees it at a
-distance of its own, so that together such keys would pass for bands, and bands at every probe's distance would leave
-nothing of the column. (On text, with a threshold, at equal density: 1 keeps 0.3 points less, no such rule 2 points.)"""
+"""A key is a column for sure if its mean weight is so many times the weight that is worth a visit. That weight is the
+threshold, or half of the mean over all keys where there is no threshold. No probe counts for more than its share of
+it, so at least three probes must agree.
+
+Why: spread probes see one column at as many distances as there are probes. Without this rule each of these distances
+would pass for a band, and the bands together would leave nothing of the column. (Measured on text with a threshold, at
+equal density: a value of 1 keeps 0.3 points less recall, no such rule 2 points less.)"""
 
 
 class Widths(NamedTuple):
@@ -108,7 +116,7 @@ class Rows(NamedTuple):
     valid: Int[Array, "*sequences"]
 
     def share_past(self, position: Int[Array, " x"]) -> Float[Array, "*sequences x"]:
-        """Share of the rows that lie at or past each position; no less than a query tile's."""
+        """Share of the rows that lie at or past each position: those that can see a key there. At least one tile's."""
         valid = jnp.maximum(self.valid, QUERY_TILE)[..., None].astype(jnp.float32)
         past = (self.start + self.valid)[..., None] - jnp.maximum(position, self.start)
         return jnp.clip(past.astype(jnp.float32), QUERY_TILE, valid) / valid
@@ -223,7 +231,11 @@ def widened(
     mean: Float[Array, "*heads x"],
     threshold: Float[Array, "*heads"],
 ) -> tuple[Float[Array, "*heads x"], Int[Array, "*heads"]]:
-    """Scores and budget of heads with a (finite) threshold: mean weights, and room for all that reach it."""
+    """What heads with a finite threshold select by, instead of `scores` and `budget`; other heads keep theirs.
+
+    Their scores are the mean weights. Their budget is the number of entries whose mean weight reaches the threshold,
+    at least the budget itself and at most `GROWTH` times it.
+    """
     reaching = jnp.sum(mean >= threshold[..., None], axis=-1, dtype=jnp.int32)
     return jnp.where(jnp.isfinite(threshold)[..., None], mean, scores), jnp.clip(reaching, budget, GROWTH * budget)
 
@@ -247,9 +259,10 @@ def best_bands(
 
 
 def sure_columns(weights: Float[Array, "*heads p s"], heads: dict[str, Array], rows: Rows) -> Float[Array, "*heads s"]:
-    """Mass, or less of it, of the keys that are columns for sure; 0 at the others (all of them without spread probes).
+    """The mass of keys that are columns for sure (see `SURE_COLUMN`), and 0 at all other keys.
 
-    Neither the diagonal nor the band next to it counts.
+    What a single probe adds to a key's mass is capped at its share. Keys on the diagonal and in the band next to it do
+    not count. In heads without spread probes no key is sure.
     """
     key = jnp.arange(weights.shape[-1], dtype=jnp.int32)
     nearest = (heads["positions"] // QUERY_TILE * QUERY_TILE - KEY_TILE).reshape(-1, 1)
@@ -269,7 +282,10 @@ def uncovered(
     bands: Bool[Array, "*heads r"],
     apply: Bool[Array, "*heads"],
 ) -> Float[Array, "*heads s"]:
-    """Column sums of the probe mass outside the diagonal and the given bands; of all of it where `apply` is False."""
+    """Column sums of the probes' mass that lies outside the diagonal and the given bands.
+
+    Heads where `apply` is False: column sums of all of the mass.
+    """
     s, count = weights.shape[-1], num_key_tiles(weights.shape[-1])
     seen = (probes.seen_tiles(bands, positions, count) & apply[..., None, None]).reshape(-1, count)
     seen = jnp.broadcast_to(seen[..., None], (*seen.shape, KEY_TILE)).reshape(-1, count * KEY_TILE)

@@ -1,6 +1,14 @@
 """Which columns and blocks are worth a visit, given the attention mass on every key and in every tile.
 
-A threshold on the mean weight decides.
+A column is one key, seen by all later query tiles. A block is one key tile, seen by one query tile:
+
+    query tile 0   ╲            c: a column, in every query tile below it
+    query tile 1   c ╲          █: a block of query tile 3
+    query tile 2   c   ╲
+    query tile 3   c █   ╲      ╲: the diagonal, always visited
+
+What decides is a mean weight: the attention mass on the cells that a column or block would add, divided by the number
+of these cells. It is worth a visit if that mean reaches a threshold.
 """
 
 from __future__ import annotations
@@ -13,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.plan import KEY_TILE
 
 ROUNDS = 2
-"""How often blocks are chosen beside the columns, and columns beside these blocks."""
+"""Rounds of choosing: in each, blocks are chosen anew given the columns, then columns given these blocks."""
 
 
 class Mass(NamedTuple):
@@ -37,7 +45,10 @@ class Mass(NamedTuple):
 
 
 def column_worth(mass: Mass, blocks: Bool[Array, "b k g i kt"]) -> Float[Array, "b k g kt 64"]:
-    """Mean weight of each key over the rows whose blocks do not hold it; negative where there is no such row."""
+    """Mean weight of each key over the query rows that would see it only as a column.
+
+    Rows whose blocks hold the key already do not count. The value is −1 for a key that no row is left for.
+    """
     open_tiles = mass.past() & ~blocks
     cells = jnp.sum(jnp.where(open_tiles, mass.rows[..., None], 0), axis=-2)[..., None]  # [b, k, g, kt, 1]
     found = jnp.sum(jnp.where(open_tiles[..., None], mass.before, 0), axis=-3)
@@ -45,7 +56,10 @@ def column_worth(mass: Mass, blocks: Bool[Array, "b k g i kt"]) -> Float[Array, 
 
 
 def block_worth(mass: Mass, columns: Bool[Array, "b k g kt 64"]) -> Float[Array, "b k g i kt"]:
-    """Mean weight of each tile's keys that are no columns; negative for a tile that is not before the query tile."""
+    """Mean weight of each key tile for each query tile, over the keys of the tile that are no columns.
+
+    The value is −1 for a key tile that does not lie before the query tile.
+    """
     rest = jnp.sum(jnp.where(columns[..., None, :, :], 0, mass.before), axis=-1)
     keys = jnp.maximum(KEY_TILE - columns.sum(-1, dtype=jnp.int32), 1).astype(jnp.float32)
     cells = keys[..., None, :] * mass.rows[..., None]
@@ -55,10 +69,11 @@ def block_worth(mass: Mass, columns: Bool[Array, "b k g kt 64"]) -> Float[Array,
 def worth_a_visit(
     mass: Mass, threshold: Float[Array, "b k g"]
 ) -> tuple[Bool[Array, "b k g x"], Bool[Array, "b k g i kt"]]:
-    """The columns and blocks whose keys have at least this mean weight, where no other part visits them.
+    """The columns and the blocks whose mean weight is at least `threshold`.
 
-    Each of the two depends on the other: columns without blocks first, then twice blocks without the keys that are
-    columns, and columns without the rows whose blocks hold them.
+    Only cells that nothing else visits count, so columns depend on blocks and blocks on columns. They are found in
+    turns: columns where there are no blocks yet, then `ROUNDS` times blocks beside these columns, and columns beside
+    these blocks.
     """
     level = threshold[..., None, None]
     blocks = jnp.zeros(mass.before.shape[:-1], bool)
@@ -70,6 +85,6 @@ def worth_a_visit(
 
 
 def held(mass: Mass, columns: Bool[Array, "b k g x"], blocks: Bool[Array, "b k g i kt"]) -> Float[Array, "b k g"]:
-    """Mass on the visited keys."""
+    """Attention mass of each head on the keys that are visited: diagonal, columns and blocks, each key once."""
     columns = columns.reshape(*columns.shape[:-1], 1, -1, KEY_TILE)
     return mass.diagonal + jnp.sum(jnp.where(blocks[..., None] | columns, mass.before, 0), axis=(-1, -2, -3))

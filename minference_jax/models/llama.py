@@ -228,7 +228,9 @@ class Llama(nnx.Module):
 
     def order(self, tokens: int) -> Int32[Array, "layers k"] | None:
         """The KV groups of each layer as the devices of a mesh attend for them, where that makes them more even."""
-        found = None if self.mesh is None else deal(self.config, self.patterns_at(tokens), tokens, self.exchange.heads)
+        if self.mesh is None or self.config.traits.sinks:  # sinks are where the model's order puts their heads
+            return None
+        found = deal(self.config, self.patterns_at(tokens), tokens, self.exchange.heads)
         return None if found is None else self.exchange.place(self.config, jnp.asarray(found))
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:

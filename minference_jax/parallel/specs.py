@@ -11,11 +11,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -71,7 +72,7 @@ def param_axes(config: LlamaConfig, mesh: Mesh | AbstractMesh, fp8: bool = False
         axes = (tuple(name for name in a if mesh.shape[name] > 1) for a in axes)
         found[name] = tuple(a if size % _devices(mesh, a) == 0 else () for a, size in zip(axes, shape, strict=True))
     # FP8 weights and their scales have the same axes, in another order.
-    return fp8_shapes(found) if fp8 else found
+    return cast(Any, fp8_shapes(found)) if fp8 else found
 
 
 def _devices(mesh: Mesh | AbstractMesh, axes: Axes) -> int:
@@ -115,7 +116,7 @@ def place(config: LlamaConfig, mesh: Mesh, tree: Any) -> Any:
 
 def put(x: Any, sharding: NamedSharding) -> Array:
     """An array that every process has, on the devices of a mesh: each process places what its own devices hold."""
-    if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and x.sharding == sharding):
+    if isinstance(x, Tracer) or (isinstance(x, jax.Array) and x.sharding == sharding):
         return x
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)

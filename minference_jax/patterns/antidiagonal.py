@@ -102,12 +102,7 @@ class AntidiagonalBudgets(Budgets):
 
     def index(self, q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], where: Where) -> SparsePlan:
         return antidiagonal_index(
-            *(q, k, self.blocks, self.coverage),
-            stride=self.stride,
-            width=self.width,
-            lengths=where.lengths,
-            q_offset=where.q_offset,
-            scale=where.scale,
+            *(q, k, self.blocks, self.coverage), stride=self.stride, width=self.width, **where.keywords()
         )
 
     def widest(self, keys: int) -> AntidiagonalBudgets:

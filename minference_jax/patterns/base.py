@@ -79,6 +79,10 @@ class Where:
     scale: float
     axis_name: str | None = None
 
+    def keywords(self) -> dict[str, Any]:
+        """What every function of `index/` that scores queries takes by name."""
+        return {"lengths": self.lengths, "q_offset": self.q_offset, "scale": self.scale}
+
 
 class Budgets(abc.ABC):
     """The budgets of one family for all heads: a frozen dataclass, registered as a pytree.

@@ -123,8 +123,7 @@ class PerTileBudgets(Budgets):
 
     def index(self, q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], where: Where) -> SparsePlan:
         arrays = {"columns": self.columns, "slashes": self.slashes, "threshold": self.threshold}
-        options: dict[str, Any] = {"every": self.every, "floor": self.floor, "scale": where.scale}
-        return per_tile_index(q, k, arrays, lengths=where.lengths, q_offset=where.q_offset, **options)
+        return per_tile_index(q, k, arrays, every=self.every, floor=self.floor, **where.keywords())
 
     def for_part(self, share: Float[Array, "b 1"]) -> PerTileBudgets:
         return dataclasses.replace(self, columns=part_of(self.columns, share), slashes=part_of(self.slashes, share))

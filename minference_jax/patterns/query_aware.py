@@ -116,8 +116,7 @@ class QueryAwareBudgets(Budgets):
     def index(self, q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], where: Where) -> SparsePlan:
         arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "widths"}
         widths = dict(zip(BUDGETS, self.widths, strict=True))
-        place: dict[str, Any] = {"lengths": where.lengths, "q_offset": where.q_offset, "scale": where.scale}
-        return query_aware_index(q, k, arrays, **widths, **place)
+        return query_aware_index(q, k, arrays, **widths, **where.keywords())
 
     def widest(self, keys: int) -> QueryAwareBudgets:
         return dataclasses.replace(self, widths=(num_key_tiles(keys), keys, num_key_tiles(keys)))

@@ -145,10 +145,8 @@ class SharedDensityBudgets(Budgets):
             *(q, k, self.density, self.question, self.threshold),
             every=self.every,
             question_width=self.question_width,
-            lengths=where.lengths,
-            q_offset=where.q_offset,
-            scale=where.scale,
             axis_name=where.axis_name,
+            **where.keywords(),
         )
 
     def widest(self, keys: int) -> SharedDensityBudgets:

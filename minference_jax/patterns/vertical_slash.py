@@ -216,9 +216,7 @@ class VerticalSlashBudgets(Budgets):
 
     def index(self, q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], where: Where) -> SparsePlan:
         arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "widths"}
-        return vertical_slash_index(
-            q, k, arrays, self.widths, lengths=where.lengths, q_offset=where.q_offset, scale=where.scale
-        )
+        return vertical_slash_index(q, k, arrays, self.widths, **where.keywords())
 
     def for_part(self, share: Float[Array, "b 1"]) -> VerticalSlashBudgets:
         names = ("columns", "slashes", "tiles")

@@ -1,5 +1,8 @@
-"""Budgets for a prompt length and a density, measured on a sample prompt: all patterns of a model times one factor, or
-a density for each layer."""
+"""Budgets that reach a density on a sample prompt.
+
+`scale_to_density` multiplies all budgets of a model by one factor. `share_among_layers` gives each layer a density of
+its own.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,10 @@ def scale_to_density(
 ) -> HeadPatterns:
     """`patterns` with all budgets times one factor, the largest that keeps to `density` (visited / causal cells).
 
-    What a pattern visits is measured, as the mean over layers, heads and samples, because overlap and clustering decide
-    it. So patterns that were searched at one prompt length serve another: give samples of the length that is wanted.
-    Where the smallest budgets visit more already (short prompts), these are the answer. `Dense` heads stay dense.
+    The density is measured on `tokens`, as the mean over layers, heads and samples: how parts of a plan overlap
+    decides it, and no formula knows that. Use it to bring patterns that were searched at one prompt length to another:
+    give samples of the wanted length. If the smallest budgets visit more than `density` (short prompts), they are the
+    answer. `Dense` heads stay dense.
 
     Memory: queries and keys of all layers. Raises ValueError for a density that is not in (0, 1].
     """
@@ -49,12 +53,12 @@ def share_among_layers(
     *,
     lengths: Int[Array, " b"] | None = None,
 ) -> HeadPatterns:
-    """`pattern`, which has a density, for all heads, with a density for each layer, whose mean is the
-    pattern's (less where a layer's share would be more than all).
+    """`pattern` for all heads of a model, with a density for each layer. The mean over layers is the pattern's density.
 
-    Layers need different shares of their cells, so the same one in all of them costs more. Each gets what it visits of
-    these tokens at one threshold for all layers, found by that threshold's probes. On another prompt it visits that
-    again, and where depends on the prompt.
+    Some layers need more of their cells than others. To find each layer's share, all layers read `tokens` with one
+    common threshold on the mean attention weight, chosen so that their mean density is the wanted one; what a layer
+    visits then is its density. On other prompts each layer keeps its density; which keys it visits depends on the
+    prompt. (A layer's density is at most 1, so the mean may be a little lower.)
 
     Memory: queries and keys of all layers. Raises TypeError for a pattern of another family.
     """

@@ -1,8 +1,11 @@
 """The error of a head's output: many plans against dense attention, at a sample of query rows, in chunks of keys.
 
-With p the dense softmax weights of a query row, its output under a plan is Σ p m v / Σ p m, where m has one bit a key
-(and causality is dense attention's own): scores and exponentials are computed once for all plans, and what each plan
-adds is one masked product.
+Let p be the dense causal softmax weights of a query row, and m the plan's bits, one for each key. The row's output
+under the plan is
+
+    Σ p m v / Σ p m.
+
+So scores and exponentials are computed once for all plans. Each plan adds one masked product.
 
 Source: MInference (arXiv 2407.02490) §3.2, Algorithm 1, compares outputs too; its released code compares weights.
 """

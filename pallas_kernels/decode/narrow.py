@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels.device import target
+
 
 def moved(move: Callable[..., Array], *arrays: Array) -> Array:
     """`move(*arrays)` for arrays of one dtype; `move` takes numbers from place to place and computes nothing of them.
@@ -16,7 +18,7 @@ def moved(move: Callable[..., Array], *arrays: Array) -> Array:
     Where a CPU is the default they are moved as integers of 8 bits, which gives the same.
     """
     dtype = arrays[0].dtype
-    if dtype.itemsize > 1 or not jnp.issubdtype(dtype, jnp.floating) or jax.default_backend() != "cpu":
+    if dtype.itemsize > 1 or not jnp.issubdtype(dtype, jnp.floating) or target().platform != "cpu":
         return move(*arrays)
     codes = move(*(jax.lax.bitcast_convert_type(x, jnp.uint8) for x in arrays))
     return jax.lax.bitcast_convert_type(codes, dtype)

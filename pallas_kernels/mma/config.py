@@ -8,7 +8,7 @@ from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
 
 HEAD_DIMS = (64, 96, 128, 256)
 
-BLOCK_SHARED_MEMORY = {
+BLOCK_SHARED_MEMORY: dict[tuple[int, ...], int] = {
     (8, 0): 166_912,
     (8, 6): 101_376,
     (8, 9): 101_376,
@@ -18,7 +18,7 @@ BLOCK_SHARED_MEMORY = {
 }
 """Bytes of shared memory that one thread block may use, by compute capability."""
 
-TMA_CAPABILITIES = ((9, 0), (10, 0))
+TMA_CAPABILITIES: tuple[tuple[int, ...], ...] = ((9, 0), (10, 0))
 """Where the tensor memory accelerator (TMA) copies fastest. GPUs before them have none. On 12.0 it reaches a thread
 block's own shared memory only, and every copy that the assembler can't prove to stay there is a call."""
 
@@ -58,7 +58,7 @@ class KernelConfig:
         stage = 2 * self.step_keys * row + 2 * KEY_TILE
         return self.rows * row + self.stages * stage + 1_024  # alignment of the swizzled buffers, barriers
 
-    def fits(self, head_dim: int, capability: tuple[int, int]) -> bool:
+    def fits(self, head_dim: int, capability: tuple[int, ...]) -> bool:
         """Whether GPUs of a compute capability have what this needs: shared memory, and TMA if it is to copy."""
         if self.tma and capability < min(TMA_CAPABILITIES):
             return False
@@ -67,7 +67,7 @@ class KernelConfig:
         )
 
 
-def default_config(head_dim: int, capability: tuple[int, int]) -> KernelConfig:
+def default_config(head_dim: int, capability: tuple[int, ...]) -> KernelConfig:
     """The configuration that serves a head_dim on GPUs of a compute capability: large tiles that spill nothing."""
     tma = capability in TMA_CAPABILITIES
     if head_dim > 128 or (head_dim > 64 and capability >= (12, 0)):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.device import target
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
 from pallas_kernels.xla.visits import STEP
 
@@ -67,7 +68,7 @@ def gather(x: Float[Array, "p s h"], positions: Int[Array, "p g w"]) -> Float[Ar
 
 def on_cpu() -> bool:
     """Whether programs are made for a CPU."""
-    return jax.default_backend() == "cpu"
+    return target().platform == "cpu"
 
 
 def scores_of(q: Float[Array, "p g t h"], keys: Array, scale: float) -> Float[Array, "p g t w"]:
