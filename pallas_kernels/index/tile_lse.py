@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.hopper.config import DEFAULT_MULTIPROCESSORS
 from pallas_kernels.hopper.registers import exp2
 from pallas_kernels.sizes import KEY_TILE
+from pallas_kernels.tracing import without_axes
 
 HEAD_DIMS = (64, 96, 128, 256)
 
@@ -246,25 +247,27 @@ def tile_lse(
             compute()
 
     rows = blocks * BLOCK
-    tiles, of_chunks = plgpu.kernel(
-        body,
-        out_type=[
-            jax.ShapeDtypeStruct((b, kv_heads, rows, groups * TILES), jnp.float32),
-            jax.ShapeDtypeStruct((b, kv_heads, chunks, rows), jnp.float32),
-        ],
-        scratch_types={
-            "q_smem": plgpu.SMEM((WARPGROUPS, ROWS, h), k.dtype, transforms=tiling),
-            "k_smem": plgpu.SMEM((stages, STEP, h), k.dtype, transforms=tiling),
-            "q_full": plgpu.Barrier(num_arrivals=WARPGROUPS),
-            "k_full": plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-            "k_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
-        },
-        grid=(blocks, b * kv_heads, chunks),
-        grid_names=("rows", "head", "chunk"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        interpret=interpret,
-        kernel_name="tile_lse",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    tiles, of_chunks = without_axes(
+        plgpu.kernel(
+            body,
+            out_type=[
+                jax.ShapeDtypeStruct((b, kv_heads, rows, groups * TILES), jnp.float32),
+                jax.ShapeDtypeStruct((b, kv_heads, chunks, rows), jnp.float32),
+            ],
+            scratch_types={
+                "q_smem": plgpu.SMEM((WARPGROUPS, ROWS, h), k.dtype, transforms=tiling),
+                "k_smem": plgpu.SMEM((stages, STEP, h), k.dtype, transforms=tiling),
+                "q_full": plgpu.Barrier(num_arrivals=WARPGROUPS),
+                "k_full": plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+                "k_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+            },
+            grid=(blocks, b * kv_heads, chunks),
+            grid_names=("rows", "head", "chunk"),
+            num_threads=WARPGROUPS + 1,
+            thread_name="warpgroup",
+            interpret=interpret,
+            kernel_name="tile_lse",
+            compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        )
     )(probes, k, positions, bounds)
     return tiles, of_chunks
