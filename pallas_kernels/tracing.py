@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src import config
 from jaxtyping import Array
 
 
@@ -63,6 +64,27 @@ def vary_alike[T](tree: T, *others: Any) -> T:
         return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
     return jax.tree.map(mark, tree) if axes else tree
+
+
+def without_axes[**P, R](kernel: Callable[P, R]) -> Callable[P, R]:
+    """A kernel on arrays whose types name no mesh axes, as Pallas wants them; the results' types name them again.
+
+    For `jax.shard_map` with `check_vma`: a kernel that runs on several threads is refused there otherwise.
+    """
+
+    def untyped(x: Array) -> Array:
+        return lax.squeeze(lax.expand_dims(x, (0,)), (0,))  # costs nothing: types of axes are only copied while checked
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        axes = tuple(sorted(varying_axes(args, kwargs)))
+        if not axes:
+            return kernel(*args, **kwargs)
+        with config._check_vma(False):
+            given: Any = jax.tree.map(untyped, (args, kwargs))
+            found = kernel(*given[0], **given[1])
+        return jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), found)
+
+    return call
 
 
 def sum_as(cotangent: Array, primal: Array) -> Array:

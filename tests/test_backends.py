@@ -253,7 +253,7 @@ def over_heads(name):
     mesh = jax.make_mesh((2,), ("heads",), axis_types=(AxisType.Auto,))
     heads, parts = PartitionSpec(None, None, "heads"), SparsePlan(*(PartitionSpec(None, "heads") for _ in range(6)))
     step = partial(sparse_attention, implementation=name)
-    return jax.shard_map(step, mesh=mesh, in_specs=(heads, heads, heads, parts), out_specs=heads, check_vma=False)
+    return jax.shard_map(step, mesh=mesh, in_specs=(heads, heads, heads, parts), out_specs=heads)
 
 
 @run_here

@@ -33,6 +33,7 @@ from pallas_kernels.launches import Refs, differentiable
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.plan_builders import full_plan
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_query_tiles
+from pallas_kernels.tracing import without_axes
 
 CAPABILITIES = ("9.0",)
 """Compute capabilities that the kernel is made for."""
@@ -170,17 +171,19 @@ def attend_prepared(
         named = dict(zip([*inputs, "out", "lse"], refs, strict=False))
         kernel_body(launch, Refs(**{f.name: named.get(f.name) for f in dataclasses.fields(Refs)}), scratch)
 
-    outputs = plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=scratch_types(launch, return_lse),
-        grid=(rounds.thread_blocks,),
-        grid_names=("block",),
-        num_threads=3,
-        thread_name="warpgroup",
-        interpret=interpret,
-        kernel_name="sparse_attention",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    outputs = without_axes(
+        plgpu.kernel(
+            body,
+            out_type=out_type,
+            scratch_types=scratch_types(launch, return_lse),
+            grid=(rounds.thread_blocks,),
+            grid_names=("block",),
+            num_threads=3,
+            thread_name="warpgroup",
+            interpret=interpret,
+            kernel_name="sparse_attention",
+            compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        )
     )(*inputs.values())
     if not return_lse:
         return outputs[0][:, :t], None

@@ -19,6 +19,7 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, math, memref, nvvm, scf
 from jaxtyping import Array, Int, UInt16
 
 from pallas_kernels.hopper.config import DEFAULT_MULTIPROCESSORS
+from pallas_kernels.tracing import without_axes
 
 _LANES, _WARPS = 32, 4
 _VECTOR = 8  # keys that a thread loads at once: 16 bytes
@@ -194,15 +195,17 @@ def _launch(
         refs = (*refs, *scratch_refs.values())
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(emit)(*refs)
 
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=scratch,
-        grid=(grid,),
-        grid_names=("block",),
-        num_threads=1,
-        thread_name="warpgroup",
-        kernel_name=name,
+    return without_axes(
+        plgpu.kernel(
+            body,
+            out_type=out_type,
+            scratch_types=scratch,
+            grid=(grid,),
+            grid_names=("block",),
+            num_threads=1,
+            thread_name="warpgroup",
+            kernel_name=name,
+        )
     )(*arrays)
 
 

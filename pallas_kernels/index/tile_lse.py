@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.hopper.config import DEFAULT_MULTIPROCESSORS
 from pallas_kernels.hopper.registers import exp2
 from pallas_kernels.sizes import KEY_TILE
+from pallas_kernels.tracing import without_axes
 
 HEAD_DIMS = (64, 96, 128, 256)
 
@@ -54,8 +55,8 @@ class MassConfig:
     """Static tuning of the kernel.
 
     - `chunk`: most keys of one thread block, a multiple of 512.
-    - `polynomial_tiles`: how many of 16 exponentials are polynomials, which run beside the special function units; none
-      beyond head_dim 128. With 2 the kernel took .675 ms where it took .736 with none (an H200, 32K tokens).
+    - `polynomial_tiles`: how many of 16 exponentials are polynomials, which run beside the special function units. With
+      2 the kernel took .675 ms where it took .736 with none (an H200, 32K tokens).
 
     Raises ValueError for values that no kernel can be built from.
     """
@@ -117,7 +118,6 @@ def tile_lse(
     tiling = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))  # pyright: ignore[reportAbstractUsage]
     stages = STEPS if h <= 128 else STEPS // 2
     emulate = interpret is not None
-    polynomial_tiles = config.polynomial_tiles if h <= 128 else 0  # longer products leave no registers for them
     log2_scale = scale * math.log2(math.e)
 
     def body(q_ref, k_ref, position_ref, bounds_ref, tiles_ref, chunks_ref, q_smem, k_smem, q_full, k_full, k_free):
@@ -201,7 +201,7 @@ def tile_lse(
                 for half in range(2):  # one after the other: the exponentials of both would take too many registers
                     part = s[:, half * KEY_TILE : (half + 1) * KEY_TILE]
                     top = part.max(axis=1) * log2_scale
-                    p = exp2(part * log2_scale - of_columns(top, part.shape), polynomial_tiles, emulate=emulate)
+                    p = exp2(part * log2_scale - of_columns(top, part.shape), config.polynomial_tiles, emulate=emulate)
                     lse = top + jnp.log2(p.sum(axis=1))
                     c = jnp.where(column == 2 * u + half, of_columns(lse, c.shape), c)
                 return c
@@ -247,25 +247,27 @@ def tile_lse(
             compute()
 
     rows = blocks * BLOCK
-    tiles, of_chunks = plgpu.kernel(
-        body,
-        out_type=[
-            jax.ShapeDtypeStruct((b, kv_heads, rows, groups * TILES), jnp.float32),
-            jax.ShapeDtypeStruct((b, kv_heads, chunks, rows), jnp.float32),
-        ],
-        scratch_types={
-            "q_smem": plgpu.SMEM((WARPGROUPS, ROWS, h), k.dtype, transforms=tiling),
-            "k_smem": plgpu.SMEM((stages, STEP, h), k.dtype, transforms=tiling),
-            "q_full": plgpu.Barrier(num_arrivals=WARPGROUPS),
-            "k_full": plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-            "k_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
-        },
-        grid=(blocks, b * kv_heads, chunks),
-        grid_names=("rows", "head", "chunk"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        interpret=interpret,
-        kernel_name="tile_lse",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    tiles, of_chunks = without_axes(
+        plgpu.kernel(
+            body,
+            out_type=[
+                jax.ShapeDtypeStruct((b, kv_heads, rows, groups * TILES), jnp.float32),
+                jax.ShapeDtypeStruct((b, kv_heads, chunks, rows), jnp.float32),
+            ],
+            scratch_types={
+                "q_smem": plgpu.SMEM((WARPGROUPS, ROWS, h), k.dtype, transforms=tiling),
+                "k_smem": plgpu.SMEM((stages, STEP, h), k.dtype, transforms=tiling),
+                "q_full": plgpu.Barrier(num_arrivals=WARPGROUPS),
+                "k_full": plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+                "k_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+            },
+            grid=(blocks, b * kv_heads, chunks),
+            grid_names=("rows", "head", "chunk"),
+            num_threads=WARPGROUPS + 1,
+            thread_name="warpgroup",
+            interpret=interpret,
+            kernel_name="tile_lse",
+            compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        )
     )(probes, k, positions, bounds)
     return tiles, of_chunks

@@ -34,6 +34,7 @@ from pallas_kernels.mma.launch import Launch, scratch_types
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.plan_builders import full_plan
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_query_tiles
+from pallas_kernels.tracing import without_axes
 
 
 def target_capability() -> tuple[int, ...]:
@@ -166,20 +167,22 @@ def attend(
         named = dict(zip([*inputs, "out", "lse"], refs, strict=False))
         kernel_body(launch, Refs(**{f.name: named.get(f.name) for f in dataclasses.fields(Refs)}), scratch)
 
-    outputs: Any = plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=scratch_types(launch),
-        grid=(b * n, launch.query_tiles * launch.blocks_per_tile),
-        grid_names=("head", "block"),
-        interpret=interpret,
-        kernel_name="sparse_attention_mma",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            reduction_scratch_bytes=0,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+    outputs: Any = without_axes(
+        plgpu.kernel(
+            body,
+            out_type=out_type,
+            scratch_types=scratch_types(launch),
+            grid=(b * n, launch.query_tiles * launch.blocks_per_tile),
+            grid_names=("head", "block"),
+            interpret=interpret,
+            kernel_name="sparse_attention_mma",
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True,
+                reduction_scratch_bytes=0,
+                unsafe_no_auto_barriers=True,
+                lowering_semantics=plgpu.LoweringSemantics.Lane,
+            ),
+        )
     )(*inputs.values())
     if not return_lse:
         return outputs[0][:, :t], None
