@@ -13,8 +13,9 @@ import typer
 
 from minference_jax.cli.console import print_json, progress, read_text, stderr, stdout, usage, usage_error
 from minference_jax.cli.mesh import HOSTS_HELP, MESH_HELP, check_mesh, start_mesh
+from minference_jax.patterns.describe import describe_patterns
 from minference_jax.patterns.resolve import resolve_patterns
-from minference_jax.patterns.text import PATTERN_HELP, describe_patterns
+from minference_jax.patterns.text import PATTERN_HELP
 
 
 def generate(

@@ -202,8 +202,8 @@ def _command() -> str:
 
 
 def _summary(found: dict[str, Any], out: Path) -> str:
+    from minference_jax.patterns.describe import count_kinds
     from minference_jax.patterns.files import load_patterns
-    from minference_jax.patterns.text import count_kinds
 
     kinds = count_kinds(load_patterns(out))
     return (

@@ -5,14 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minference_jax.patterns.base import Pattern
 from minference_jax.patterns.registry import FAMILIES
-
-if TYPE_CHECKING:
-    from minference_jax.patterns.heads import HeadPatterns
 
 PATTERN_HELP = (
     f"one of {', '.join(FAMILIES)}, with its fields as in 'vertical-slash:columns=64,tiles=16,probes=spread'; or a"
@@ -67,19 +63,6 @@ def format_pattern(pattern: Pattern) -> str:
         if getattr(pattern, field.name) != field.default
     ]
     return f"{pattern.name}:{','.join(changed)}" if changed else pattern.name
-
-
-def describe_patterns(patterns: HeadPatterns | None) -> str:
-    """One short line for tables."""
-    if patterns is None:
-        return "dense"
-    texts = {format_pattern(pattern) for pattern in patterns.distinct()}
-    return texts.pop() if len(texts) == 1 else f"{len(texts)} patterns, one per head"
-
-
-def count_kinds(patterns: HeadPatterns) -> list[tuple[str, int]]:
-    """How many heads follow each family of patterns, the most frequent first."""
-    return Counter(pattern.name for layer in patterns for pattern in layer).most_common()
 
 
 def _value(text: str, part: str) -> int | float | str | None:
