@@ -51,7 +51,7 @@ def differentiable(attention: Callable[..., Any]) -> Callable[..., Any]:
     `attention(q, k, v, plan, lengths, q_offset, scale, return_lse, config, interpret)` returns the output and the
     log-sum-exp or None; arguments from `scale` on are static.
     """
-    run = partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))(attention)
+    run: Any = partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))(attention)
 
     @under_own_settings
     def forward(q, k, v, plan, lengths, q_offset, scale, return_lse, config, interpret):

@@ -62,12 +62,8 @@ LONGEST = (
 """Files whose tests take more than twenty seconds on one core, the longest first (`--durations=0` tells)."""
 
 
-def pytest_collection_modifyitems(config, items):
-    """The longest files first, so that no worker is left alone with one of them at the end; nightly tests if asked."""
-    if "nightly" not in config.getoption("markexpr"):
-        nightly = [item for item in items if item.get_closest_marker("nightly")]
-        config.hook.pytest_deselected(items=nightly)
-        items[:] = [item for item in items if item not in nightly]
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left alone with one of them at the end."""
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 

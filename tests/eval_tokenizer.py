@@ -25,3 +25,14 @@ class WordTokenizer:
     def apply_chat_template(self, messages, *, add_generation_prompt=True, continue_final_message=False):
         text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
         return self.encode(text if continue_final_message else text + "<assistant>")
+
+
+class NumberTokenizer(WordTokenizer):
+    """Replies are the ids themselves: a random model writes words that nobody has seen."""
+
+    def decode(self, ids, *, skip_special_tokens: bool = False) -> str:
+        return " ".join(str(i) for i in ids if i or not skip_special_tokens)
+
+    def digest(self) -> str:
+        """Its words are no part of it: it learns them as it goes."""
+        return "numbers"

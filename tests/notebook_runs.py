@@ -1,9 +1,10 @@
-"""Runs the notebooks and writes them with their outputs: `python tests/notebook_runs.py [NAME ...]`.
+"""Runs notebooks and writes them with their outputs: `python tests/notebook_runs.py [--out FOLDER] [NAME ...]`.
 
 The source of a notebook is its .py file (jupytext); the .ipynb beside it is what this script made of it, so that
 pictures can be seen where the repository is browsed. tests/test_notebooks.py runs them the same way and compares.
 """
 
+import argparse
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ import jupytext
 import nbformat
 from jupyter_client.manager import KernelManager, start_new_kernel
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -24,11 +26,19 @@ VOLATILE = re.compile(r"0x[0-9a-f]+|\b\d+(\.\d+){2,}\S*|[\d.,]+ (ms|s|seconds)\b
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
+COMPUTING = ("03", "05")
+"""Notebooks that take longer to compute than to compile."""
+BEFORE = """%reset -f
+import jax
+jax.config.update("jax_disable_most_optimizations", {})
+del jax"""
+"""Nothing is left of the notebook before."""
+
+
 @contextmanager
 def kernel() -> Iterator[KernelManager]:
     """One Jupyter kernel for several notebooks, so that JAX is imported once."""
-    computed_for_long = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "PYTHONWARNINGS": "ignore"}
-    manager, client = start_new_kernel(env=os.environ | computed_for_long)
+    manager, client = start_new_kernel(env=os.environ | {"PYTHONWARNINGS": "ignore"})
     client.stop_channels()
     try:
         yield manager
@@ -39,7 +49,7 @@ def kernel() -> Iterator[KernelManager]:
 def executed(source: Path, manager: KernelManager) -> NotebookNode:
     """The notebook of `source` (.py), run from its first cell to the last, with its outputs."""
     notebook = jupytext.read(source)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))  # nothing is left of the notebook before
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(BEFORE.format(source.name[:2] not in COMPUTING)))
     NotebookClient(notebook, km=manager, timeout=500, resources={"metadata": {"path": str(FOLDER)}}).execute()
     del notebook.cells[0]
     for number, cell in enumerate(notebook.cells):
@@ -76,9 +86,22 @@ def differences(fresh: str, committed: str) -> list[str]:
     return found + [f"fresh has {len(lines[0])} lines, not {len(lines[1])}"] * (len(lines[0]) != len(lines[1]))
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Exit status 1 where a cell failed; the other notebooks are run all the same."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("names", nargs="*", default=[path.stem for path in SOURCES])
+    options, failed = parser.parse_args(), 0
     with kernel() as running:
-        for path in SOURCES:
-            if not sys.argv[1:] or path.stem in sys.argv[1:]:
-                print(path.stem)
-                nbformat.write(executed(path, running), path.with_suffix(".ipynb"))
+        for name in options.names:
+            print(name, flush=True)
+            try:
+                nbformat.write(executed(FOLDER / f"{name}.py", running), options.out / f"{name}.ipynb")
+            except CellExecutionError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                failed = 1
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

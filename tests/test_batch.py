@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import write_byte_model
-from eval_tokenizer import WordTokenizer
+from eval_tokenizer import NumberTokenizer
 from helpers import run_command
 
 from minference_jax.jobs import PromptTemplate, batch_replies, read_rows
@@ -17,13 +17,6 @@ from minference_jax.models.generate import generate
 from minference_jax.models.llama import Llama
 
 CONFIG = LlamaConfig(400, 32, 40, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16)
-
-
-class Words(WordTokenizer):
-    """Replies are the ids themselves: a random model writes words that nobody has seen."""
-
-    def decode(self, ids, *, skip_special_tokens: bool = False) -> str:
-        return " ".join(str(i) for i in ids if i or not skip_special_tokens)
 
 
 LABELS = ("good", "very good", "bad")
@@ -95,7 +88,7 @@ def test_templates_name_their_fields():
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_replies_are_those_of_single_prompts(model, shared):
-    tokenizer = Words()
+    tokenizer = NumberTokenizer()
     rows, template = (
         reviews(5),
         PromptTemplate(("ten words that all rows share " * 40 if shared else "") + "Say: {text}"),
@@ -110,7 +103,7 @@ def test_replies_are_those_of_single_prompts(model, shared):
 
 
 def test_labels_have_the_probabilities_of_their_tokens(model):
-    tokenizer = Words()
+    tokenizer = NumberTokenizer()
     rows, template = reviews(3), PromptTemplate("{text} is")
     assert choice_ids(tokenizer, LABELS) == [tokenizer.encode(label) for label in LABELS]
     ended = choice_ids(tokenizer, ("very", "very good"))
@@ -140,7 +133,7 @@ def test_the_cache_that_labels_are_scored_on_stays(model):
 
 
 def test_a_job_goes_on_where_it_was_and_refuses_another(model, tmp_path):
-    tokenizer, out = Words(), tmp_path / "out.jsonl"
+    tokenizer, out = NumberTokenizer(), tmp_path / "out.jsonl"
     rows, template = reviews(7), PromptTemplate("Say: {text}")
     options = {"max_new_tokens": 4, "batch": 2, "raw": True}
     whole = batch_replies(model, tokenizer, rows, template, out=out, **options)
@@ -163,7 +156,7 @@ def test_a_job_goes_on_where_it_was_and_refuses_another(model, tmp_path):
 
 
 def test_what_cannot_work_is_said_before_anything_runs(model):
-    tokenizer, template = Words(), PromptTemplate("{text}")
+    tokenizer, template = NumberTokenizer(), PromptTemplate("{text}")
     small = Llama.random(
         LlamaConfig(400, 32, 40, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, max_position_embeddings=64),
         jax.random.key(0),

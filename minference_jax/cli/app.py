@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from minference_jax.cli import batch, bench, compare, convert, demo, eval, fetch, generate, inspect, search
+from minference_jax.cli import batch, bench, compare, convert, demo, eval, fetch, generate, inspect, search, summarize
 from minference_jax.cli.console import enable_compile_cache, use_most_of_the_gpu
 
 # Typer exports this class's children only.
@@ -37,6 +37,8 @@ app.add_typer(bench.app, name="bench")
 app.command("search")(search.search)
 app.command("eval")(eval.evaluate)
 app.command("batch")(batch.batch)
+app.command("summarize")(summarize.summarize)
+app.command("make-reviews")(summarize.make_reviews)
 
 
 def _print_version(wanted: bool) -> None:

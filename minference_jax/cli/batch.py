@@ -67,7 +67,7 @@ def batch(
     with usage("--prompt"):
         template = PromptTemplate(text + prompt)
         template.check(rows)
-    model = _demo_model() if model is None else model
+    model = model_or_demo(model)
     config = LlamaConfig.from_hf(open_checkpoint(model).config)
     tokenizer = load_tokenizer(model)
     if labels:
@@ -100,9 +100,12 @@ def batch(
     stderr().print(f"Written: {out}", markup=False)
 
 
-def _demo_model() -> Path:
+def model_or_demo(model: Path | None) -> Path:
+    """The model that was named, or the demo's. Ends with status 2 where neither is there."""
     from minference_jax.cli.fetch import default_model
 
+    if model is not None:
+        return model
     if not default_model().is_dir():
         raise usage_error("--model: name a model, or fetch the demo's with `minference-jax fetch-demo-model`")
     return default_model()

@@ -13,3 +13,4 @@ from minference_jax.jobs.batch import Reply as Reply
 from minference_jax.jobs.batch import batch_replies as batch_replies
 from minference_jax.jobs.prompt_template import PromptTemplate as PromptTemplate
 from minference_jax.jobs.rows import read_rows as read_rows
+from minference_jax.jobs.summarize import summarize as summarize

@@ -55,8 +55,8 @@ class MassConfig:
     """Static tuning of the kernel.
 
     - `chunk`: most keys of one thread block, a multiple of 512.
-    - `polynomial_tiles`: how many of 16 exponentials are polynomials, which run beside the special function units; none
-      beyond head_dim 128. With 2 the kernel took .675 ms where it took .736 with none (an H200, 32K tokens).
+    - `polynomial_tiles`: how many of 16 exponentials are polynomials, which run beside the special function units. With
+      2 the kernel took .675 ms where it took .736 with none (an H200, 32K tokens).
 
     Raises ValueError for values that no kernel can be built from.
     """
@@ -118,7 +118,6 @@ def tile_lse(
     tiling = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))  # pyright: ignore[reportAbstractUsage]
     stages = STEPS if h <= 128 else STEPS // 2
     emulate = interpret is not None
-    polynomial_tiles = config.polynomial_tiles if h <= 128 else 0  # longer products leave no registers for them
     log2_scale = scale * math.log2(math.e)
 
     def body(q_ref, k_ref, position_ref, bounds_ref, tiles_ref, chunks_ref, q_smem, k_smem, q_full, k_full, k_free):
@@ -202,7 +201,7 @@ def tile_lse(
                 for half in range(2):  # one after the other: the exponentials of both would take too many registers
                     part = s[:, half * KEY_TILE : (half + 1) * KEY_TILE]
                     top = part.max(axis=1) * log2_scale
-                    p = exp2(part * log2_scale - of_columns(top, part.shape), polynomial_tiles, emulate=emulate)
+                    p = exp2(part * log2_scale - of_columns(top, part.shape), config.polynomial_tiles, emulate=emulate)
                     lse = top + jnp.log2(p.sum(axis=1))
                     c = jnp.where(column == 2 * u + half, of_columns(lse, c.shape), c)
                 return c

@@ -1,0 +1,89 @@
+"""`summarize`: what a file's rows say about some keywords. `make-reviews`: a file to try it on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_text
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minference_jax.cli.batch import model_or_demo
+from minference_jax.cli.console import print_json, progress, split_names, stderr, stdout, usage
+from minference_jax.cli.generate import load_model
+from minference_jax.patterns.resolve import resolve_patterns
+from minference_jax.patterns.text import PATTERN_HELP
+
+
+def summarize(
+    file: Annotated[Path, typer.Argument(help="Rows: .jsonl, .csv, .tsv, or lines of text.")],
+    keywords: Annotated[str, typer.Option(help="What to look for, with commas.")],
+    model: Annotated[
+        Path | None, typer.Option(help="A Hugging Face directory or a .gguf file; default: the demo's model.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSONL of all replies; a run that was stopped goes on from it.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=64, help="Tokens read at once; default: the model's context.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each reply.")] = 96,
+    raw: Annotated[bool, typer.Option(help="No chat template.")] = False,
+    pattern: Annotated[
+        str, typer.Option(help=f"How heads attend in prefill: {PATTERN_HELP} auto is sparse where that pays.")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
+    wait: Annotated[bool, typer.Option("--wait", help="Where another process uses --out, wait for it.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """What the rows of a file say about keywords: counts by the program, sentences by the model, rows as evidence.
+
+    Example: minference-jax summarize reviews.jsonl --keywords quality,price,service
+    """
+    from minference_jax.checkpoints.convert import open_checkpoint
+    from minference_jax.jobs import read_rows
+    from minference_jax.jobs.summarize import summarize as run
+    from minference_jax.models.config import LlamaConfig
+    from minference_jax.runs.files import check_output_file
+    from minference_jax.text.tokenizer import load_tokenizer
+
+    names = split_names("--keywords", keywords)
+    if out is not None:
+        with usage("--out"):
+            check_output_file(out)
+    rows = read_rows(file)
+    model = model_or_demo(model)
+    config = LlamaConfig.from_hf(open_checkpoint(model).config)
+    tokenizer = load_tokenizer(model)
+    with usage("--pattern"):
+        patterns: Any = pattern if pattern == "auto" else resolve_patterns(pattern, config.num_layers, config.num_heads)
+    network = load_model(model, patterns, dtype)
+    with progress("Reading") as update:
+        options = {"context": context, "max_new_tokens": max_new_tokens, "raw": raw, "out": out, "wait": wait}
+        found = run(network, tokenizer, rows, names, progress=update, **options)
+    if json:
+        print_json(dataclasses.asdict(found))
+        return
+    stdout().print(f"{found.rows:,} rows, read in {found.parts:,} parts", markup=False)
+    for one in found.findings:
+        cited = ", ".join(f"[{row}]" for row in one.citations[:10])
+        line = f"{one.keyword}: {one.mentions:,} mentions in {len(one.rows):,} rows. {one.summary} {cited}"
+        stdout().print(line.rstrip(), markup=False)
+
+
+def make_reviews(
+    out: Annotated[Path, typer.Argument(help="A .jsonl file to write.")],
+    count: Annotated[int, typer.Option(min=1)] = 2_000,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Write made-up customer reviews in English and Korean, each with its label and what it is about."""
+    from minference_jax.data.reviews import make_reviews as make
+    from minference_jax.runs.files import check_output_file, naming
+
+    with usage("OUT"):
+        check_output_file(out)
+    lines = [json_text.dumps(row, ensure_ascii=False) + "\n" for row in make(count, seed)]
+    with naming(out):
+        out.write_text("".join(lines), encoding="utf-8")
+    stderr().print(f"Written: {out}", markup=False)
