@@ -81,7 +81,8 @@ def without_axes[**P, R](kernel: Callable[P, R]) -> Callable[P, R]:
             return kernel(*args, **kwargs)
         with config._check_vma(False):
             given: Any = jax.tree.map(untyped, (args, kwargs))
-            found = kernel(*given[0], **given[1])
+            args, kwargs = given
+            found = kernel(*args, **kwargs)
         return jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), found)
 
     return call

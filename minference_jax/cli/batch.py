@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from minference_jax.cli.console import progress, read_full_text, split_names, stderr, stdout, usage, usage_error
+from minference_jax.cli.console import (
+    MAX_TOKENS,
+    progress,
+    read_full_text,
+    split_names,
+    stderr,
+    stdout,
+    usage,
+    usage_error,
+)
 from minference_jax.cli.generate import load_model
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP
@@ -26,7 +35,7 @@ def batch(
     ] = "",
     system: Annotated[str, typer.Option(help="System message.")] = "",
     raw: Annotated[bool, typer.Option(help="Continue the prompt itself, without the chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS)] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 8,
     pattern: Annotated[
         str, typer.Option(help=f"How heads attend in prefill: {PATTERN_HELP} auto is sparse where that pays.")

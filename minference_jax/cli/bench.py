@@ -9,10 +9,19 @@ from typing import Annotated, Any
 import typer
 
 from minference_jax.bench.cases import Case
-from minference_jax.cli.console import print_json, stderr, stdout, usage, usage_error
+from minference_jax.cli.console import (
+    MAX_TOKENS,
+    check_picture,
+    print_json,
+    read_full_text,
+    stderr,
+    stdout,
+    usage,
+    usage_error,
+)
 from minference_jax.cli.mesh import HOSTS_HELP, MESH_HELP, check_mesh, start_mesh
 from minference_jax.patterns.resolve import resolve_patterns
-from minference_jax.patterns.text import PATTERN_HELP, parse_pattern
+from minference_jax.patterns.text import PATTERN_HELP, is_pattern_text, parse_pattern
 from pallas_kernels.backends import find_backend
 
 app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
@@ -57,13 +66,11 @@ def prefill(
     if [model is not None, bool(random_weights), rows_of is not None].count(True) != 1:
         raise usage_error("give a model, --random-weights or --rows")
     from minference_jax.bench import prefill as bench
-    from minference_jax.runs.files import check_output_file
 
     if plot is not None:
-        with usage("--plot"):
-            check_output_file(plot)
+        check_picture("--plot", plot)
     if rows_of is not None:
-        before = loads(rows_of.read_text())
+        before = _rows(rows_of)
         if json:
             print_json(before)
         else:
@@ -73,6 +80,10 @@ def prefill(
         return
     chosen = _methods(methods)
     sizes = [parse_length(text) for text in lengths.split(",")]
+    limit = parse_length(dense_limit)
+    if is_pattern_text(pattern):
+        with usage("--pattern"):
+            parse_pattern(pattern)
     network = _network(model, random_weights, dtype, start_mesh(mesh, hosts))
     if pattern:
         with usage("--pattern"):
@@ -85,7 +96,7 @@ def prefill(
             sizes,
             chosen,
             repeats=repeats,
-            dense_limit=parse_length(dense_limit),
+            dense_limit=limit,
             pieces=pieces,
             jobs=jobs,
             say=lambda line: stderr().print(line),
@@ -154,6 +165,8 @@ def kernels(
     if implementation:
         with usage("--implementation"):
             find_backend(implementation, sparse=True)
+    if plot is not None:
+        check_picture("--plot", plot)
     sizes = [parse_length(text) for text in lengths.split(",")]
     rows, limit = [], parse_length(dense_limit)
     options: dict[str, Any] = {"repeats": repeats, "implementation": implementation or None}
@@ -191,11 +204,13 @@ def operator(
     from minference_jax.bench import kernels as bench
     from minference_jax.bench import operator as whole
 
-    chosen = [parse_pattern(name) for name in patterns]
+    with usage("--pattern"):
+        chosen = [parse_pattern(name) for name in patterns]
     sizes = [parse_length(size) for size in lengths.split(",")]
     rows = []
     if model is None:
-        layout = bench.Layout.parse(heads)
+        with usage("--heads"):
+            layout = bench.Layout.parse(heads)
         inputs = ((f"random {layout}", bench.random_arrays(layout, size)) for size in sizes)
     else:
         inputs = _captured(model, text, layer, sizes)
@@ -213,14 +228,13 @@ def _captured(path: Path, text: str, layer: int, sizes: list[int]) -> Any:
     import jax.numpy as jnp
 
     from minference_jax.bench.operator import captured
-    from minference_jax.cli.console import read_text
     from minference_jax.data import load_text
     from minference_jax.text.tokenizer import load_tokenizer
 
-    network = _network(path, "", "")
-    ids = load_tokenizer(path).encode(read_text(text) if text else load_text())
+    ids = load_tokenizer(path).encode(read_full_text(text) if text else load_text())
     if len(ids) < max(sizes):
         raise ValueError(f"the text has {len(ids):,} tokens, fewer than {max(sizes):,}; give a longer --text")
+    network = _network(path, "", "")
     for size in sizes:
         yield f"{path.name}, layer {layer}", captured(network, jnp.asarray([ids[:size]], jnp.int32), layer)
 
@@ -232,7 +246,20 @@ def parse_length(text: str) -> int:
         number, factor = number[:-1], 1 << (10 if number[-1:].upper() == "K" else 20)
     if not number.isdecimal() or int(number) == 0:
         raise usage_error(f"{text!r} is no length; write 8192, 8K or 1M")
+    if int(number) * factor > MAX_TOKENS:
+        raise usage_error(f"{text!r} is more than {MAX_TOKENS:,} tokens")
     return int(number) * factor
+
+
+def _rows(path: Path) -> Any:
+    """What --json printed before. Raises `ValueError` naming a file that holds anything else."""
+    try:
+        found = loads(read_full_text(str(path)))
+    except ValueError as error:
+        raise ValueError(f"{path} is not what --json printed: {error}") from None
+    if not isinstance(found, dict) or not {"rows", "environment"} <= found.keys():
+        raise ValueError(f"{path} is not what --json printed: it has no rows and environment")
+    return found
 
 
 def _show(table: Any) -> None:

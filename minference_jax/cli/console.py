@@ -67,6 +67,9 @@ def progress(label: str, *, show: bool = True) -> Iterator[Update]:
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
+MAX_TOKENS = 1 << 24
+"""Longest prompt or answer that options accept: longer than any, so a larger number is a mistake."""
+
 MAX_TEXT_BYTES = 1 << 30
 """Of a text that a command reads: as much as 200 million tokens, and an end to what has none, such as /dev/zero."""
 
@@ -92,6 +95,15 @@ def read_full_text(name: str) -> str:
     if not text.strip():
         raise ValueError(f"{name} is empty")
     return text
+
+
+def check_picture(option: str, path: Path) -> None:
+    """Ends the program with status 2 unless a picture can be written to `path`."""
+    from minference_jax.runs.files import check_output_file
+    from minference_jax.viz.figure import check_path
+
+    with usage(option):
+        check_output_file(check_path(path))
 
 
 def usage_error(message: str) -> typer.BadParameter:

@@ -35,7 +35,7 @@ def evaluate(
         str,
         typer.Option(help="Names (dense, minference, a-shape, static, …), patterns, searched:FILE; with commas."),
     ] = "dense,minference,a-shape",
-    samples: Annotated[int, typer.Option(min=1, help="Of each task at each length.")] = 50,
+    samples: Annotated[int, typer.Option(min=1, max=1_000_000, help="Of each task at each length.")] = 50,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 8,
     density: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of keys that methods may visit.")] = 0.35,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,

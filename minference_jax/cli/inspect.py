@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from minference_jax.cli.console import print_json, read_text, stdout, usage, usage_error
+from minference_jax.cli.console import MAX_TOKENS, check_picture, print_json, read_full_text, stdout, usage, usage_error
 from minference_jax.patterns.text import format_pattern
 
 
@@ -23,7 +23,7 @@ def inspect(
         str, typer.Option(help="LAYER.HEAD: draw its attention on --text, its plan, and what is lost.")
     ] = "",
     text: Annotated[str, typer.Option(help="The text for --head; - is standard input.")] = "",
-    tokens: Annotated[int, typer.Option(min=128, help="How many tokens of the text.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=128, max=MAX_TOKENS, help="How many tokens of the text.")] = 2048,
     memory: Annotated[
         bool, typer.Option("--memory", help="The longest prompt on each GPU; MODEL may be a name such as llama-3-8b.")
     ] = False,
@@ -37,6 +37,8 @@ def inspect(
         raise usage_error("--plot needs --patterns FILE")
     if head and (plot is None or model is None or not text):
         raise usage_error("--head needs a model, --patterns, --text and --plot")
+    if plot is not None:
+        check_picture("--plot", plot)
     from minference_jax.checkpoints.convert import open_checkpoint
     from minference_jax.models.config import LlamaConfig
     from minference_jax.patterns.files import load_patterns
@@ -129,7 +131,6 @@ def _plot_head(model: Path, patterns: Any, head: str, text: str, tokens: int, pl
     from minference_jax.models.llama import Llama
     from minference_jax.text.tokenizer import load_tokenizer
     from minference_jax.viz import head_picture, plot_head
-    from minference_jax.viz.figure import check_path
 
     numbers = head.split(".")
     if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
@@ -137,8 +138,7 @@ def _plot_head(model: Path, patterns: Any, head: str, text: str, tokens: int, pl
     layer, number = map(int, numbers)
     if layer >= patterns.num_layers or number >= patterns.num_heads:
         raise ValueError(f"--head {head}: there are {patterns.num_layers} layers of {patterns.num_heads} heads")
-    check_path(plot)
-    ids = load_tokenizer(model).encode(read_text(text))[:tokens]
+    ids = load_tokenizer(model).encode(read_full_text(text))[:tokens]
     network = Llama.from_pretrained(model, dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
     stream = capture_qkv(network, jnp.asarray([ids], jnp.int32))
     q, k, _ = next(itertools.islice(stream, layer, None))

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from minference_jax.cli.console import (
+    MAX_TOKENS,
     print_json,
     progress,
     read_full_text,
@@ -34,8 +35,10 @@ def search(
     model: Annotated[Path | None, typer.Option(help="A Hugging Face directory or a .gguf file.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="A text to search on; repeatable; - is stdin.")] = None,
     out: Annotated[Path | None, typer.Option(help="The pattern file to write.")] = None,
-    tokens: Annotated[int, typer.Option(min=128, help="Of each sample.")] = 4096,
-    samples: Annotated[int, typer.Option(min=1, help="Of each text, one after the other; of each task.")] = 1,
+    tokens: Annotated[int, typer.Option(min=128, max=MAX_TOKENS, help="Of each sample.")] = 4096,
+    samples: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Of each text, one after the other; of each task.")
+    ] = 1,
     tasks: Annotated[
         str,
         typer.Option(
@@ -68,7 +71,8 @@ def search(
     patterns: Annotated[str, typer.Option(help="Verify these instead of searching: a file or a preset.")] = "",
     verify: Annotated[list[str] | None, typer.Option(help="A held-out text to compare on; repeatable.")] = None,
     verify_tokens: Annotated[
-        list[int] | None, typer.Option(min=128, help="Prompt length to compare at; repeatable. Default: --tokens.")
+        list[int] | None,
+        typer.Option(min=128, max=MAX_TOKENS, help="Prompt length to compare at; repeatable. Default: --tokens."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
