@@ -10,7 +10,7 @@ import jax
 import pytest
 from soak import Soak, resident_bytes
 
-WARM = 12
+WARM = 24
 """Conversations until every program is compiled and the allocator has what it needs."""
 
 

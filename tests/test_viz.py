@@ -79,5 +79,5 @@ def test_inspect_draws_a_pattern_file(tmp_path, capsys):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert "out.png" in capsys.readouterr().out
     assert main(["inspect", "--plot", str(tmp_path / "out.png")]) == 2
-    assert main(["inspect", "--patterns", str(tmp_path / "p.json"), "--plot", str(tmp_path / "out.bmp")]) == 1
+    assert main(["inspect", "--patterns", str(tmp_path / "p.json"), "--plot", str(tmp_path / "out.bmp")]) == 2
     assert "pictures end in" in capsys.readouterr().err
