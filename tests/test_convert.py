@@ -289,7 +289,10 @@ BROKEN = {
     "offsets overlap": (set_header(header(a=[0, 16], b=[8, 24])), WEIGHTS),
     "negative offset": (set_header(header(a=[-16, 0])), WEIGHTS),
     "weights are a directory": (weights_are_a_directory, WEIGHTS),
-    "integer weights": (integer_weights, r"model\.norm\.weight has dtype I32 \(supported: F64, F32, F16, BF16\)"),
+    "integer weights": (
+        integer_weights,
+        r"model\.norm\.weight has dtype I32 \(supported: F64, F32, F16, BF16\); the config says llama, not quantized",
+    ),
     "a tensor in two files": (same_tensor_twice, "is in more than one file"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), r"no model\.safetensors, no .* and no shards"),
     "only a pickle": (pickle_only, r"pytorch_model\.bin: .* pickles, which can run any code"),

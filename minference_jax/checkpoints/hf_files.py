@@ -164,12 +164,19 @@ class HFFiles:
         for name, entry in entries.items():
             if name in self.shapes:
                 problems.append(f"{name} is in more than one file")
-            is_mxfp4 = entry.get_dtype() == "U8" and name.endswith((mxfp4.BLOCKS, mxfp4.SCALES))
-            if entry.get_dtype() not in _DTYPES and not is_mxfp4:
-                problems.append(f"{name} has dtype {entry.get_dtype()} (supported: {', '.join(_DTYPES)})")
             self.shapes[name] = tuple(entry.get_shape())
             self._handles[name] = handle
+        if foreign := [name for name, entry in entries.items() if not _is_read(name, entry.get_dtype())]:
+            one = f"{foreign[0]} has dtype {entries[foreign[0]].get_dtype()} (supported: {', '.join(_DTYPES)})"
+            others = f", and {len(foreign) - 1} more tensors have such dtypes" if len(foreign) > 1 else ""
+            problems.append(f"{one}{others}; the config says {self._stored()}")
         return problems[:20]
+
+    def _stored(self) -> str:
+        """What the config says of the model's kind and of how its weights are stored."""
+        quantization = self.config.get("quantization_config")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        return f"{self.config.get('model_type')}, " + (f"quantized by {method}" if method else "not quantized")
 
     def _merge_mxfp4(self) -> set[str]:
         """Puts each weight in MXFP4 in the place of its two tensors; their names."""
@@ -196,6 +203,11 @@ class HFFiles:
         if name in self._mxfp4:
             return mxfp4.decode(self._tensor, name)[index]
         return self._handles[name].get_slice(name)[index]
+
+
+def _is_read(name: str, dtype: str) -> bool:
+    """Whether a tensor is numbers of a dtype that is read, or a part of a weight in MXFP4."""
+    return dtype in _DTYPES or (dtype == "U8" and name.endswith((mxfp4.BLOCKS, mxfp4.SCALES)))
 
 
 def check_config(path: Path, config: dict[str, Any]) -> LlamaConfig:
