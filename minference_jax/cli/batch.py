@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,8 +17,7 @@ from minference_jax.cli.console import (
     usage,
     usage_error,
 )
-from minference_jax.cli.generate import load_model
-from minference_jax.patterns.resolve import resolve_patterns
+from minference_jax.cli.generate import check_model, load_model
 from minference_jax.patterns.text import PATTERN_HELP
 
 
@@ -49,10 +48,8 @@ def batch(
     Example: minference-jax batch reviews.csv --prompt "Is this positive or negative? {text}" --choices
     positive,negative --out replies.jsonl
     """
-    from minference_jax.checkpoints.convert import open_checkpoint
     from minference_jax.jobs import PromptTemplate, batch_replies, read_rows
     from minference_jax.jobs.choices import choice_ids
-    from minference_jax.models.config import LlamaConfig
     from minference_jax.runs.files import check_output_file
     from minference_jax.text.tokenizer import load_tokenizer
 
@@ -68,13 +65,11 @@ def batch(
         template = PromptTemplate(text + prompt)
         template.check(rows)
     model = model_or_demo(model)
-    config = LlamaConfig.from_hf(open_checkpoint(model).config)
+    _, patterns = check_model(model, pattern)
     tokenizer = load_tokenizer(model)
     if labels:
         with usage("--choices"):
             choice_ids(tokenizer, labels)
-    with usage("--pattern"):
-        patterns: Any = pattern if pattern == "auto" else resolve_patterns(pattern, config.num_layers, config.num_heads)
     network = load_model(model, patterns, dtype, fp8)
     with progress(f"{len(rows):,} rows") as update:
         replies = batch_replies(

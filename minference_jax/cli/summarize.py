@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json as json_text
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from minference_jax.cli.batch import model_or_demo
 from minference_jax.cli.console import print_json, progress, split_names, stderr, stdout, usage
-from minference_jax.cli.generate import load_model
-from minference_jax.patterns.resolve import resolve_patterns
+from minference_jax.cli.generate import check_model, load_model
 from minference_jax.patterns.text import PATTERN_HELP
 
 
@@ -41,10 +40,8 @@ def summarize(
 
     Example: minference-jax summarize reviews.jsonl --keywords quality,price,service
     """
-    from minference_jax.checkpoints.convert import open_checkpoint
     from minference_jax.jobs import read_rows
     from minference_jax.jobs.summarize import summarize as run
-    from minference_jax.models.config import LlamaConfig
     from minference_jax.runs.files import check_output_file
     from minference_jax.text.tokenizer import load_tokenizer
 
@@ -54,10 +51,8 @@ def summarize(
             check_output_file(out)
     rows = read_rows(file)
     model = model_or_demo(model)
-    config = LlamaConfig.from_hf(open_checkpoint(model).config)
+    _, patterns = check_model(model, pattern)
     tokenizer = load_tokenizer(model)
-    with usage("--pattern"):
-        patterns: Any = pattern if pattern == "auto" else resolve_patterns(pattern, config.num_layers, config.num_heads)
     network = load_model(model, patterns, dtype)
     with progress("Reading") as update:
         options = {"context": context, "max_new_tokens": max_new_tokens, "raw": raw, "out": out, "wait": wait}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from minference_jax.eval.metrics import wilson
-from minference_jax.runs.files import naming
+from minference_jax.runs.files import differences, naming
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +145,7 @@ class ResultFile(Results):
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 what = f"line {number}: {type(error).__name__} {error}"
                 raise ValueError(f"{self.path} is no file of results: {what}") from None
-        if before != settings:
-            names = sorted(name for name in {**before, **settings} if before.get(name) != settings.get(name))
-            wrong = ", ".join(f"{name} {before.get(name)!r} instead of {settings.get(name)!r}" for name in names)
+        if wrong := differences(before, settings):
             raise ValueError(f"{self.path} is of another run: {wrong}; name another file, or delete it")
         self._keep(self._new(results))
 

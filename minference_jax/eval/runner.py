@@ -22,7 +22,7 @@ from minference_jax.eval.samples import Sample, Task, check_length
 from minference_jax.models.generate import generate
 from minference_jax.models.llama import Llama
 from minference_jax.planning.buckets import bucket_length
-from minference_jax.runs.identity import content_digest, package_version, weights_digest
+from minference_jax.runs.identity import content_digest, model_identity
 from minference_jax.runs.lock import locked
 
 Progress = Callable[[int, int, str], None]
@@ -96,14 +96,9 @@ def evaluate(
 
 def identity(model: Llama, tokenizer: Any, tasks: Sequence[Task], methods: Sequence[Method]) -> dict[str, Any]:
     """What makes results, as names and hashes of content: weights, tokenizer, tasks, methods, the package."""
-    return {
-        "model": content_digest(model.config),
-        "weights": weights_digest(model.params()),
-        "dtype": model.dtype.name,
-        "tokenizer": content_digest(tokenizer),
+    return model_identity(model, tokenizer) | {
         "tasks": {task.name: content_digest(task) for task in tasks},
         "methods": {method.name: content_digest(method) for method in methods},
-        "version": package_version(),
     }
 
 

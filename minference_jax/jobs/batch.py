@@ -24,7 +24,7 @@ from minference_jax.models.generate import generate
 from minference_jax.models.llama import Llama
 from minference_jax.models.requests import check_context
 from minference_jax.planning.buckets import QUERY_TILE, bucket_length
-from minference_jax.runs.identity import content_digest, package_version, weights_digest
+from minference_jax.runs.identity import content_digest, model_identity
 from minference_jax.runs.lock import locked
 from minference_jax.text.prompts import PromptRunner
 
@@ -155,13 +155,9 @@ def _groups(sizes: Sequence[int], batch: int) -> list[list[int]]:
 
 
 def _identity(model: Llama, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
-    return {
+    return model_identity(model, tokenizer) | {
         "model": content_digest((model.config, model.patterns, model.auto)),
-        "weights": weights_digest(model.params()),
-        "dtype": model.dtype.name,
-        "tokenizer": content_digest(tokenizer),
         "prompts": content_digest([np.asarray(prompt, np.int32) for prompt in prompts]),
-        "version": package_version(),
     }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minference_jax.runs.files import naming
+from minference_jax.runs.files import differences, naming
 
 
 class JobFile:
@@ -82,7 +82,5 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _compare(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    names = sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
-    if names:
-        wrong = ", ".join(f"{name} {before.get(name)!r} instead of {now.get(name)!r}" for name in names)
+    if wrong := differences(before, now):
         raise ValueError(f"{path} is of another job: {wrong}; name another file, or delete it and its .run.json")

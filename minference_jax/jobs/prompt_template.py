@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import string
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ class PromptTemplate:
     def __post_init__(self) -> None:
         self.fields  # noqa: B018  # reads the text, which raises
 
-    @property
+    @functools.cached_property  # asked for every row
     def fields(self) -> tuple[str, ...]:
         """Names of the fields that occur, each once."""
         try:

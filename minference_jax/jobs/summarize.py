@@ -17,7 +17,7 @@ from minference_jax.jobs.output import JobFile
 from minference_jax.models.cache import KVCache
 from minference_jax.models.generate import generate
 from minference_jax.models.llama import Llama
-from minference_jax.runs.identity import content_digest, package_version, weights_digest
+from minference_jax.runs.identity import content_digest, model_identity
 from minference_jax.runs.lock import locked
 
 Progress = Callable[[int, int], None]
@@ -91,7 +91,8 @@ def summarize(
     if max_new_tokens < 1 or room < 16:
         raise ValueError(f"context {context} has no room for text beside a question and {max_new_tokens} new tokens")
     parts = _parts(tokenizer, texts, room)
-    mentioned = {name: [row for row, text in enumerate(texts) if name.casefold() in text.casefold()] for name in names}
+    folded = [text.casefold() for text in texts]
+    mentioned = {name: [row for row, text in enumerate(folded) if name.casefold() in text] for name in names}
     # Questions about one part follow each other, so that its text is processed once.
     asked = [(part, name) for part in parts for name in names if not part.rows.isdisjoint(mentioned[name])]
     with contextlib.ExitStack() as stack:
@@ -115,7 +116,7 @@ def summarize(
             Finding(
                 name,
                 tuple(mentioned[name]),
-                sum(text.casefold().count(name.casefold()) for text in texts),
+                sum(text.count(name.casefold()) for text in folded),
                 summaries[name],
                 tuple(dict.fromkeys(cited[name])),
             )
@@ -164,7 +165,7 @@ def _pieces(tokenizer: Any, label: str, text: str, room: int) -> list[str]:
     """The text behind its label, cut between words where it is longer than `room` tokens."""
     words, pieces = text.split(" "), []
     while words:
-        count = len(words)
+        count = min(len(words), room)  # a word has a token at least, and a text may have millions
         while count > 1 and len(tokenizer.encode(label + " ".join(words[:count]) + "\n")) > room:
             count = -(-count // 2)
         pieces.append(label + " ".join(words[:count]))
@@ -189,13 +190,9 @@ def _joined(ask: _Asker, tokenizer: Any, notes: list[str], keyword: str, room: i
 
 
 def _identity(model: Llama, tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
-    return {
+    return model_identity(model, tokenizer) | {
         "model": content_digest((model.config, model.patterns, model.auto)),
-        "weights": weights_digest(model.params()),
-        "dtype": model.dtype.name,
-        "tokenizer": content_digest(tokenizer),
         "texts": content_digest(list(texts)),
-        "version": package_version(),
     }
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -17,6 +18,12 @@ def naming(path: str | Path) -> Iterator[None]:
         if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between the settings of two runs, such as "batch 2 instead of 3"; "" where nothing does."""
+    names = sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
+    return ", ".join(f"{name} {before.get(name)!r} instead of {now.get(name)!r}" for name in names)
 
 
 def check_output_file(path: str | Path) -> None:

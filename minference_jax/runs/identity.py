@@ -25,6 +25,17 @@ def package_version() -> str:
         return "unknown"
 
 
+def model_identity(model: Any, tokenizer: Any) -> dict[str, str]:
+    """What of a `Llama` and its tokenizer makes results, but for patterns, as names and hashes; and the package."""
+    return {
+        "model": content_digest(model.config),
+        "weights": weights_digest(model.params()),
+        "dtype": model.dtype.name,
+        "tokenizer": content_digest(tokenizer),
+        "version": package_version(),
+    }
+
+
 def weights_digest(params: Mapping[str, Array]) -> str:
     """A hash of every element of every parameter, names, shapes and dtypes: one changed number changes it.
 
