@@ -64,13 +64,13 @@ venv: .venv/.dev
 	@echo "$(CURDIR)" > $@
 
 .venv/.runtime: .venv/.folder pyproject.toml constraints.txt
-	@echo "Installing minference-jax and what it needs (about 750 MB) ..."
-	@$(BIN)/python $(PIP_INSTALL) --editable .
+	@echo "Installing minference-jax and what the demo needs (about 750 MB) ..."
+	@$(BIN)/python $(PIP_INSTALL) --editable '.[cli,models]'
 	@touch $@
 
 .venv/.dev: .venv/.folder pyproject.toml constraints.txt
 	@echo "Installing minference-jax, what it needs, and the tools for development (about 1.3 GB) ..."
-	@$(BIN)/python $(PIP_INSTALL) --editable '.[dev,notebooks]'
+	@$(BIN)/python $(PIP_INSTALL) --editable '.[dev]'
 	@touch $@ .venv/.runtime
 
 # PyTorch lives in an environment of its own and is only ever run as a child process. Without it the comparison tests

@@ -23,6 +23,7 @@ import pallas_kernels
 from minference_jax.attention import sparse_attention
 from minference_jax.data import load_text
 from minference_jax.data.needle import NeedlePrompt, needle_prompt
+from minference_jax.extras import naming_extra
 from minference_jax.models.cache import KVCache
 from minference_jax.models.capture import capture_qkv
 from minference_jax.models.config import LlamaConfig
@@ -247,9 +248,10 @@ def _measure_attention(
 
 def report(result: DemoResult) -> Any:
     """A rich renderable: question, both answers, the table."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
+    with naming_extra("a table"):
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
 
     dense, sparse = result.dense, result.sparse
     table = Table(box=box.SIMPLE_HEAD, title=f"{result.model}, {result.device}, {result.prompt_tokens:,} prompt tokens")

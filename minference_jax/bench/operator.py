@@ -19,6 +19,7 @@ from minference_jax.attention import make_plan, sparse_attention
 from minference_jax.bench import peers
 from minference_jax.bench.kernels import environment
 from minference_jax.bench.timing import in_turns_ms
+from minference_jax.extras import naming_extra
 from minference_jax.patterns import Pattern
 from minference_jax.patterns.text import format_pattern
 from pallas_kernels import choose_implementation, dense_attention
@@ -93,7 +94,8 @@ def _time(arrays: peers.Arrays, pattern: Pattern, dense: Callable[[], Any], inpu
 
 def table(rows: Sequence[OperatorRow]) -> Table:
     """The rows as a rich table, under the facts of `environment()`."""
-    from rich.table import Table
+    with naming_extra("a table"):
+        from rich.table import Table
 
     titles = ("pattern", "inputs", "tokens", "density", "index,ms", "tables,ms", "attend,ms", "whole,ms", "dense,ms")
     facts = " ".join(f"{name}={value}" for name, value in environment().items())

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from minference_jax.extras import naming_extra
+
 FORMATS = (".png", ".pdf", ".svg")
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure of so many inches. Raises RuntimeError where matplotlib is not installed."""
-    try:
+    """A matplotlib figure of so many inches. Raises ModuleNotFoundError without matplotlib."""
+    with naming_extra("a picture"):
         from matplotlib.figure import Figure
-    except ImportError:
-        raise RuntimeError("pictures need matplotlib: pip install 'minference-jax[notebooks]'") from None
     return Figure(figsize=(width, height), layout="constrained")
 
 

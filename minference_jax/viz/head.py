@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from minference_jax.attention import make_plan
+from minference_jax.extras import naming_extra
 from minference_jax.index.recall import column_flags
 from minference_jax.patterns import Pattern
 from minference_jax.viz.figure import check_path, new_figure, save
@@ -90,11 +91,12 @@ def _cells(q: Float[Array, "t h"], k: Float[Array, "t h"], plan: SparsePlan, blo
 def plot_head(picture: HeadPicture, path: str | Path, *, title: str = "") -> None:
     """Draws dense attention, plan and loss to a .png, .pdf or .svg file; mass on one logarithmic scale.
 
-    Raises ValueError for another suffix, RuntimeError without matplotlib.
+    Raises ValueError for another suffix, ModuleNotFoundError without matplotlib.
     """
     check_path(path)
     figure = new_figure(13, 4.6)
-    from matplotlib.colors import LogNorm
+    with naming_extra("a picture"):
+        from matplotlib.colors import LogNorm
 
     axes = figure.subplots(1, 3, sharex=True, sharey=True)
     tokens = picture.block * len(picture.dense)
