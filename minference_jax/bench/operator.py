@@ -21,7 +21,7 @@ from minference_jax.bench.kernels import environment
 from minference_jax.bench.timing import in_turns_ms
 from minference_jax.extras import naming_extra
 from minference_jax.patterns import Pattern
-from minference_jax.patterns.text import format_pattern
+from minference_jax.patterns.text import as_pattern, format_pattern
 from pallas_kernels import choose_implementation, dense_attention
 from pallas_kernels import sparse_attention as attend_to_plan
 
@@ -52,7 +52,7 @@ class OperatorRow:
 
 
 def time_operators(
-    arrays: peers.Arrays, patterns: Sequence[Pattern], *, inputs: str, turns: int = 5
+    arrays: peers.Arrays, patterns: Sequence[Pattern | str], *, inputs: str, turns: int = 5
 ) -> Iterator[OperatorRow]:
     """A row for each pattern, on one q `[b, t, n, h]`, k and v `[b, s, k, h]`.
 
@@ -61,7 +61,7 @@ def time_operators(
     best = jax.jit(lambda q, k, v: dense_attention(q, k, v))
     dense = peers.cudnn_dense(arrays) if jax.default_backend() == "gpu" else partial(best, *arrays)
     for pattern in patterns:
-        yield _time(arrays, pattern, dense, inputs, turns)
+        yield _time(arrays, as_pattern(pattern), dense, inputs, turns)
 
 
 def _time(arrays: peers.Arrays, pattern: Pattern, dense: Callable[[], Any], inputs: str, turns: int) -> OperatorRow:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from minference_jax.patterns.base import Budgets, Pattern, PlanBuilder
-from minference_jax.patterns.text import parse_pattern
+from minference_jax.patterns.text import as_pattern
 from pallas_kernels.spread import PER_HEAD
 
 
@@ -97,7 +97,7 @@ class HeadPatterns:
 
     def __post_init__(self) -> None:
         given: Any = self.layers
-        parsed = {p: parse_pattern(p) for layer in given for p in layer if isinstance(p, str)}
+        parsed = {p: as_pattern(p) for layer in given for p in layer if isinstance(p, str)}
         layers = tuple(tuple(parsed[p] if isinstance(p, str) else p for p in layer) for layer in given)
         object.__setattr__(self, "layers", layers)
         heads = {len(layer) for layer in self.layers}
@@ -122,8 +122,7 @@ class HeadPatterns:
     @classmethod
     def uniform(cls, pattern: Pattern | str, layers: int, heads: int) -> HeadPatterns:
         """The same pattern for every head."""
-        pattern = parse_pattern(pattern) if isinstance(pattern, str) else pattern
-        return cls(((pattern,) * heads,) * layers)
+        return cls(((as_pattern(pattern),) * heads,) * layers)
 
     @property
     def num_layers(self) -> int:
@@ -195,12 +194,10 @@ def patterns_of_heads(pattern: Pattern | str | Sequence[Pattern | str], heads: i
     """One pattern for each head of a layer, from what `layer_patterns` accepts but arrays; raises as it does."""
     if isinstance(pattern, HeadPatterns):
         raise TypeError("pattern is a HeadPatterns of a whole model; pass one layer's: patterns.layer(l) or .arrays()")
-    if isinstance(pattern, str):
-        pattern = parse_pattern(pattern)
-    if isinstance(pattern, Pattern):
-        pattern = (pattern,) * heads
+    if isinstance(pattern, Pattern | str):
+        pattern = (as_pattern(pattern),) * heads
     if isinstance(pattern, Sequence):
-        pattern = tuple(parse_pattern(p) if isinstance(p, str) else p for p in pattern)
+        pattern = tuple(as_pattern(p) for p in pattern)
     if not isinstance(pattern, Sequence) or any(not isinstance(p, Pattern) for p in pattern):
         raise TypeError(f"pattern must be a pattern, one pattern per head or LayerPatterns, got {pattern!r}")
     if len(pattern) != heads:

@@ -16,7 +16,9 @@ from jaxtyping import Array, Float, Int
 from minference_jax.attention import make_plan
 from minference_jax.models.capture import capture_qkv
 from minference_jax.models.llama import Llama
-from minference_jax.patterns import HeadPatterns, LayerPatterns, Pattern
+from minference_jax.patterns import Dense, HeadPatterns, LayerPatterns, Pattern
+from minference_jax.patterns.resolve import Patterns, resolve_patterns
+from minference_jax.patterns.text import as_pattern
 
 STEPS, OCTAVES = 10, 10
 """Bisections, and the range of factors in powers of two, around 1: the factor is found to 0.7 %."""
@@ -27,29 +29,35 @@ QKV = tuple[Array, Array, Array]
 def scale_to_density(
     model: Llama,
     tokens: Int[Array, "b t"],
-    patterns: HeadPatterns,
+    patterns: Patterns,
     density: float,
     *,
     lengths: Int[Array, " b"] | None = None,
 ) -> HeadPatterns:
-    """`patterns` with all budgets times one factor, the largest that keeps to `density` (visited / causal cells).
+    """Patterns brought to a density: all budgets times one factor, the largest that keeps to it.
 
-    The density is measured on `tokens`, as the mean over layers, heads and samples: how parts of a plan overlap
-    decides it, and no formula knows that. Use it to bring patterns that were searched at one prompt length to another:
-    give samples of the wanted length. If the smallest budgets visit more than `density` (short prompts), they are the
-    answer. `Dense` heads stay dense.
+    The density (visited / causal cells) is measured on `tokens`, as the mean over layers, heads and samples: how parts
+    of a plan overlap decides it, and no formula knows that. Use it to bring patterns that were searched at one prompt
+    length to another: give samples of the wanted length. If the smallest budgets visit more than `density` (short
+    prompts), they are the answer. `Dense` heads stay dense.
+
+    **Arguments:** `patterns`: in any form that `Llama.from_pretrained` takes.
 
     Memory: queries and keys of all layers. Raises ValueError for a density that is not in (0, 1].
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}")
-    return _times_factor(_captured(model, tokens, lengths), _sizes(tokens, lengths), patterns, density)
+    config = model.config
+    found = resolve_patterns(patterns, config.num_layers, config.num_heads)
+    if found is None:
+        return HeadPatterns.uniform(Dense(), config.num_layers, config.num_heads)
+    return _times_factor(_captured(model, tokens, lengths), _sizes(tokens, lengths), found, density)
 
 
 def share_among_layers(
     model: Llama,
     tokens: Int[Array, "b t"],
-    pattern: Pattern,
+    pattern: Pattern | str,
     *,
     lengths: Int[Array, " b"] | None = None,
 ) -> HeadPatterns:
@@ -62,6 +70,7 @@ def share_among_layers(
 
     Memory: queries and keys of all layers. Raises TypeError for a pattern of another family.
     """
+    pattern = as_pattern(pattern)
     density = pattern.share()
     if density is None:
         raise TypeError(f"pattern must have a density, as SharedDensity has; got {pattern!r}")

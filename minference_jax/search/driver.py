@@ -21,7 +21,7 @@ from minference_jax.patterns.files import save_patterns
 from minference_jax.runs.files import check_output_file
 from minference_jax.runs.identity import content_digest, package_version, weights_digest
 from minference_jax.runs.lock import locked
-from minference_jax.search.candidates import default_candidates
+from minference_jax.search.candidates import check_candidates, default_candidates
 from minference_jax.search.choose import allocate, best_at_equal_cost
 from minference_jax.search.cost import CostKind, CostModel, Target
 from minference_jax.search.measure import LayerMeter, LayerRecord
@@ -38,7 +38,7 @@ def search_patterns(
     *,
     lengths: Int[Array, " b"] | None = None,
     target: Target = None,
-    candidates: Sequence[Pattern] | None = None,
+    candidates: Sequence[Pattern | str] | None = None,
     cost: CostKind = "visited",
     objective: Literal["mean", "worst"] = "mean",
     budgets: Literal["per-head", "equal"] = "per-head",
@@ -62,9 +62,9 @@ def search_patterns(
     - `target`: what a layer may cost. A density (visited / causal cells) in (0, 1); an `AShape`, for what that costs;
       a `Latency`, with `cost="measured"`; None for an A-shape of 1,024 sinks and a window of 4,096, in proportion for
       samples shorter than 32,768 tokens.
-    - `candidates`: patterns whose budgets have the proportions to try; their size does not matter. None: the
-      original's, and what each family adds. Of `PerTile` the threshold is what is searched: give it about the size
-      that goes with the original's budgets, 2e-5.
+    - `candidates`: patterns, or their texts, whose budgets have the proportions to try; their size does not matter.
+      None: the original's, and what each family adds. Of `PerTile` the threshold is what is searched: give it about
+      the size that goes with the original's budgets, 2e-5.
     - `cost`: `"visited"` counts the keys that the kernel visits; `"measured"` times each candidate on this device, in
       the first layer. Timings vary, so a measured search is not reproducible to the byte.
     - `objective`: the error of a head is its mean over the samples, or the worst.
@@ -86,7 +86,7 @@ def search_patterns(
 
     Source: MInference (arXiv 2407.02490) §3.2, Algorithm 1 and Table 7. Budgets per head are ours.
     """
-    tried = default_candidates() if candidates is None else tuple(candidates)
+    tried = default_candidates() if candidates is None else check_candidates(candidates)
     settings = Settings(target, tried, cost, objective, budgets, query_tiles, end_tiles)
     search = Search(model, samples, lengths, settings)
     if state is None:

@@ -38,7 +38,9 @@ class HeadPicture(NamedTuple):
     density: float
 
 
-def head_picture(q: Float[Array, "1 t n h"], k: Float[Array, "1 t k h"], pattern: Pattern, head: int) -> HeadPicture:
+def head_picture(
+    q: Float[Array, "1 t n h"], k: Float[Array, "1 t k h"], pattern: Pattern | str, head: int
+) -> HeadPicture:
     """Attention and plan of query head `head` of one layer and one prompt, in cells.
 
     Memory: `block` rows of scores at a time, and a megabyte; nothing of size t × t.
