@@ -91,11 +91,16 @@ def _cells(q: Float[Array, "t h"], k: Float[Array, "t h"], plan: SparsePlan, blo
 
 
 def plot_head(picture: HeadPicture, path: str | Path, *, title: str = "") -> None:
-    """Draws dense attention, plan and loss to a .png, .pdf or .svg file; mass on one logarithmic scale.
-
-    Raises ValueError for another suffix, ModuleNotFoundError without matplotlib.
-    """
+    """Draws `head_figure` to a .png, .pdf or .svg file. Raises ValueError for another suffix."""
     check_path(path)
+    save(head_figure(picture, title=title), path)
+
+
+def head_figure(picture: HeadPicture, *, title: str = "") -> Any:
+    """A matplotlib figure of dense attention, plan and loss; mass on one logarithmic scale.
+
+    Raises ModuleNotFoundError without matplotlib.
+    """
     figure = new_figure(13, 4.6)
     with naming_extra("a picture"):
         from matplotlib.colors import LogNorm
@@ -119,4 +124,4 @@ def plot_head(picture: HeadPicture, path: str | Path, *, title: str = "") -> Non
     axes[0].set_ylabel("query")
     if title:
         figure.suptitle(title)
-    save(figure, path)
+    return figure
