@@ -20,16 +20,16 @@ from pallas_kernels.spread import PER_HEAD
 @partial(jax.tree_util.register_dataclass, data_fields=["kind", "budgets"], meta_fields=["families", "covers", "dense"])
 @dataclasses.dataclass(frozen=True)
 class LayerPatterns:
-    """Head patterns as arrays, so that they can ride through `jax.lax.scan` over layers or be traced arguments.
+    """Head patterns as arrays, which `jax.lax.scan` over layers takes along, and which may be traced arguments.
 
-    - `kind`: int32 `[layers, heads]`, which of `budgets` a head follows.
-    - `budgets`: one for each family that occurs; their leaves start with `[layers, heads]`.
-    - `families` (static): the names of the families, in the same order.
-    - `covers` (static): up to so many keys every head's pattern visits every causal cell.
-    - `dense` (static): which family is dense attention; −1 if none is.
+    - `kind`: int32 `[layers, heads]`, which entry of `budgets` a head follows.
+    - `budgets`: one for each family that occurs; their leaves begin with `[layers, heads]`.
+    - `families` (static): the names of the families, in the order of `budgets`.
+    - `covers` (static): up to so many keys, every head visits every causal cell.
+    - `dense` (static): the number of the family that is dense attention; −1 if none is.
 
-    Scanning over it, or `layer`, gives one layer's, with leaves `[heads]`, which `make_plan` and `sparse_attention`
-    accept.
+    Scanning over it, or `layer`, gives one layer's, with leaves `[heads]`. That is what `make_plan` and
+    `sparse_attention` accept.
     """
 
     kind: Int[Array, "*layers n"]
@@ -80,14 +80,16 @@ class LayerPatterns:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeadPatterns:
-    """One pattern for each query head of each layer: `layers[layer][head]`, each may be given as text. Hashable.
+    """One pattern for each query head of each layer: `layers[layer][head]`, each a pattern or its text. Hashable.
 
-    `scores`, `densities` and `recalls`, if given, have one number a head, as found by a pattern search: the relative
-    error of the head's output (in the original's files, whatever its search wrote), visited / causal cells, and the
-    share of the dense softmax mass on visited keys. Nothing in this package acts on them.
+    A pattern search adds three numbers for each head. Nothing in this package acts on them:
 
-    Raises ValueError if there is no layer, no head, or if layers differ in their number of heads; TypeError if an
-    entry is no pattern.
+    - `scores`: the relative error of the head's output (in the original's files, whatever its search wrote).
+    - `densities`: visited / causal cells.
+    - `recalls`: the share of the dense softmax mass on visited keys.
+
+    **Raises:** ValueError if there is no layer or no head, or if layers differ in their number of heads; TypeError if
+    an entry is no pattern.
     """
 
     layers: tuple[tuple[Pattern, ...], ...]

@@ -61,14 +61,19 @@ def share_among_layers(
     *,
     lengths: Int[Array, " b"] | None = None,
 ) -> HeadPatterns:
-    """`pattern` for all heads of a model, with a density for each layer. The mean over layers is the pattern's density.
+    """One pattern for all heads of a model, with a density for each layer; their mean is the pattern's density.
 
     Some layers need more of their cells than others. To find each layer's share, all layers read `tokens` with one
-    common threshold on the mean attention weight, chosen so that their mean density is the wanted one; what a layer
-    visits then is its density. On other prompts each layer keeps its density; which keys it visits depends on the
-    prompt. (A layer's density is at most 1, so the mean may be a little lower.)
+    common threshold on the mean attention weight, chosen so that their mean density is the wanted one. What a layer
+    visits then is its density, on other prompts too; which keys it visits depends on the prompt. (A layer's density is
+    at most 1, so the mean may be a little lower.)
 
-    Memory: queries and keys of all layers. Raises TypeError for a pattern of another family.
+    **Arguments:** `tokens`: int32 `[b, t]`, samples; `lengths`: int32 `[b]`. `pattern`: one with a density, such as
+    `SharedDensity`, or its text.
+
+    **Returns:** `HeadPatterns`.
+
+    **Raises:** TypeError for a pattern of another family. Memory: queries and keys of all layers.
     """
     pattern = as_pattern(pattern)
     density = pattern.share()
