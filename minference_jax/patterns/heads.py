@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -113,6 +113,7 @@ class HeadPatterns:
             for head, pattern in enumerate(layer):
                 if not isinstance(pattern, Pattern):
                     raise TypeError(f"HeadPatterns: layer {index}, head {head} is {pattern!r}, which is no pattern")
+        _check_registered(self.distinct())
         for name in ("scores", "densities", "recalls"):
             figures = getattr(self, name)
             if figures is None:
@@ -204,7 +205,18 @@ def patterns_of_heads(pattern: Pattern | str | Sequence[Pattern | str], heads: i
         raise TypeError(f"pattern must be a pattern, one pattern per head or LayerPatterns, got {pattern!r}")
     if len(pattern) != heads:
         raise ValueError(f"pattern has {len(pattern)} entries; q has {heads} heads")
+    _check_registered(pattern)
     return pattern
+
+
+def _check_registered(patterns: Iterable[Pattern]) -> None:
+    """Raises TypeError for a plan builder that JAX does not know: it could not be passed to compiled functions."""
+    for pattern in {id(p): p for p in patterns if isinstance(p, PlanBuilder)}.values():
+        if jax.tree_util.all_leaves([pattern]):
+            raise TypeError(
+                f"{pattern!r} is no pytree: put @jax.tree_util.register_static over {type(pattern).__name__}, or "
+                "jax.tree_util.register_dataclass if it holds arrays"
+            )
 
 
 def _identity(pattern: Pattern) -> Any:
