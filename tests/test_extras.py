@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from minference_jax.extras import EXTRA_OF, naming_extra
+from minference_jax.viz.figure import check_path
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -68,6 +69,12 @@ def test_what_is_missing_is_named_and_other_failures_stay_as_they_are():
         raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
     with pytest.raises(ModuleNotFoundError, match=r"^No module named 'of_ours'$"), naming_extra("a plot"):
         raise ModuleNotFoundError("No module named 'of_ours'", name="of_ours")
+
+
+def test_a_picture_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"^a picture needs matplotlib: pip install"):
+        check_path(tmp_path / "speed.png")
 
 
 CORE_ALONE = """

@@ -18,8 +18,13 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def check_path(path: str | Path) -> Path:
-    """The path of a picture. Raises ValueError unless its suffix is one of `FORMATS`."""
+    """The path of a picture, for before the work begins.
+
+    Raises ValueError unless its suffix is one of `FORMATS`, ModuleNotFoundError without matplotlib.
+    """
     path = Path(path)
+    with naming_extra("a picture"):
+        import matplotlib  # noqa: F401
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: pictures end in {', '.join(FORMATS)}")
     return path
