@@ -94,12 +94,23 @@ def memory_need(
     patterns: Patterns = AUTO,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> MemoryNeed:
-    """What prefilling `batch` prompts of `tokens` takes; the formula is at the top of this file.
+    """The bytes that a prefill of `batch` prompts of `tokens` takes on each device.
 
-    **Arguments:** `tokens`: capacity of the cache, generated tokens included. `chunk`: rows of a part; None for one
-    call. `cache`: "model" (in `dtype`), "fp8" or "int8"; None keeps no cache, which needs `chunk` None.
-    `patterns`: as for `Llama.from_pretrained`; "auto" (the default) for what that uses at this length, None for dense
-    attention. `mesh`: of each of its devices.
+    **Arguments:**
+
+    - `config`: of the model.
+    - `tokens`: capacity of the cache, generated tokens included.
+    - `chunk`: rows of a part, where the prompt is read in parts; None for one call.
+    - `dtype`: of weights and activations.
+    - `cache`: "model" (in `dtype`), "fp8" or "int8"; None keeps no cache, which needs `chunk` None.
+    - `fp8_projections`: whether the projections are in FP8.
+    - `patterns`: as for `Llama.from_pretrained`. "auto" (the default) stands for what it uses at this length, None for
+      dense attention.
+    - `mesh`: of the devices that share the work; None for one.
+
+    **Raises:** ValueError for a `chunk` without a cache, and what `resolve_patterns` raises.
+
+    The formula is at the top of `planning/memory.py`.
     """
     if chunk is not None and cache is None:
         raise ValueError("a prefill in parts needs a cache")
@@ -195,9 +206,10 @@ def _mlp_row(config: LlamaConfig, size: int) -> int:
 
 
 def longest_prompt(config: LlamaConfig, available: float, **options: Any) -> int:
-    """The most tokens, a multiple of 128, whose `memory_need(config, tokens=…, **options)` is within `available` bytes.
+    """The most tokens, a multiple of 128, for which `memory_need(config, tokens=…, **options)` stays within `available`
+    bytes.
 
-    0 where not even 128 are.
+    0 where not even 128 fit.
     """
     low, high = 0, 1 << 18
     while low < high:
