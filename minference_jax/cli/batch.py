@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from minference_jax.cli.console import (
-    MAX_TOKENS,
     progress,
     read_full_text,
     split_names,
@@ -18,6 +17,7 @@ from minference_jax.cli.console import (
     usage_error,
 )
 from minference_jax.cli.generate import check_model, load_model
+from minference_jax.cli.lengths import length_option
 from minference_jax.patterns.text import PATTERN_HELP
 
 
@@ -34,7 +34,7 @@ def batch(
     ] = "",
     system: Annotated[str, typer.Option(help="System message.")] = "",
     raw: Annotated[bool, typer.Option(help="Continue the prompt itself, without the chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS)] = 256,
+    max_new_tokens: Annotated[int, length_option(help="Of a reply, at most.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 8,
     pattern: Annotated[
         str, typer.Option(help=f"How heads attend in prefill: {PATTERN_HELP} auto is sparse where that pays.")

@@ -10,7 +10,6 @@ import typer
 
 from minference_jax.bench.cases import Case
 from minference_jax.cli.console import (
-    MAX_TOKENS,
     check_picture,
     print_json,
     read_full_text,
@@ -19,6 +18,7 @@ from minference_jax.cli.console import (
     usage,
     usage_error,
 )
+from minference_jax.cli.lengths import parse_length, parse_lengths
 from minference_jax.cli.mesh import HOSTS_HELP, MESH_HELP, check_mesh, start_mesh
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP, is_pattern_text, parse_pattern
@@ -79,7 +79,7 @@ def prefill(
             bench.plot(bench.from_json(before), plot, title=before.get("model", ""))
         return
     chosen = _methods(methods)
-    sizes = [parse_length(text) for text in lengths.split(",")]
+    sizes = parse_lengths("--lengths", lengths)
     limit = parse_length(dense_limit)
     if is_pattern_text(pattern):
         with usage("--pattern"):
@@ -167,7 +167,7 @@ def kernels(
             find_backend(implementation, sparse=True)
     if plot is not None:
         check_picture("--plot", plot)
-    sizes = [parse_length(text) for text in lengths.split(",")]
+    sizes = parse_lengths("--lengths", lengths)
     rows, limit = [], parse_length(dense_limit)
     options: dict[str, Any] = {"repeats": repeats, "implementation": implementation or None}
     for row in bench.bench_kernels(sizes, cases, layouts, peers=peers, dense_limit=limit, **options):
@@ -206,7 +206,7 @@ def operator(
 
     with usage("--pattern"):
         chosen = [parse_pattern(name) for name in patterns]
-    sizes = [parse_length(size) for size in lengths.split(",")]
+    sizes = parse_lengths("--lengths", lengths)
     rows = []
     if model is None:
         with usage("--heads"):
@@ -237,18 +237,6 @@ def _captured(path: Path, text: str, layer: int, sizes: list[int]) -> Any:
     network = _network(path, "", "")
     for size in sizes:
         yield f"{path.name}, layer {layer}", captured(network, jnp.asarray([ids[:size]], jnp.int32), layer)
-
-
-def parse_length(text: str) -> int:
-    """A number of tokens: `8192`, `8K` or `1M`. Raises a usage error for anything else."""
-    number, factor = text.strip(), 1
-    if number[-1:].upper() in ("K", "M"):
-        number, factor = number[:-1], 1 << (10 if number[-1:].upper() == "K" else 20)
-    if not number.isdecimal() or int(number) == 0:
-        raise usage_error(f"{text!r} is no length; write 8192, 8K or 1M")
-    if int(number) * factor > MAX_TOKENS:
-        raise usage_error(f"{text!r} is more than {MAX_TOKENS:,} tokens")
-    return int(number) * factor
 
 
 def _rows(path: Path) -> Any:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from minference_jax.cli.console import MAX_TOKENS, read_full_text, usage, usage_error
+from minference_jax.cli.console import read_full_text, usage, usage_error
+from minference_jax.cli.lengths import length_option
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP
 
@@ -17,18 +18,18 @@ def compare(
     text: Annotated[str, typer.Option(help="A text file; - is standard input. With --task, its haystack.")] = "",
     task: Annotated[str, typer.Option(help="Compare on prompts of this task (see eval) instead of a text.")] = "",
     length: Annotated[
-        int | None, typer.Option(min=64, max=MAX_TOKENS, help="With --task: tokens of a prompt; 1024 by default.")
+        int | None, length_option(least=64, help="With --task: tokens of a prompt; 1024 by default.")
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="With --task: how many prompts; 8 by default.")] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=2, max=MAX_TOKENS, help="How many tokens of the text to compare; 2048 by default.")
+        int | None, length_option(least=2, help="How many tokens of the text to compare; 2048 by default.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, on both sides.")] = "float32",
     pattern: Annotated[str, typer.Option(help=f"Of our side: {PATTERN_HELP}")] = "dense",
     fp8: Annotated[bool, typer.Option("--fp8", help="Our projections in FP8 (not with --task).")] = False,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=0, max=MAX_TOKENS, help="Length of the greedy continuations; 64, and with --task the task's."),
+        length_option(least=0, help="Length of the greedy continuations; 64, and with --task the task's."),
     ] = None,
     torch_python: Annotated[
         Path | None, typer.Option(help="The interpreter that has PyTorch.", envvar="MINFERENCE_TORCH_PYTHON")

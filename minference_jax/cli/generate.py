@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 
 from minference_jax.cli.console import (
-    MAX_TOKENS,
     print_json,
     progress,
     read_full_text,
@@ -22,6 +21,7 @@ from minference_jax.cli.console import (
     usage,
     usage_error,
 )
+from minference_jax.cli.lengths import length_option
 from minference_jax.cli.mesh import HOSTS_HELP, MESH_HELP, check_mesh, start_mesh
 from minference_jax.patterns.describe import describe_patterns
 from minference_jax.patterns.resolve import resolve_patterns
@@ -39,13 +39,13 @@ def generate(
     pattern: Annotated[
         str, typer.Option(help=f"How heads attend in prefill: {PATTERN_HELP} auto is sparse where that pays.")
     ] = "dense",
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS)] = 256,
+    max_new_tokens: Annotated[int, length_option(help="Of the reply, at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
     prefill_chunk: Annotated[
-        int | None, typer.Option(min=128, max=MAX_TOKENS, help="Prefill in parts of so many tokens, a multiple of 128.")
+        int | None, length_option(least=128, help="Prefill in parts of so many tokens, a multiple of 128.")
     ] = None,
     cache: Annotated[str, typer.Option(help="Numbers of the KV cache: model (the dtype), fp8 or int8.")] = "model",
     fp8: Annotated[
@@ -53,8 +53,8 @@ def generate(
     ] = False,
     random_weights: Annotated[
         int,
-        typer.Option(
-            min=0,
+        length_option(
+            least=0,
             help="Run so many random tokens through random weights; MODEL is then a config.json, or "
             "llama-3-8b, llama-3.1-8b, qwen2-7b, smollm2.",
         ),

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from minference_jax.cli.console import MAX_TOKENS, check_picture, print_json, read_full_text, stdout, usage, usage_error
+from minference_jax.cli.console import check_picture, print_json, read_full_text, stdout, usage, usage_error
+from minference_jax.cli.lengths import length_option
 from minference_jax.patterns.text import format_pattern
 
 
@@ -23,7 +24,7 @@ def inspect(
         str, typer.Option(help="LAYER.HEAD: draw its attention on --text, its plan, and what is lost.")
     ] = "",
     text: Annotated[str, typer.Option(help="The text for --head; - is standard input.")] = "",
-    tokens: Annotated[int, typer.Option(min=128, max=MAX_TOKENS, help="How many tokens of the text.")] = 2048,
+    tokens: Annotated[int, length_option(least=128, help="How many tokens of the text.")] = 2048,
     memory: Annotated[
         bool, typer.Option("--memory", help="The longest prompt on each GPU; MODEL may be a name such as llama-3-8b.")
     ] = False,

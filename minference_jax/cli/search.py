@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 
 from minference_jax.cli.console import (
-    MAX_TOKENS,
     print_json,
     progress,
     read_full_text,
@@ -23,6 +22,7 @@ from minference_jax.cli.console import (
     usage,
     usage_error,
 )
+from minference_jax.cli.lengths import length_option
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import parse_pattern
 
@@ -35,7 +35,7 @@ def search(
     model: Annotated[Path | None, typer.Option(help="A Hugging Face directory or a .gguf file.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="A text to search on; repeatable; - is stdin.")] = None,
     out: Annotated[Path | None, typer.Option(help="The pattern file to write.")] = None,
-    tokens: Annotated[int, typer.Option(min=128, max=MAX_TOKENS, help="Of each sample.")] = 4096,
+    tokens: Annotated[int, length_option(least=128, help="Of each sample.")] = 4096,
     samples: Annotated[
         int, typer.Option(min=1, max=1_000_000, help="Of each text, one after the other; of each task.")
     ] = 1,
@@ -72,7 +72,7 @@ def search(
     verify: Annotated[list[str] | None, typer.Option(help="A held-out text to compare on; repeatable.")] = None,
     verify_tokens: Annotated[
         list[int] | None,
-        typer.Option(min=128, max=MAX_TOKENS, help="Prompt length to compare at; repeatable. Default: --tokens."),
+        length_option(least=128, help="Prompt length to compare at; repeatable. Default: --tokens."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

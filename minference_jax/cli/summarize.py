@@ -12,6 +12,7 @@ import typer
 from minference_jax.cli.batch import model_or_demo
 from minference_jax.cli.console import print_json, progress, split_names, stderr, stdout, usage
 from minference_jax.cli.generate import check_model, load_model
+from minference_jax.cli.lengths import length_option
 from minference_jax.patterns.text import PATTERN_HELP
 
 
@@ -25,9 +26,9 @@ def summarize(
         Path | None, typer.Option(help="JSONL of all replies; a run that was stopped goes on from it.")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(min=64, help="Tokens read at once; default: the model's context.")
+        int | None, length_option(least=64, help="Tokens read at once; default: the model's context.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each reply.")] = 96,
+    max_new_tokens: Annotated[int, length_option(help="Of each reply.")] = 96,
     raw: Annotated[bool, typer.Option(help="No chat template.")] = False,
     pattern: Annotated[
         str, typer.Option(help=f"How heads attend in prefill: {PATTERN_HELP} auto is sparse where that pays.")
