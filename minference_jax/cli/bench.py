@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from minference_jax.bench.cases import Case
+from minference_jax.cli.completion import complete_dtype, complete_pattern
 from minference_jax.cli.console import (
     check_picture,
+    chosen_dtype,
     print_json,
     read_full_text,
     stderr,
@@ -37,8 +39,13 @@ def prefill(
     methods: Annotated[
         str, typer.Option(help="Any of dense, a-shape, minference, minference-fp8, auto, auto-fp8.")
     ] = "dense,a-shape,minference",
-    pattern: Annotated[str, typer.Option(help=f"What minference means: {PATTERN_HELP}")] = "",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
+    pattern: Annotated[
+        str, typer.Option(help=f"What minference means: {PATTERN_HELP}", autocompletion=complete_pattern)
+    ] = "",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.", autocompletion=complete_dtype),
+    ] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Runs, of which the median is shown.")] = 3,
     dense_limit: Annotated[
         str, typer.Option(help="Beyond this length dense rows are estimated from one layer, and marked ~.")
@@ -62,6 +69,8 @@ def prefill(
 
     Compiled programs are kept (see JAX_COMPILATION_CACHE_DIR in the README): the compile column says which ones came
     from there, and what tracing and loading them took.
+
+    Example: minference-jax bench prefill --random-weights llama-3-8b --lengths 8K,128K
     """
     if [model is not None, bool(random_weights), rows_of is not None].count(True) != 1:
         raise usage_error("give a model, --random-weights or --rows")
@@ -154,6 +163,8 @@ def kernels(
     A figure is shown only for an output whose sampled rows agree with an exact computation. Sparse and dense attention
     take turns of a quarter of a second, as a GPU at its power limit slows down within that time; compare the figures of
     one run.
+
+    Example: minference-jax bench kernels --lengths 8K,32K --pattern a-shape
     """
     from minference_jax.bench import kernels as bench
 
@@ -200,7 +211,10 @@ def operator(
     repeats: Annotated[int, typer.Option(min=1, help="Turns, of which the median is shown.")] = 5,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Time sparse attention by pattern as a whole (index, tables and kernel) beside dense attention."""
+    """Time sparse attention by pattern as a whole (index, tables and kernel) beside dense attention.
+
+    Example: minference-jax bench operator --pattern vertical-slash:columns=64 --lengths 8K
+    """
     from minference_jax.bench import kernels as bench
     from minference_jax.bench import operator as whole
 
@@ -271,7 +285,7 @@ def _network(model: Path | None, random_weights: str, dtype: str, mesh: Any = No
     from minference_jax.checkpoints.presets import known_config
     from minference_jax.models.llama import Llama
 
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = chosen_dtype(dtype)
     if model is not None:
         return Llama.from_pretrained(model, dtype=dtype, mesh=mesh)
     config = known_config(random_weights)

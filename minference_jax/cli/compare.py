@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from minference_jax.cli.console import read_full_text, usage, usage_error
+from minference_jax.cli.completion import complete_dtype, complete_pattern
+from minference_jax.cli.console import chosen_dtype, read_full_text, usage, usage_error
 from minference_jax.cli.lengths import length_option
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP
@@ -24,8 +25,12 @@ def compare(
     tokens: Annotated[
         int | None, length_option(least=2, help="How many tokens of the text to compare; 2048 by default.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, on both sides.")] = "float32",
-    pattern: Annotated[str, typer.Option(help=f"Of our side: {PATTERN_HELP}")] = "dense",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16, on both sides.", autocompletion=complete_dtype)
+    ] = "float32",
+    pattern: Annotated[
+        str, typer.Option(help=f"Of our side: {PATTERN_HELP}", autocompletion=complete_pattern)
+    ] = "dense",
     fp8: Annotated[bool, typer.Option("--fp8", help="Our projections in FP8 (not with --task).")] = False,
     max_new_tokens: Annotated[
         int | None,
@@ -36,9 +41,13 @@ def compare(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
-    """Compare layers, logits, perplexity and greedy text with PyTorch; status 1 outside the tolerance."""
+    """Compare layers, logits, perplexity and greedy text with PyTorch; status 1 outside the tolerance.
+
+    Example: minference-jax compare --model DIR --text book.txt --tokens 2K --pattern auto
+    """
     if not (text or task):
         raise usage_error("give --text or --task")
+    dtype = chosen_dtype(dtype)
     of_task = {"--length": length, "--samples": samples}
     of_text = {"--tokens": tokens, "--max-new-tokens": max_new_tokens, "--fp8": fp8 or None}
     for name, value in (of_text if task else of_task).items():

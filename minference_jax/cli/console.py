@@ -1,4 +1,4 @@
-"""What the commands share: progress on standard error, clean standard output, reading files, the compile cache."""
+"""What the commands share: clean standard output, reading files, wrong usage, the compile cache."""
 
 from __future__ import annotations
 
@@ -6,23 +6,12 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
-Update = Callable[[int, int], None]
 
 
 def stdout() -> Console:
@@ -48,23 +37,6 @@ def _finite(value: Any) -> Any:
     if hasattr(value, "item") and not isinstance(value, str):  # NumPy's and JAX's scalars
         value = value.item()
     return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value
-
-
-@contextlib.contextmanager
-def progress(label: str, *, show: bool = True) -> Iterator[Update]:
-    """A bar on standard error, as `update(done, total)`; a spinner until the first call. Silent without a terminal."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = stderr()
-    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as bars:
-        task = bars.add_task(label, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 MAX_TOKENS = 1 << 24
@@ -95,6 +67,21 @@ def read_full_text(name: str) -> str:
     if not text.strip():
         raise ValueError(f"{name} is empty")
     return text
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of weights and activations."""
+
+
+def chosen_dtype(text: str) -> str:
+    """The value of `--dtype`, or without one float32 on a CPU and bfloat16 elsewhere. Ends with status 2 for others."""
+    if text and text not in DTYPES:
+        raise usage_error(f"--dtype must be one of {', '.join(DTYPES)}, got {text!r}")
+    if text:
+        return text
+    import jax
+
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def check_picture(option: str, path: Path) -> None:

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from minference_jax.cli.console import print_json, progress, stderr, stdout
+from minference_jax.cli.console import print_json, stderr, stdout
 from minference_jax.cli.fetch import default_model, fetch
 from minference_jax.cli.lengths import length_option
+from minference_jax.cli.progress import progress
 
 
 def demo(
@@ -19,7 +20,10 @@ def demo(
     seed: Annotated[int, typer.Option(help="Which fact is hidden.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
-    """Read book chapters with dense and with sparse prefill, and answer a question about them."""
+    """Read book chapters with dense and with sparse prefill, and answer a question about them.
+
+    Example: minference-jax demo --tokens 4K
+    """
     directory = model or fetch(default_model())
     from minference_jax.demo import report, run_demo
 

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from minference_jax.cli.completion import complete_dtype, complete_methods, complete_tasks
 from minference_jax.cli.console import (
-    progress,
+    chosen_dtype,
     read_full_text,
     split_names,
     stderr,
@@ -21,18 +22,26 @@ from minference_jax.cli.eval_list import print_list
 from minference_jax.cli.generate import load_model
 from minference_jax.cli.lengths import HOW, length_option, parse_lengths
 from minference_jax.cli.mesh import MESH_HELP, check_mesh, start_mesh
+from minference_jax.cli.progress import progress
 from minference_jax.patterns.resolve import resolve_patterns
 
 
 def evaluate(
     model: Annotated[Path | None, typer.Option(help="A Hugging Face directory or a .gguf file.")] = None,
     tasks: Annotated[
-        str, typer.Option(help="Names or groups, with commas; see --list. Default: niah,kv,ppl, or --data alone.")
+        str,
+        typer.Option(
+            help="Names or groups, with commas; see --list. Default: niah,kv,ppl, or --data alone.",
+            autocompletion=complete_tasks,
+        ),
     ] = "",
     lengths: Annotated[str, typer.Option(help=f"Prompt lengths in tokens, with commas; {HOW}")] = "1K,4K",
     methods: Annotated[
         str,
-        typer.Option(help="Names (dense, minference, a-shape, static, …), patterns, searched:FILE; with commas."),
+        typer.Option(
+            help="Names (dense, minference, a-shape, static, …), patterns, searched:FILE; with commas.",
+            autocompletion=complete_methods,
+        ),
     ] = "dense,minference,a-shape",
     data: Annotated[Path | None, typer.Option(help="Rows of your own: .jsonl, .csv, .tsv or lines of text.")] = None,
     template: Annotated[str, typer.Option(help="With --data: the prompt, with fields as {text}.")] = "",
@@ -47,7 +56,10 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 8,
     density: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of keys that methods may visit.")] = 0.35,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.", autocompletion=complete_dtype),
+    ] = "",
     text: Annotated[str, typer.Option(help="Haystack and text for perplexity; default: an excerpt of a novel.")] = "",
     qa: Annotated[list[Path] | None, typer.Option(help="In SQuAD's format: ruler-qa_1; a second: ruler-qa_2.")] = None,
     file: Annotated[list[Path] | None, typer.Option(help="A JSONL file of infinitebench or longbench.")] = None,
@@ -80,6 +92,7 @@ def evaluate(
     from minference_jax.text.tokenizer import load_tokenizer
 
     shared = start_mesh(mesh)
+    dtype = chosen_dtype(dtype)
     sizes = parse_lengths("--lengths", lengths)
     names = split_methods(methods)
     with usage("--output"):
@@ -106,7 +119,7 @@ def evaluate(
     with usage("--methods"):
         compared = [_method(name, config, tokenizer) for name in names]
     network = load_model(model, None, dtype, mesh=shared)
-    with progress("Evaluating") as update:
+    with progress("Evaluating", keeps=str(output / "results.jsonl"), unit="results") as update:
         results = run(
             network,
             tokenizer,

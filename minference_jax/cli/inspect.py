@@ -31,7 +31,10 @@ def inspect(
     mesh: Annotated[str, typer.Option(help="With --memory: on so many devices, rows=2,heads=8 or heads=8.")] = "",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show a checkpoint's config and parameters, and which patterns the heads follow; draw pictures of them."""
+    """Show a checkpoint's config and parameters, and which patterns the heads follow; draw pictures of them.
+
+    Example: minference-jax inspect DIR --patterns patterns.json --plot patterns.png
+    """
     if model is None and patterns is None:
         raise usage_error("give a model, --patterns FILE, or both")
     if plot is not None and patterns is None:

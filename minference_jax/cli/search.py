@@ -12,9 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
+from minference_jax.cli.completion import complete_dtype
 from minference_jax.cli.console import (
+    chosen_dtype,
     print_json,
-    progress,
     read_full_text,
     split_names,
     stderr,
@@ -23,6 +24,7 @@ from minference_jax.cli.console import (
     usage_error,
 )
 from minference_jax.cli.lengths import length_option
+from minference_jax.cli.progress import progress
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import parse_pattern
 
@@ -65,7 +67,10 @@ def search(
     end_tiles: Annotated[
         int, typer.Option(min=0, help="As many at each sample's end are scored besides, and count as much.")
     ] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.", autocompletion=complete_dtype),
+    ] = "",
     wait: Annotated[bool, typer.Option("--wait", help="Where another process uses --out, wait for it.")] = False,
     restart: Annotated[bool, typer.Option(help="Forget what an interrupted search has kept.")] = False,
     patterns: Annotated[str, typer.Option(help="Verify these instead of searching: a file or a preset.")] = "",
@@ -80,6 +85,8 @@ def search(
 
     An interrupted search goes on where it was when it is started again. With --verify the result is compared with
     every candidate given to all heads alike, at equal total visited keys.
+
+    Example: minference-jax search --model DIR --text book.txt --out patterns.json --tokens 8K
     """
     texts = [*(text or []), *(texts or [])]
     if model is None:
@@ -141,11 +148,10 @@ def _patterns(name: str, config: Any) -> Any:
 
 
 def _load(model: Path, dtype: str) -> Any:
-    import jax
 
     from minference_jax.models.llama import Llama
 
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = chosen_dtype(dtype)
     with progress("Reading weights") as update:
         return Llama.from_pretrained(model, dtype=dtype, progress=update)
 
@@ -180,11 +186,13 @@ def _search(
 
     started, first = time.perf_counter(), []
 
-    with progress("Searching layers") as update:
+    with progress("Searching layers", keeps=f"{out}.partial", unit="layers") as update:
 
         def report(done: int, total: int) -> None:
             update(done, total)
             first.append(time.perf_counter())
+            if done == update.first:  # those that were kept
+                return
             each = (first[-1] - first[0]) / max(len(first) - 1, 1)  # the first layer also compiles
             left = f", about {each * (total - done):.0f} s left" if len(first) > 1 and done < total else ""
             stderr().print(f"layer {done} of {total}, {first[-1] - started:.0f} s{left}", soft_wrap=True)
