@@ -29,13 +29,13 @@ def test_search_writes_patterns_and_verifies_them(folder, capsys):
     out = folder / "patterns.json"
     texts = ("--text", folder / "a.txt", folder / "b.txt", "--out", out)  # as a shell expands *.txt
     arguments = ("search", "--model", folder / "model", *texts, *TOKENS, *CANDIDATE)
-    status, table, news = run(capsys, *arguments, "--verify", folder / "b.txt")
+    status, table, news = run(capsys, *arguments, "--verify", folder / "b.txt", "--plot", folder / "a.svg")
     assert status == 0
     patterns = load_patterns(out, heads=3, layers=2)
     assert f"{out}: 6 a-shape" in table
     assert "| searched | " in table and " GiB at most" in table
     assert "b.txt, 256 tokens" in table
-    assert "layer 2 of 2" in news
+    assert "layer 2 of 2" in news and (folder / "a.svg").read_text().count("<image") >= 4
     assert all(isinstance(p, AShape) for layer in patterns for p in layer)
     status, found, _ = run(capsys, *arguments, "--json")
     found = json.loads(found)["search"]

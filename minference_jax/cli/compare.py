@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from minference_jax.cli.completion import complete_dtype, complete_pattern
-from minference_jax.cli.console import chosen_dtype, read_full_text, usage, usage_error
+from minference_jax.cli.console import chosen_dtype, read_full_text, run_facts, stderr, usage, usage_error
 from minference_jax.cli.lengths import length_option
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP
@@ -39,6 +39,7 @@ def compare(
     torch_python: Annotated[
         Path | None, typer.Option(help="The interpreter that has PyTorch.", envvar="MINFERENCE_TORCH_PYTHON")
     ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page about it.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Compare layers, logits, perplexity and greedy text with PyTorch; status 1 outside the tolerance.
@@ -55,15 +56,34 @@ def compare(
             raise usage_error(f"{name} is of no use {'with' if task else 'without'} --task")
     from minference_jax.checkpoints.convert import open_checkpoint
     from minference_jax.compare import run_compare
+    from minference_jax.compare.page import comparison_page
     from minference_jax.compare.task import run_compare_task
     from minference_jax.eval.samples import check_length
     from minference_jax.models.config import LlamaConfig
+    from minference_jax.runs.files import check_output_file, naming
 
+    if report is not None:
+        with usage("--report"):
+            check_output_file(report)
     words = read_full_text(text) if text else None
     config = LlamaConfig.from_hf(open_checkpoint(model).config)
     with usage("--pattern"):
         patterns = resolve_patterns(pattern, config.num_layers, config.num_heads)
-    options = {"as_json": json, "dtype": dtype, "patterns": patterns, "torch_python": torch_python}
+    started = run_facts(model)
+
+    def page(comparison: Any, **more: Any) -> None:
+        assert report is not None
+        with naming(report):
+            report.write_text(comparison_page(comparison, started, **more), encoding="utf-8")
+        stderr().print(f"Written: {report}", markup=False)
+
+    options: dict[str, Any] = {
+        "as_json": json,
+        "page": page if report else None,
+        "dtype": dtype,
+        "patterns": patterns,
+        "torch_python": torch_python,
+    }
     if task:
         with usage("--length"):
             check_length(length or 1024)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
+import platform
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,10 +90,13 @@ def chosen_dtype(text: str) -> str:
 def check_picture(option: str, path: Path) -> None:
     """Ends the program with status 2 unless a picture can be written to `path`."""
     from minference_jax.runs.files import check_output_file
-    from minference_jax.viz.figure import check_path
+    from minference_jax.viz.figure import check_path, has_matplotlib
+    from minference_jax.viz.page import NO_PICTURES
 
     with usage(option):
         check_output_file(check_path(path))
+    if not has_matplotlib():
+        raise usage_error(f"{option}: {NO_PICTURES}")
 
 
 def usage_error(message: str) -> typer.BadParameter:
@@ -113,6 +119,30 @@ def split_names(option: str, text: str) -> list[str]:
     if not all(names):
         raise usage_error(f"{option} must be names with commas, got {text!r}")
     return list(dict.fromkeys(names))
+
+
+def command_line() -> str:
+    """How the program was called, for the files that it writes."""
+    return shlex.join(["minference-jax", *sys.argv[1:]])
+
+
+def run_facts(model: Path) -> dict[str, Any]:
+    """What a report says of its run beside its settings: model, command, date, versions, device."""
+    import jax
+
+    from minference_jax.runs.identity import package_version
+
+    return {
+        "model": model.absolute().name,
+        "command": command_line(),
+        "date": datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
+        "versions": {
+            "minference-jax": package_version(),
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        },
+        "device": jax.devices()[0].device_kind,
+    }
 
 
 def cache_directory() -> Path:

@@ -12,6 +12,7 @@ from minference_jax.cli.completion import complete_dtype, complete_methods, comp
 from minference_jax.cli.console import (
     chosen_dtype,
     read_full_text,
+    run_facts,
     split_names,
     stderr,
     stdout,
@@ -84,12 +85,16 @@ def evaluate(
         raise usage_error("give --model, or --list")
     from minference_jax.checkpoints.convert import open_checkpoint
     from minference_jax.eval.own_data import read_own_data
-    from minference_jax.eval.report import tables, write_report
+    from minference_jax.eval.report import write_report
+    from minference_jax.eval.results import read_run
     from minference_jax.eval.runner import evaluate as run
+    from minference_jax.eval.tables import tables
     from minference_jax.eval.tasks import make_tasks
     from minference_jax.models.config import LlamaConfig
     from minference_jax.runs.files import check_output_folder
     from minference_jax.text.tokenizer import load_tokenizer
+    from minference_jax.viz.figure import has_matplotlib
+    from minference_jax.viz.page import NO_PICTURES
 
     shared = start_mesh(mesh)
     dtype = chosen_dtype(dtype)
@@ -131,11 +136,12 @@ def evaluate(
             density=density,
             seed=seed,
             path=output / "results.jsonl",
-            about={"model": model.absolute().name, "text": text, "methods": names},
+            about={"text": text, "qa": list(map(str, qa or ())), **run_facts(model)},
             wait=wait,
             progress=lambda done, total, _: update(done, total),
         )
-    paths = write_report(results, output, f"{model.absolute().name}, {samples} samples of each task and length")
+    title = f"{model.absolute().name}, {samples} samples of each task and length"
+    paths = write_report(results, output, title, read_run(output / "results.jsonl"))
     from rich.table import Table
 
     for table in tables(results)[: len(sizes)]:
@@ -143,7 +149,9 @@ def evaluate(
         for row in table.rows:
             shown.add_row(*(cell.replace("[", "\\[") for cell in row))
         stdout().print(shown)
-    stderr().print("Written: " + ", ".join(map(str, paths)))
+    if not has_matplotlib():
+        stderr().print(NO_PICTURES, markup=False)
+    stderr().print("Written: " + ", ".join(map(str, paths)), markup=False)
 
 
 def split_methods(text: str) -> list[str]:

@@ -84,7 +84,6 @@ def inspect(
         print_json(found)
         return
     console = stdout()
-    console.width = max(console.width, 100)
     for heading, content in found.items():
         console.print(_table(heading, content) if isinstance(content, dict) else f"{heading}: {content}")
 
@@ -153,16 +152,29 @@ def _plot_head(model: Path, patterns: Any, head: str, text: str, tokens: int, pl
     return {"head": name, "density": picture.density, "recall": picture.recall}
 
 
+def _flat(content: dict[str, Any]) -> dict[str, Any]:
+    """Dictionaries within as rows of their own, such as `rope.theta`; what is None or empty is left out."""
+    rows: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            rows |= {f"{name}.{key}": one for key, one in _flat(value).items()}
+        elif value is not None and value != ():
+            rows[name] = value
+    return rows
+
+
 def _table(heading: str, content: dict[str, Any]) -> Any:
     from rich import box
     from rich.table import Table
 
+    if not all(isinstance(value, dict) for value in content.values()):
+        content = _flat(content)
     rows = [value if isinstance(value, dict) else {"": value} for value in content.values()]
     columns = list(rows[0]) if rows else []
     table = Table(title=heading, box=box.SIMPLE, show_header=columns != [""], title_justify="left")
-    table.add_column("")
-    for column in columns:
-        table.add_column(column)
+    table.add_column("", overflow="fold")
+    for column in columns:  # numbers stay whole, and the names before them are folded
+        table.add_column(column, overflow="fold", no_wrap=bool(column))
     for name, row in zip(content, rows, strict=True):
         table.add_row(name, *(f"{value:,}" if type(value) is int else str(value) for value in row.values()))
     return table

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +12,9 @@ import typer
 
 from minference_jax.cli.completion import complete_dtype
 from minference_jax.cli.console import (
+    check_picture,
     chosen_dtype,
+    command_line,
     print_json,
     read_full_text,
     split_names,
@@ -71,6 +71,9 @@ def search(
         str,
         typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.", autocompletion=complete_dtype),
     ] = "",
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the patterns, their density, recall and error, to a .png, .pdf or .svg.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Where another process uses --out, wait for it.")] = False,
     restart: Annotated[bool, typer.Option(help="Forget what an interrupted search has kept.")] = False,
     patterns: Annotated[str, typer.Option(help="Verify these instead of searching: a file or a preset.")] = "",
@@ -99,6 +102,10 @@ def search(
         raise usage_error("--patterns is only verified here: give --verify FILES")
     if verify_tokens and not verify:
         raise usage_error("--verify-tokens needs --verify FILES")
+    if plot is not None:
+        if not texts:
+            raise usage_error("--plot is of what a search finds; for a file there is inspect --patterns FILE --plot")
+        check_picture("--plot", plot)
     if [*texts, *(verify or [])].count("-") > 1:
         raise usage_error("standard input can be read once only")
 
@@ -133,6 +140,12 @@ def search(
         if not json:
             stdout().print(_summary(found["search"], out))
         known = _patterns(str(out), config)
+        if plot is not None:
+            from minference_jax.viz import plot_patterns
+
+            plot_patterns(known, plot, title=f"{model.absolute().name}: {out.name}")
+            found["search"]["plot"] = str(plot)
+            stderr().print(f"Written: {plot}", markup=False)
     if held_out:
         found["verify"] = [row for one in held_out for row in one.verify(network, known, chosen, json)]
     if json:
@@ -197,7 +210,7 @@ def _search(
             left = f", about {each * (total - done):.0f} s left" if len(first) > 1 and done < total else ""
             stderr().print(f"layer {done} of {total}, {first[-1] - started:.0f} s{left}", soft_wrap=True)
 
-        about = {"model": model.absolute().name, "command": _command()}
+        about = {"model": model.absolute().name, "command": command_line()}
         lengths = [len(row) for row in ids]
         rows = [row + [0] * (max(lengths) - len(row)) for row in ids]
         samples, sizes = jnp.asarray(rows, jnp.int32), jnp.asarray(lengths, jnp.int32)
@@ -207,10 +220,6 @@ def _search(
     peak = memory.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     figures = {"seconds": time.perf_counter() - started, "peak memory GiB": round(peak / 2**30, 2)}
     return {"out": str(out), **figures, **load_about(out)}
-
-
-def _command() -> str:
-    return shlex.join(["minference-jax", *sys.argv[1:]])
 
 
 def _summary(found: dict[str, Any], out: Path) -> str:

@@ -137,6 +137,7 @@ def run_batch(
     model: Llama, tokenizer: Any, task: Task, group: Sequence[Sample], method: str, batch: int
 ) -> list[Result]:
     """The results of up to `batch` samples, run as one full batch."""
+    started = time.perf_counter()
     tokens, lengths = padded([sample.tokens for sample in group], batch)
     found: list[dict[str, Any]]
     if group[0].choices:
@@ -165,8 +166,16 @@ def run_batch(
             for reply, sample in zip(replies, group, strict=True)
         ]
         measured = _measured(answer.info, len(group))
+    share = round((time.perf_counter() - started) / len(group), 6)
     return [
-        Result(method, sample.task, sample.length, sample.index, about=dict(sample.about), **result, **info)
+        Result(
+            *(method, sample.task, sample.length, sample.index),
+            about=dict(sample.about),
+            answers=sample.answers,
+            **result,
+            **info,
+            seconds=share,
+        )
         for sample, result, info in zip(group, found, measured, strict=True)
     ]
 
