@@ -13,7 +13,20 @@ from typing import Annotated
 
 import typer
 
-from minference_jax.cli import batch, bench, compare, convert, demo, eval, fetch, generate, inspect, search, summarize
+from minference_jax.cli import (
+    advise,
+    batch,
+    bench,
+    compare,
+    convert,
+    demo,
+    eval,
+    fetch,
+    generate,
+    inspect,
+    search,
+    summarize,
+)
 from minference_jax.cli.console import enable_compile_cache, use_most_of_the_gpu
 from minference_jax.cli.stopping import Stopped, stoppable, words
 
@@ -33,6 +46,7 @@ app.command("fetch-demo-model")(fetch.fetch_demo_model)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("compare")(compare.compare)
+app.command("advise")(advise.advise)
 app.add_typer(bench.app, name="bench")
 app.command("search")(search.search)
 app.command("eval")(eval.evaluate)
