@@ -83,10 +83,11 @@ def compare(
     import jax
 
     from minference_jax.checkpoints.convert import open_checkpoint
+    from minference_jax.checkpoints.hub import local_checkpoint
     from minference_jax.compare.jax_side import run_jax
     from minference_jax.models.llama import Llama
 
-    model = Path(model)
+    model = local_checkpoint(model)
     config = open_checkpoint(model).config
     tokens, lengths = _tokens(model, prompt, lengths, config["vocab_size"])
     positions = _positions(positions, tokens.shape[1])

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from minference_jax.models import forward
 from minference_jax.models.cache import KVCache
@@ -39,22 +39,40 @@ def choice_log_probabilities(
 ) -> Float[np.ndarray, "b c"]:
     """log p of each label after each prompt, of the labels alone: the probabilities of a row sum to 1.
 
+    Arguments and cost are those of `continuation_scores`.
+    """
+    return np.asarray(jax.nn.log_softmax(continuation_scores(model, logits, cache, labels)[0], axis=-1))
+
+
+def continuation_scores(
+    model: Llama,
+    logits: Float[Array, "b vocab"],
+    cache: KVCache,
+    labels: Sequence[Sequence[Sequence[int]]],
+    *,
+    room: tuple[int, int] = (1, 1),
+) -> tuple[Float[Array, "b c"], Bool[np.ndarray, "b c"]]:
+    """log p of each continuation of each prompt, and whether greedy decoding would write it.
+
     **Arguments:**
 
-    - `logits`, `cache`: what prefill of the prompts gave. The cache has room for the longest label, and stays as it is.
-    - `labels`: token ids of the labels of each row. A row with fewer than another has −inf at the end.
+    - `logits`, `cache`: what prefill of the prompts gave. The cache has room for the longest continuation, and stays as
+      it is.
+    - `labels`: token ids of the continuations of each row. A row with fewer than another has −inf at the end.
+    - `room`: compile for at least so many continuations, and tokens of each: few programs then serve many shapes.
 
-    Cost: a decoding step for each token of a label but its first.
+    Cost: a decoding step for each token of a continuation but its first.
     """
     most, width = max(map(len, labels)), max(len(label) for row in labels for label in row)
+    most, width = max(most, room[0]), max(width, room[1])
     ids = np.zeros((len(labels), most, width), np.int32)
     sizes = np.zeros((len(labels), most), np.int32)
     for place, row in enumerate(labels):
         for number, label in enumerate(row):
             ids[place, number, : len(label)] = label
             sizes[place, number] = len(label)
-    totals = _totals(model.config, model.params(), logits, cache, jnp.asarray(ids), jnp.asarray(sizes))
-    return np.asarray(jax.nn.log_softmax(totals, axis=-1))
+    totals, greedy = _totals(model.config, model.params(), logits, cache, jnp.asarray(ids), jnp.asarray(sizes))
+    return totals, np.asarray(greedy) & (sizes > 0)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -65,24 +83,28 @@ def _totals(
     cache: KVCache,
     labels: Int32[Array, "b c w"],
     sizes: Int32[Array, "b c"],
-) -> Array:
-    """log p of each label `[b, c]`: of its first token by the prompt, of each other one by a decoding step."""
+) -> tuple[Array, Array]:
+    """log p of each label `[b, c]`, and whether all its tokens are the likeliest: of its first token by the prompt, of
+    each other one by a decoding step."""
     firsts = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), labels[:, :, 0], axis=-1)
     firsts = jnp.where(sizes > 0, firsts, -jnp.inf)
+    likeliest = labels[:, :, 0] == jnp.argmax(logits, axis=-1)[:, None]
     if labels.shape[2] == 1:
-        return firsts
+        return firsts, likeliest
 
-    def total(of_label: tuple[Array, Array, Array]) -> Array:
-        label, size, first = of_label  # of every row: [b, w], [b], [b]
+    def total(of_label: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+        label, size, first, likeliest = of_label  # of every row: [b, w], [b], [b], [b]
 
-        def step(carry: tuple[KVCache, Array], place: Array) -> tuple[tuple[KVCache, Array], None]:
-            cache, sum_ = carry
+        def step(carry: tuple[KVCache, Array, Array], place: Array) -> tuple[tuple[KVCache, Array, Array], None]:
+            cache, sum_, greedy = carry
             after, cache = forward.decode(config, params, label[:, place - 1], cache)
             log_p = jnp.take_along_axis(jax.nn.log_softmax(after.astype(jnp.float32)), label[:, place, None], axis=-1)
-            return (cache, sum_ + jnp.where(place < size, log_p[:, 0], 0)), None
+            greedy &= (place >= size) | (jnp.argmax(after, axis=-1) == label[:, place])
+            return (cache, sum_ + jnp.where(place < size, log_p[:, 0], 0), greedy), None
 
         places = jnp.arange(1, label.shape[1], dtype=jnp.int32)
-        (_, sum_), _ = jax.lax.scan(step, (cache, first), places)
-        return sum_
+        (_, sum_, greedy), _ = jax.lax.scan(step, (cache, first, likeliest), places)
+        return sum_, greedy
 
-    return jax.lax.map(total, (labels.swapaxes(0, 1), sizes.T, firsts.T)).T
+    sums, greedy = jax.lax.map(total, (labels.swapaxes(0, 1), sizes.T, firsts.T, likeliest.T))
+    return sums.T, greedy.T
