@@ -91,8 +91,7 @@ def test_the_real_harness_runs_a_task(model):
     """Choices, replies and rolling likelihoods through `simple_evaluate`, on tasks defined here."""
     lm_eval = pytest.importorskip("lm_eval")
     datasets = pytest.importorskip("datasets")
-    from lm_eval.api.task import ConfigurableTask
-
+    configured = pytest.importorskip("lm_eval.api.task").ConfigurableTask
     rows = [
         {"q": "The sea is", "choices": ["blue", "red sand"], "gold": 0},
         {"q": "Cats", "choices": ["sing", "sleep"], "gold": 1},
@@ -109,7 +108,7 @@ def test_the_real_harness_runs_a_task(model):
         config = {"task": name, "doc_to_target": targets.get(name), **shared, **kind}
         if name == "mine-text":
             config["metric_list"] = [{"metric": "word_perplexity"}]
-        tasks.append(ConfigurableTask(config=config))
+        tasks.append(configured(config=config))
     tokenizer = NumberTokenizer()
     adapter = harness_model(model, tokenizer, batch=2, max_new_tokens=4)
     found = lm_eval.simple_evaluate(adapter, tasks=tasks, bootstrap_iters=0)["results"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
@@ -31,7 +32,7 @@ def local_checkpoint(path: str | os.PathLike, *, download: bool = False) -> Path
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        options = {"allow_patterns": list(FILES)} if download else {"local_files_only": True}
+        options: dict[str, Any] = {"allow_patterns": list(FILES)} if download else {"local_files_only": True}
         return Path(snapshot_download(name, revision=revision or None, **options))
     except LocalEntryNotFoundError as error:
         if download:

@@ -69,12 +69,11 @@ def compare(
     config = LlamaConfig.from_hf(open_checkpoint(model).config)
     with usage("--pattern"):
         patterns = resolve_patterns(pattern, config.num_layers, config.num_heads)
-    started = run_facts(model)
 
-    def page(comparison: Any, **more: Any) -> None:
+    def page(comparison: Any, **more: Any) -> None:  # at the end: JAX must not begin before PyTorch has ended
         assert report is not None
         with naming(report):
-            report.write_text(comparison_page(comparison, started, **more), encoding="utf-8")
+            report.write_text(comparison_page(comparison, run_facts(model), **more), encoding="utf-8")
         stderr().print(f"Written: {report}", markup=False)
 
     options: dict[str, Any] = {
