@@ -60,9 +60,9 @@ for length in LENGTHS:
 # %% [markdown]
 # ## Is the needle found?
 #
-# One row for each depth at which the fact lies, one column for each prompt length (on a CPU only the longest). Green
-# is found, red is lost. Five samples have their facts in the first half of the text, ten at all depths. The window
-# loses most of what lies farther back than it reaches; a fact may still travel in several steps, from layer to layer.
+# One row for each depth at which the fact lies, one column for each prompt length (on a CPU only the longest). Light
+# is found, dark is lost. A few samples have their facts all over the text, ten at every depth. The window loses most
+# of what lies farther back than it reaches; a fact may still travel in several steps, from layer to layer.
 
 # %%
 tasks = make_tasks(["needle-magic-raw"])
