@@ -58,6 +58,7 @@ LONGEST = (
     "test_tile_masses.py",
     "test_eval_compare.py",
     "test_parity_variants.py",
+    "test_terminal.py",
 )
 """Files whose tests take more than twenty seconds on one core, the longest first (`--durations=0` tells)."""
 

@@ -3,7 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 
-from minference_jax.cli import main
+from minference_jax.cli import main, progress
+
+progress.FIRST_LINE = 3600.0  # no line of progress among what a command says, however slow the machine
 
 # Largest allowed |difference| from the float32 oracle.
 # float32: one softmax row sums up to a few thousand terms in another order; 1e-5 is about 80 ulp at 1.
