@@ -18,7 +18,7 @@ from pallas_kernels.xla.backward import attention_backward
 
 @dataclasses.dataclass(frozen=True)
 class Refs:
-    """Arrays in device memory. `blocks`, `keys`, `values` and `lse` may be None."""
+    """Arrays in device memory. `blocks`, `keys`, `values`, `last_values` and `lse` may be None."""
 
     q: Any
     k: Any
@@ -29,6 +29,7 @@ class Refs:
     blocks: Any
     keys: Any
     values: Any
+    last_values: Any
     out: Any
     lse: Any
 
