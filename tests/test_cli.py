@@ -113,6 +113,12 @@ def test_inspect_counts_patterns(capsys, tmp_path):
         (("MODEL", "-", "--file", "-"), "standard input"),
         (("MODEL", "a", "--max-new-tokens", "0"), "max-new-tokens"),
         (("MODEL", "a", "--no-such-option"), "--no-such-option"),
+        (("MODEL", "a", "--dtype", "int8"), "dtype must be one of"),
+        (("MODEL", "a", "--top-p", "-1"), "top_p must be in (0, 1]"),
+        (("MODEL", "a", "--prefill-chunk", "130"), "multiple of 128"),
+        (("MODEL", "a", "--cache", "int4"), "fp8 or int8"),
+        (("MODEL", "a", "--seed", "1" + "0" * 30), "at most 64 bits"),
+        (("MODEL", "a", "--rope-scaling", '{"factor": 2, "factor": 4}'), "'factor' occurs twice"),
         (("MODEL", "a", "--pattern", "diagonal"), "neither a file nor a pattern"),
         (("MODEL", "a", "--pattern", ""), "a pattern is missing"),
         (("MODEL", "a", "--pattern", "a-shape:width=3"), "no field=value of a-shape"),
@@ -135,7 +141,6 @@ def test_usage_errors_end_with_status_2(model, capsys, arguments, message):
     [
         (("generate", "/no/such/model", "a"), "/no/such/model does not exist"),
         (("generate", "MODEL", "--file", "/no/such/file"), "/no/such/file"),
-        (("generate", "MODEL", "a", "--dtype", "int8"), "dtype must be one of"),
         (("convert", "MODEL", "MODEL"), "MODEL"),
     ],
 )

@@ -12,6 +12,7 @@ from minference_jax.bench.cases import Case
 from minference_jax.cli.console import (
     MAX_TOKENS,
     check_picture,
+    dtype_or_default,
     print_json,
     read_full_text,
     stderr,
@@ -283,7 +284,7 @@ def _network(model: Path | None, random_weights: str, dtype: str, mesh: Any = No
     from minference_jax.checkpoints.presets import known_config
     from minference_jax.models.llama import Llama
 
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = dtype_or_default(dtype)
     if model is not None:
         return Llama.from_pretrained(model, dtype=dtype, mesh=mesh)
     config = known_config(random_weights)

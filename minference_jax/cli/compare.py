@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from minference_jax.cli.console import MAX_TOKENS, read_full_text, usage, usage_error
+from minference_jax.cli.console import MAX_TOKENS, dtype_or_default, read_full_text, usage, usage_error
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP
 
@@ -47,8 +47,10 @@ def compare(
     from minference_jax.compare import run_compare
     from minference_jax.compare.task import run_compare_task
     from minference_jax.eval.samples import check_length
+    from minference_jax.eval.tasks import make_tasks
     from minference_jax.models.config import LlamaConfig
 
+    dtype = dtype_or_default(dtype)
     words = read_full_text(text) if text else None
     config = LlamaConfig.from_hf(open_checkpoint(model).config)
     with usage("--pattern"):
@@ -57,6 +59,8 @@ def compare(
     if task:
         with usage("--length"):
             check_length(length or 1024)
+        with usage("--task"):
+            make_tasks([task], text=words)
         return run_compare_task(model, task, text=words, length=length or 1024, samples=samples or 8, **options)
     assert words is not None
     options |= {"fp8_projections": fp8, "max_new_tokens": 64 if max_new_tokens is None else max_new_tokens}

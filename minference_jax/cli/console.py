@@ -70,6 +70,9 @@ def progress(label: str, *, show: bool = True) -> Iterator[Update]:
 MAX_TOKENS = 1 << 24
 """Longest prompt or answer that options accept: longer than any, so a larger number is a mistake."""
 
+MAX_BATCH = 1 << 16
+"""Most prompts at once that options accept."""
+
 MAX_TEXT_BYTES = 1 << 30
 """Of a text that a command reads: as much as 200 million tokens, and an end to what has none, such as /dev/zero."""
 
@@ -118,6 +121,15 @@ def usage(option: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise usage_error(f"{option}: {error}") from None
+
+
+def dtype_or_default(dtype: str) -> str:
+    """The value of --dtype, or without one what models have here by default. Another word ends with status 2."""
+    import jax
+
+    if dtype not in ("", "float32", "bfloat16", "float16"):
+        raise usage_error(f"--dtype: dtype must be one of float32, bfloat16 or float16, got {dtype!r}")
+    return dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
 def split_names(option: str, text: str) -> list[str]:

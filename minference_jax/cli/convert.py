@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from minference_jax.cli.console import progress, stdout
+from minference_jax.cli.console import dtype_or_default, progress, stdout, usage
 
 
 def convert(
@@ -16,10 +16,16 @@ def convert(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
 ) -> None:
     """Write a checkpoint as a Hugging Face directory with safetensors, which transformers loads too."""
-    from minference_jax.checkpoints.convert import load_checkpoint, save_checkpoint
+    from minference_jax.checkpoints.convert import load_checkpoint
+    from minference_jax.checkpoints.save import new_directory, write_checkpoint
+    from minference_jax.runs.files import check_output_folder
 
-    with progress("Reading weights") as update:
-        config, params = load_checkpoint(source, dtype=dtype, progress=update)
-    with progress("Writing"):
-        save_checkpoint(config, params, directory, tokenizer_from=source)
+    dtype = dtype_or_default(dtype)
+    with usage("DIRECTORY"):
+        check_output_folder(directory)
+    with new_directory(directory) as scratch:  # before the weights are read
+        with progress("Reading weights") as update:
+            config, params = load_checkpoint(source, dtype=dtype, progress=update)
+        with progress("Writing"):
+            write_checkpoint(config, params, scratch, tokenizer_from=source)
     stdout().print(f"{directory}: {sum(p.size for p in params.values()):,} parameters in {dtype}")

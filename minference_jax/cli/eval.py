@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from minference_jax.cli.console import (
+    MAX_BATCH,
     progress,
     read_full_text,
     split_names,
@@ -36,7 +37,7 @@ def evaluate(
         typer.Option(help="Names (dense, minference, a-shape, static, …), patterns, searched:FILE; with commas."),
     ] = "dense,minference,a-shape",
     samples: Annotated[int, typer.Option(min=1, max=1_000_000, help="Of each task at each length.")] = 50,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Prompts at once.")] = 8,
     density: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of keys that methods may visit.")] = 0.35,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",

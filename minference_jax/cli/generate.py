@@ -13,6 +13,7 @@ import typer
 
 from minference_jax.cli.console import (
     MAX_TOKENS,
+    dtype_or_default,
     print_json,
     progress,
     read_full_text,
@@ -26,6 +27,7 @@ from minference_jax.cli.mesh import HOSTS_HELP, MESH_HELP, check_mesh, start_mes
 from minference_jax.patterns.describe import describe_patterns
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP
+from minference_jax.runs.files import strict_json
 
 
 def generate(
@@ -94,12 +96,13 @@ def generate(
     )
 
     shared = start_mesh(mesh, hosts)
-    import jax
-
+    _check_settings(max_new_tokens, temperature, top_p, prefill_chunk, cache, dtype)
     from minference_jax.models.generate import generate as continue_tokens
-    from minference_jax.models.requests import check_context, check_prompts
+    from minference_jax.models.requests import check_context, check_prompts, random_key
     from minference_jax.text.tokenizer import load_tokenizer
 
+    with usage("--seed"):
+        key = random_key(seed)
     scaling = _json_option("--rope-scaling", rope_scaling) if rope_scaling else None
     variables = dict(map(_variable, template_variable or []))
     config, patterns = check_model(Path(model), pattern, scaling)
@@ -124,7 +127,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
-            key=jax.random.key(seed),
+            key=key,
             eos_token_ids=tokenizer.eos_token_ids,
             cache_dtype=cache,
             prefill_chunk=prefill_chunk,
@@ -144,6 +147,18 @@ def generate(
         _print_figures(figures, stderr())
 
 
+def _check_settings(
+    max_new_tokens: int, temperature: float, top_p: float, prefill_chunk: int | None, cache: str, dtype: str
+) -> None:
+    """Ends with status 2 for a setting that `generate` would refuse, which it does once weights are there."""
+    from minference_jax.models.cache import cache_dtype
+    from minference_jax.models.requests import check_numbers
+
+    with usage("settings"):
+        check_numbers(max_new_tokens, temperature, top_p, prefill_chunk)
+        cache_dtype(cache, dtype_or_default(dtype))
+
+
 def check_model(path: Path, pattern: str, rope_scaling: Any = None) -> tuple[Any, Any]:
     """The config and the patterns, from the headers of a checkpoint: what can be wrong before weights are read."""
     from minference_jax.checkpoints.convert import open_checkpoint
@@ -160,11 +175,9 @@ def load_model(
     path: Path, patterns: Any, dtype: str, fp8: bool = False, rope_scaling: Any = None, mesh: Any = None
 ) -> Any:
     """The model with its weights, on one device or a mesh."""
-    import jax
-
     from minference_jax.models.llama import Llama
 
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = dtype_or_default(dtype)
     with progress("Loading weights") as update:
         options: dict[str, Any] = {"fp8_projections": fp8, "progress": update, "rope_scaling": rope_scaling}
         options["mesh"] = mesh
@@ -194,9 +207,9 @@ def _variable(option: str) -> tuple[str, Any]:
 
 def _json_option(name: str, text: str) -> dict[str, Any]:
     try:
-        value = json_text.loads(text)
-    except ValueError:
-        value = None
+        value = strict_json(text)
+    except ValueError as error:
+        raise usage_error(f"{name} takes a JSON object: {error}; got {text!r}") from None
     if not isinstance(value, dict):
         raise usage_error(f"{name} takes a JSON object, got {text!r}")
     return value
@@ -225,7 +238,8 @@ def _random(
     config = known_config(name)
     with usage("--pattern"):
         patterns = pattern if pattern == "auto" else resolve_patterns(pattern, config.num_layers, config.num_heads)
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = dtype_or_default(dtype)
+    _check_settings(max_new_tokens, 0.0, 1.0, prefill_chunk, cache, dtype)
     check_mesh(mesh, config)
     network = Llama.random(config, jax.random.key(0), dtype, patterns, mesh)
     network = network.with_fp8_projections() if fp8 else network

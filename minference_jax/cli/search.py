@@ -14,6 +14,7 @@ import typer
 
 from minference_jax.cli.console import (
     MAX_TOKENS,
+    dtype_or_default,
     print_json,
     progress,
     read_full_text,
@@ -141,11 +142,10 @@ def _patterns(name: str, config: Any) -> Any:
 
 
 def _load(model: Path, dtype: str) -> Any:
-    import jax
 
     from minference_jax.models.llama import Llama
 
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = dtype_or_default(dtype)
     with progress("Reading weights") as update:
         return Llama.from_pretrained(model, dtype=dtype, progress=update)
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from minference_jax.cli.batch import model_or_demo
-from minference_jax.cli.console import print_json, progress, split_names, stderr, stdout, usage
+from minference_jax.cli.console import MAX_TOKENS, print_json, progress, split_names, stderr, stdout, usage
 from minference_jax.cli.generate import check_model, load_model
 from minference_jax.patterns.text import PATTERN_HELP
 
@@ -25,9 +25,9 @@ def summarize(
         Path | None, typer.Option(help="JSONL of all replies; a run that was stopped goes on from it.")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(min=64, help="Tokens read at once; default: the model's context.")
+        int | None, typer.Option(min=64, max=MAX_TOKENS, help="Tokens read at once; default: the model's context.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each reply.")] = 96,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Of each reply.")] = 96,
     raw: Annotated[bool, typer.Option(help="No chat template.")] = False,
     pattern: Annotated[
         str, typer.Option(help=f"How heads attend in prefill: {PATTERN_HELP} auto is sparse where that pays.")
@@ -41,14 +41,14 @@ def summarize(
     Example: minference-jax summarize reviews.jsonl --keywords quality,price,service
     """
     from minference_jax.jobs import read_rows
+    from minference_jax.jobs.output import check_job_file
     from minference_jax.jobs.summarize import summarize as run
-    from minference_jax.runs.files import check_output_file
     from minference_jax.text.tokenizer import load_tokenizer
 
     names = split_names("--keywords", keywords)
     if out is not None:
         with usage("--out"):
-            check_output_file(out)
+            check_job_file(out)
     rows = read_rows(file)
     model = model_or_demo(model)
     _, patterns = check_model(model, pattern)
@@ -69,7 +69,7 @@ def summarize(
 
 def make_reviews(
     out: Annotated[Path, typer.Argument(help="A .jsonl file to write.")],
-    count: Annotated[int, typer.Option(min=1)] = 2_000,
+    count: Annotated[int, typer.Option(min=1, max=10_000_000)] = 2_000,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Write made-up customer reviews in English and Korean, each with its label and what it is about."""

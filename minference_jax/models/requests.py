@@ -135,7 +135,10 @@ def padding_id(config: LlamaConfig, given: Any, eos: tuple[int, ...]) -> int:
 def random_key(key: Any) -> Array:
     """A key of `jax.random`; a whole number is its seed."""
     if key is None or (isinstance(key, int | np.integer) and not isinstance(key, bool)):
-        return jax.random.key(int(key or 0))
+        seed = int(key or 0)
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"key must be a seed of at most 64 bits, got {seed}")
+        return jax.random.key(seed)
     if isinstance(key, Array):
         try:
             jax.random.key_data(key)
