@@ -103,6 +103,8 @@ def sparse_attention(
     Source: MInference (arXiv 2407.02490) §3.2.
     """
     check_qkv(q, k, v)
+    if not isinstance(plan, SparsePlan):
+        raise TypeError(f"plan must be a SparsePlan, got {type(plan).__name__}; dense_attention takes none")
     plan.validate(q.shape[0], q.shape[2], q.shape[1])
     return _attend(q, k, v, plan, lengths, q_offset, scale, implementation, return_lse)
 

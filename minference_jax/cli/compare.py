@@ -19,7 +19,9 @@ def compare(
     length: Annotated[
         int | None, typer.Option(min=64, max=MAX_TOKENS, help="With --task: tokens of a prompt; 1024 by default.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="With --task: how many prompts; 8 by default.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="With --task: how many prompts; 8 by default.")
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=2, max=MAX_TOKENS, help="How many tokens of the text to compare; 2048 by default.")
     ] = None,

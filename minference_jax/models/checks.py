@@ -107,6 +107,8 @@ def check_start(start: Any, tokens: Array, cache: KVCache | None) -> Int32[Array
         if start + t > cache.capacity:
             raise ValueError(f"start {start} and {t} tokens exceed the cache's {cache.capacity} positions")
         return jnp.asarray(start, jnp.int32)
+    if not jnp.issubdtype(jnp.result_type(start), jnp.integer) or jnp.shape(start):
+        raise TypeError(f"start must be an integer scalar, got {start!r}")
     # A slice update would clamp what it writes, and nothing else: positions would not be those of the rows.
     start = jnp.clip(jnp.asarray(start, jnp.int32), 0, cache.capacity - t)
     return start // QUERY_TILE * QUERY_TILE

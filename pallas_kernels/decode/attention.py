@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.checks import check_lengths, check_scale, check_whole
 from pallas_kernels.decode.narrow import moved
 from pallas_kernels.device import Device
 
@@ -53,8 +54,9 @@ def decode_attention(
 
     - `q`: `[b, n, h]`; `k`, `v`: `[layers, b, s, k, h]` in q's dtype, or in a narrower one (float8_e4m3fn, int8) with
       `k_scale`, `v_scale` `[layers, b, s, k]`: the factor of each row.
-    - `layer`: int32 scalar, may be traced. `lengths`: int32 `[b]`, clamped to [0, s]; a sequence without keys gives
-      zeros. Rows past a length may hold any finite numbers.
+    - `layer`: int32 scalar; a traced one is clamped to the layers there are.
+    - `lengths`: int32 `[b]`, clamped to [0, s]; a sequence without keys gives zeros. Rows past a length may hold any
+      finite numbers.
     - `scale` (static): by default 1/sqrt(h). `implementation` (static): "triton" (an NVIDIA GPU, for float8_e4m3fn of
       compute capability 8.9 or later; 16-bit q, h a power of two from 16 on, s >= 128), "xla" (jnp, everywhere), or
       None, the best for the call. `interpret`: run the kernel on a CPU.
@@ -62,7 +64,8 @@ def decode_attention(
     **Returns:** `[b, n, h]` in q's dtype; softmax in float32. With `return_lse` (static) the pair of that and the
     log-sum-exp of the scores, float32 `[b, n]` (−inf of a sequence without keys).
 
-    **Raises:** ValueError for shapes that do not fit, or an implementation that cannot serve the call.
+    **Raises:** ValueError for shapes and numbers that do not fit, or an implementation that cannot serve the call;
+    TypeError for lengths or a layer that are no integers.
     """
     if k.ndim != 5 or k.shape != v.shape or q.ndim != 3 or q.shape[::2] != k.shape[1::3] or q.shape[1] % k.shape[3]:
         raise ValueError(f"decode_attention: q {q.shape} does not fit k {k.shape} and v {v.shape}")
@@ -70,11 +73,11 @@ def decode_attention(
         raise ValueError(f"decode_attention: k_scale and v_scale must both have shape {k.shape[:-1]}, or be None")
     if k.dtype != v.dtype or (k_scale is None and k.dtype != q.dtype):
         raise ValueError(f"decode_attention: k is {k.dtype} and v {v.dtype}; without scales both have q's {q.dtype}")
-    if lengths.shape != q.shape[:1]:
-        raise ValueError(f"decode_attention: lengths {lengths.shape} are not one for each row of q {q.shape}")
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    lengths = jnp.clip(lengths, 0, k.shape[2])
-    layer = jnp.asarray(layer, jnp.int32)
+    factor = check_scale(scale, q)
+    lengths = check_lengths(lengths, q.shape[0], k.shape[2])
+    if not isinstance(layer, jax.Array) and check_whole("layer", layer, 0) >= k.shape[0]:
+        raise ValueError(f"layer must be less than the {k.shape[0]} layers of k, got {layer}")
+    layer = jnp.clip(jnp.asarray(layer, jnp.int32), 0, k.shape[0] - 1)
     arguments = (q, k, v, k_scale, v_scale, layer, lengths)
     kernel = partial(_split_attention, scale=factor, interpret=interpret)
     plain = partial(_plain_attention, scale=factor)
