@@ -70,8 +70,8 @@ def decode_attention(
     **Returns:** `[b, n, h]` in q's dtype, with float32 softmax; with `return_lse` the pair of that and float32
     `[b, n]`, natural logarithm, −inf for a sequence without keys.
 
-    **Raises:** ValueError for shapes, dtypes and numbers that do not fit, and for an implementation that cannot serve the
-    call, with the reason; TypeError for lengths or a layer that are no integers.
+    **Raises:** ValueError for shapes, dtypes and numbers that do not fit, and for an implementation that cannot serve
+    the call, with the reason; TypeError for lengths or a layer that are no integers.
 
     Cost: the bytes of the valid keys and values, read once. Source: FlashDecoding, for the split over keys.
     """
