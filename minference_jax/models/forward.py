@@ -27,6 +27,7 @@ from minference_jax.models.rope import LayerRope, layer_rope, turns
 from minference_jax.models.stacked import Layer
 from minference_jax.models.window import attend_layer, decode_layer, with_sinks
 from minference_jax.parallel.exchange import ONE, Exchange
+from pallas_kernels.tracing import vary_alike
 
 Params = Mapping[str, Array]
 
@@ -193,7 +194,7 @@ def prefill(
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
     table = exchange.whole(config, params, "embed")
     unspent = None if patterns is None else patterns.begin(tokens.shape[0])
-    carry = (embed(config, table, exchange.own_rows(tokens)), cache, unspent)
+    carry = vary_alike((embed(config, table, exchange.own_rows(tokens)), cache, unspent), lengths)
     (x, cache, _), kept = jax.lax.scan(step, carry, (indices, stacked_layers(params), patterns, order))
     if cache is not None:
         written = jax.lax.dynamic_update_slice(cache.tokens, tokens, (jnp.int32(0), q_offset))
