@@ -96,6 +96,7 @@ def generate(
     shared = start_mesh(mesh, hosts)
     import jax
 
+    from minference_jax.checkpoints.hf_files import unused_settings
     from minference_jax.models.generate import generate as continue_tokens
     from minference_jax.models.requests import check_context, check_prompts
     from minference_jax.text.tokenizer import load_tokenizer
@@ -105,6 +106,8 @@ def generate(
     config, patterns = check_model(Path(model), pattern, scaling)
     check_mesh(shared, config)
     with _plain_warnings():
+        if unused := unused_settings(Path(model)):
+            warnings.warn(f"generation_config.json asks for {unused}, which is not done here", stacklevel=1)
         tokenizer = load_tokenizer(model)
         ids = tokenizer.encode(text) if raw else _chat(tokenizer, text, system, reply_prefix, template, variables)
         check_prompts([ids], None, config.vocab_size)

@@ -9,6 +9,7 @@ from minference_jax.models.traits import Experts, Family, Number, Traits
 
 _BOTH, _MLP = {"attention_bias": ("qkv_bias", "o_bias")}, {"mlp_bias": ("mlp_bias",)}
 _BOS_EOS = {"bos_token_id": 1, "eos_token_id": 2}
+_KV_HEADS = ("num_key_value_heads",)
 _QWEN = {
     "max_position_embeddings": 32768,
     "sliding_window": 4096,
@@ -45,10 +46,11 @@ FAMILIES: dict[str, Family] = {
             "llama_4_scaling_beta": 0.1,
         },
     ),
-    "qwen2": Family("Qwen2ForCausalLM", _QWEN, Traits(qkv_bias=True), window="from", switch=True),
+    "qwen2": Family("Qwen2ForCausalLM", _QWEN, _KV_HEADS, Traits(qkv_bias=True), window="from", switch=True),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         {**_QWEN, "head_dim": 128},
+        _KV_HEADS,
         Traits(qk_norm=True),
         biases=_BOTH,
         window="from",
@@ -65,7 +67,7 @@ FAMILIES: dict[str, Family] = {
             "moe_intermediate_size": 768,
             "norm_topk_prob": False,
         },
-        Traits(qk_norm=True),
+        traits=Traits(qk_norm=True),
         biases=_BOTH,
         experts={
             "number": "num_experts",
@@ -89,6 +91,7 @@ FAMILIES: dict[str, Family] = {
         },
         window="all",
         partial_rotary=True,
+        rope_kinds=("default", "longrope"),
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
@@ -102,6 +105,7 @@ FAMILIES: dict[str, Family] = {
             "eos_token_id": 128001,
             "pad_token_id": 128004,
         },
+        _KV_HEADS,
         biases=_BOTH | _MLP,
         window="no_rope",
         switch=True,
@@ -117,6 +121,7 @@ FAMILIES: dict[str, Family] = {
             "eos_token_id": 2,
             "pad_token_id": 1,
         },
+        (*_KV_HEADS, "head_dim"),
         biases={"attention_bias": ("qkv_bias",), "attention_out_bias": ("o_bias",)} | _MLP,
     ),
     "granite": Family(
@@ -149,7 +154,7 @@ FAMILIES: dict[str, Family] = {
             "eos_token_id": [151329, 151336, 151338],
             "pad_token_id": 151329,
         },
-        Traits(post_norms=True, neighbours=True),
+        traits=Traits(post_norms=True, neighbours=True),
         biases={"attention_bias": ("qkv_bias",)},
         partial_rotary=True,
     ),
@@ -171,7 +176,7 @@ FAMILIES: dict[str, Family] = {
             "eos_token_id": 1,
             "pad_token_id": 0,
         },
-        Traits(qk_norm=True, post_norms=True, norm_offset=1.0, activation="gelu_tanh"),
+        traits=Traits(qk_norm=True, post_norms=True, norm_offset=1.0, activation="gelu_tanh"),
         biases=_BOTH,
         numbers={
             "embed_scale": Number("hidden_size", 0.5),
@@ -181,7 +186,7 @@ FAMILIES: dict[str, Family] = {
         window="types",
         pattern="sliding_window_pattern",
         local_rope=True,
-        only={"use_bidirectional_attention": False},
+        only={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
     ),
     "gpt_oss": Family(
         "GptOssForCausalLM",
@@ -196,7 +201,7 @@ FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 4,
             "attention_bias": True,
         },
-        Traits(
+        traits=Traits(
             norm_offset=0.0,
             activation="clamped_swiglu",
             sinks=True,

@@ -84,7 +84,8 @@ class Number:
 class Family:
     """How a family's config.json is read.
 
-    - `architecture`: the class that transformers names. `defaults`: of keys that a config.json leaves out.
+    - `architecture`: the class that transformers names. `defaults`: of keys that a config.json leaves out. `nullable`:
+      which of these keys may be null, which then means what it means where there is no default.
     - `traits`: those that every model of the family has.
     - `biases`: key → the traits that it sets. Keys that a family ignores are not there.
     - `numbers`: trait → the key that holds it. `experts`: field of `Experts` → the key that holds it.
@@ -93,12 +94,13 @@ class Family:
       `use_sliding_window` says so.
     - `pattern`: with "types" and no `layer_types`, every so manieth layer is not sliding; a key, or its value.
     - `partial_rotary`: whether a part of each head may be rotated. `rope`: where a config.json has none.
-    - `local_rope`: layers with a window have a RoPE of their own (Gemma 3).
+    - `rope_kinds`: the supported ones, where not all are. `local_rope`: layers with a window have a RoPE of their own.
     - `only`: key → the one value that is supported. `quantized`: methods whose checkpoints are read.
     """
 
     architecture: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    nullable: tuple[str, ...] = ()
     traits: Traits = Traits()
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     numbers: Mapping[str, Number] = field(default_factory=dict)
@@ -108,6 +110,7 @@ class Family:
     pattern: int | str = 0
     partial_rotary: bool = False
     rope: Mapping[str, Any] = field(default_factory=dict)
+    rope_kinds: tuple[str, ...] = ()
     local_rope: bool = False
     only: Mapping[str, Any] = field(default_factory=dict)
     quantized: tuple[str, ...] = ()

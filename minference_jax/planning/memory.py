@@ -169,7 +169,7 @@ def _activations(
     sent = own * (n + 2 * k) * h * size if mesh.size > 1 else 0
     index = index_bytes(patterns, rows, keys, batch * n // heads, size)
     attention = batch * (stream + 2 * queries + keys_and_values + sent) + max(
-        index, batch * _window_bytes(config, rows) // heads
+        index, batch * _window_bytes(config, rows, keys) // heads
     )
     at_once = own if rows < keys and batch * rows <= PART else min(own, CHUNK)
     mlp = batch * (stream + own * n * h * size + at_once * _mlp_row(config, size))
@@ -178,9 +178,9 @@ def _activations(
     return max(max(attention, mlp) + _weights(stacked, size, fp8_projections), table)
 
 
-def _window_bytes(config: LlamaConfig, rows: int) -> int:
+def _window_bytes(config: LlamaConfig, rows: int, keys: int) -> int:
     """Bytes of the scores of one block of queries in a layer with a window, in float32, and what becomes of them."""
-    if config.sliding_window is None:
+    if config.sliding_window is None or config.sliding_window >= keys:
         return 0
     block = min(rows, max(BLOCK, config.sliding_window))
     return 3 * 4 * config.num_heads * block * min(rows, block + config.sliding_window)
