@@ -54,6 +54,10 @@ def hf_shapes(config):
         layer |= {"post_self_attn_layernorm.weight": (d,), "post_mlp_layernorm.weight": (d,)}
     if family == "gemma3_text":
         layer |= {"pre_feedforward_layernorm.weight": (d,), "post_feedforward_layernorm.weight": (d,)}
+    if family in ("olmo2", "olmo3"):
+        del layer["input_layernorm.weight"]
+        layer |= {"self_attn.q_norm.weight": (q,), "self_attn.k_norm.weight": (kv,)}
+        layer |= {"post_feedforward_layernorm.weight": (d,)}
     layer |= _mlp_shapes(config, family, d, f)
     shapes = {f"model.layers.{i}.{k}": v for i in range(config["num_hidden_layers"]) for k, v in layer.items()}
     shapes |= {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}

@@ -101,6 +101,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=32.0, beta_slow=1.0, truncate=False
         ),
     },
+    "olmo2": {"model_type": "olmo2", "head_dim": 16},
+    "olmo3": {
+        "model_type": "olmo3",
+        "num_hidden_layers": 4,
+        "sliding_window": 40,
+        "rope_theta": 5e5,
+        "rope_scaling": _rope("yarn", factor=4.0, original_max_position_embeddings=64, attention_factor=1.2),
+    },
     "glm4": {"model_type": "glm4", "head_dim": 16, "partial_rotary_factor": 0.5, "attention_bias": True},
 }
 """Of the other families: what differs from `_SMALL`."""

@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "glm4": "glm4",
     "gemma3": "gemma3_text",
     "gpt-oss": "gpt_oss",
+    "olmo2": "olmo3",
 }
 # What some architectures' files say beside the common keys: key → config.json's.
 _NUMBERS = {
@@ -73,6 +74,8 @@ def _hf_config(file: GGUFFile | SplitGGUF) -> dict[str, Any]:
     if family not in ARCHITECTURES:
         raise ValueError(f"GGUF architecture {family!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     name = ARCHITECTURES[family]
+    if name == "olmo3" and f"{family}.attention.sliding_window" not in metadata:
+        name = "olmo2"
     takes_experts = FAMILIES[name].experts is not None
     if metadata.get(f"{family}.expert_count", 0) and not takes_experts:
         raise ValueError(f"mixtures of experts of architecture {family!r} are not supported")
@@ -118,6 +121,9 @@ def _hf_config(file: GGUFFile | SplitGGUF) -> dict[str, Any]:
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
     }
     config |= _biases(file) | _by_family(name, config, get)
+    slides = metadata.get(f"{family}.attention.sliding_window_pattern")
+    if FAMILIES[name].window == "types" and isinstance(slides, np.ndarray | list):
+        config["layer_types"] = ["sliding_attention" if slide else "full_attention" for slide in slides]
     config["rope_scaling"] = _rope_scaling(file, config, get)
     if config["rope_scaling"] and "original_max_position_embeddings" in config["rope_scaling"]:
         config["original_max_position_embeddings"] = config["rope_scaling"]["original_max_position_embeddings"]

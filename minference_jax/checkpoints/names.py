@@ -68,6 +68,8 @@ _ROWS = (
     Row("layers.bo", "self_attn.o_proj.bias", "attn_output.bias", "d -> d"),
     Row("layers.q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight", "h -> h"),
     Row("layers.k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight", "h -> h"),
+    Row("layers.wide_q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight", "(n h) -> n h"),
+    Row("layers.wide_k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight", "(k h) -> k h"),
     Row("layers.w_gate", "mlp.gate_proj.weight", "ffn_gate.weight", "f d -> d f"),
     Row("layers.w_up", "mlp.up_proj.weight", "ffn_up.weight", "f d -> d f"),
     Row("layers.w_down", "mlp.down_proj.weight", "ffn_down.weight", "d f -> f d"),
@@ -87,6 +89,10 @@ _GATE_UP_ROWS = (
     Row("layers.w_up", "mlp.gate_up_proj.weight", "ffn_up.weight", "f d -> d f", _GATE_UP, 1),
 )
 _NORM_OF_MLP = Row("layers.mlp_norm", "post_attention_layernorm.weight", "post_attention_norm.weight", "d -> d")
+_OLMO_ROWS = (
+    Row("layers.post_attn_norm", "post_attention_layernorm.weight", "post_attention_norm.weight", "d -> d"),
+    Row("layers.post_mlp_norm", "post_feedforward_layernorm.weight", "post_ffw_norm.weight", "d -> d"),
+)
 
 
 def _expert(projection: str, hf: str, kind: str, layout: str, gguf_layout: str, part: int = 0) -> Row:
@@ -100,10 +106,11 @@ _FAMILY_ROWS: dict[str, tuple[Row, ...]] = {
     "phi3": (*_QKV_ROWS, *_GATE_UP_ROWS),
     "glm4": _GATE_UP_ROWS,
     "seed_oss": (_NORM_OF_MLP,),
+    "olmo2": _OLMO_ROWS,
+    "olmo3": _OLMO_ROWS,
     "gemma3_text": (
         Row("layers.mlp_norm", "pre_feedforward_layernorm.weight", "ffn_norm.weight", "d -> d"),
-        Row("layers.post_attn_norm", "post_attention_layernorm.weight", "post_attention_norm.weight", "d -> d"),
-        Row("layers.post_mlp_norm", "post_feedforward_layernorm.weight", "post_ffw_norm.weight", "d -> d"),
+        *_OLMO_ROWS,
     ),
     "qwen3_moe": (
         Row("layers.router", "mlp.gate.weight", "ffn_gate_inp.weight", "e d -> d e"),

@@ -16,6 +16,8 @@ _QWEN = {
     "max_window_layers": 28,
     "num_key_value_heads": 32,
 }
+_OLMO = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 50279, "pad_token_id": 1}
+_OLMO_TRAITS = Traits(wide_qk_norm=True, pre_norms=False, post_norms=True, norm_offset=0.0)
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", {"max_position_embeddings": 2048, **_BOS_EOS}, biases=_BOTH | _MLP),
@@ -185,8 +187,18 @@ FAMILIES: dict[str, Family] = {
         },
         window="types",
         pattern="sliding_window_pattern",
-        local_rope=True,
+        local_rope="rope_local_base_freq",
         only={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
+    ),
+    "olmo2": Family("Olmo2ForCausalLM", {**_OLMO, "rope_theta": 10_000.0}, traits=_OLMO_TRAITS, biases=_BOTH),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        {**_OLMO, "rope_theta": 500_000.0, "sliding_window": 4096},
+        traits=_OLMO_TRAITS,
+        biases=_BOTH,
+        window="types",
+        pattern=4,
+        local_rope="rope_parameters",
     ),
     "gpt_oss": Family(
         "GptOssForCausalLM",

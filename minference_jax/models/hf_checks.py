@@ -25,7 +25,7 @@ def malformed(config: Mapping[str, Any], family: Family, get: Get) -> list[str]:
     integers = [*_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", *experts.values()]
     integers += _window_integers(family)
     numbers = ["rms_norm_eps", *multipliers]
-    numbers += ["rope_local_base_freq"] if family.local_rope else []
+    numbers += [family.local_rope] if family.local_rope == "rope_local_base_freq" else []
     switches = ["tie_word_embeddings", *family.biases]
     switches += ["use_sliding_window"] if family.switch else []
     switches += [own_switch] if own_switch else []

@@ -95,7 +95,8 @@ def _ropes(name: str, config: Mapping[str, Any], family: Family, get: Get) -> di
     full = _mapping("rope_parameters", kinds.get("full_attention"))
     local = _mapping("rope_parameters", kinds.get("sliding_attention"))
     full |= _mapping("rope_scaling", config.get("rope_scaling"))
-    return {"rope": read(full), "local_rope": read({"rope_theta": get("rope_local_base_freq")} | local)}
+    base = get("rope_local_base_freq", family.defaults["rope_theta"])
+    return {"rope": read(full), "local_rope": read({"rope_theta": base} | local)}
 
 
 def _scaling(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -237,8 +238,12 @@ def write_hf(config: Any) -> dict[str, Any]:
         result |= {key: getattr(traits.experts, field) for field, key in family.experts.items()}
     if family.partial_rotary:
         result["partial_rotary_factor"] = config.rope.partial_rotary_factor
-    if family.local_rope and config.local_rope is not None:
+    if family.local_rope == "rope_local_base_freq" and config.local_rope is not None:
         result["rope_local_base_freq"] = config.local_rope.theta
+    elif family.local_rope and config.local_rope is not None:
+        local = {"rope_type": "default", "rope_theta": config.local_rope.theta}
+        full = {"rope_theta": config.rope.theta} | (result.pop("rope_scaling") or {"rope_type": "default"})
+        result["rope_parameters"] = {"full_attention": full, "sliding_attention": local}
     if config.model_type == "phi3":
         original = config.rope.original_max_position_embeddings or config.max_position_embeddings
         result["original_max_position_embeddings"] = original

@@ -10,14 +10,14 @@ def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
     n, k = config.num_heads, config.num_kv_heads
     shapes: dict[str, tuple[int, ...]] = {
-        "attn_norm": (d,),
-        "mlp_norm": (d,),
         "wq": (d, n, h),
         "wk": (d, k, h),
         "wv": (d, k, h),
         "wo": (n, h, d),
     }
     traits = config.traits
+    if traits.pre_norms:
+        shapes = {"attn_norm": (d,), "mlp_norm": (d,)} | shapes
     if traits.experts is None:
         shapes |= {"w_gate": (d, f), "w_up": (d, f), "w_down": (f, d)}
     if traits.qkv_bias:
@@ -26,6 +26,8 @@ def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {"bo": (d,)}
     if traits.qk_norm:
         shapes |= {"q_norm": (h,), "k_norm": (h,)}
+    if traits.wide_qk_norm:
+        shapes |= {"wide_q_norm": (n, h), "wide_k_norm": (k, h)}
     if traits.sinks:
         shapes |= {"sinks": (n,)}
     if traits.post_norms:

@@ -94,7 +94,7 @@ _SMALLEST, _LARGEST = 1e-30, 1e30  # float32 computes with these
 
 
 def rope_from_hf(
-    top: Mapping[str, Any], scaling: Mapping[str, Any], get: Callable[..., Any], family: Family, *, old_names: bool
+    top: dict[str, Any], scaling: Mapping[str, Any], get: Callable[..., Any], family: Family, *, old_names: bool
 ) -> RopeConfig:
     """The RoPE of a flat `rope_parameters` or `rope_scaling` dictionary.
 

@@ -29,8 +29,10 @@ class Experts:
 class Traits:
     """What a model does differently from Llama. Each field is one switch, and Llama's value its default.
 
-    - `qkv_bias`, `o_bias`, `mlp_bias`: biases of the projections. `qk_norm`: RMSNorm on the heads of q and k.
-    - `post_norms`: RMSNorm on the output of attention and of the MLP, before each is added.
+    - `qkv_bias`, `o_bias`, `mlp_bias`: biases of the projections.
+    - `qk_norm`: RMSNorm on each head of q and k. `wide_qk_norm`: on all heads of a token's q, and of its k, as one.
+    - `pre_norms`: RMSNorm on the input of attention and of the MLP. `post_norms`: on their outputs, before these are
+      added.
     - `norm_offset`: norms multiply by this plus their weight, in float32 (Gemma: 1, gpt-oss: 0). None: they round to
       the model's dtype before they multiply by their weight.
     - `activation`: of the MLP's gate. `neighbours`: RoPE turns neighbouring dimensions (GLM-4), not the two halves.
@@ -45,6 +47,8 @@ class Traits:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
     norm_offset: float | None = None
     activation: Activation = "silu"
@@ -94,7 +98,8 @@ class Family:
       `use_sliding_window` says so.
     - `pattern`: with "types" and no `layer_types`, every so manieth layer is not sliding; a key, or its value.
     - `partial_rotary`: whether a part of each head may be rotated. `rope`: where a config.json has none.
-    - `rope_kinds`: the supported ones, where not all are. `local_rope`: layers with a window have a RoPE of their own.
+    - `rope_kinds`: the supported ones, where not all are. `local_rope`: layers with a window have a RoPE of their own,
+      whose base is this key, or in this dictionary.
     - `only`: key → the one value that is supported. `quantized`: methods whose checkpoints are read.
     """
 
@@ -111,6 +116,6 @@ class Family:
     partial_rotary: bool = False
     rope: Mapping[str, Any] = field(default_factory=dict)
     rope_kinds: tuple[str, ...] = ()
-    local_rope: bool = False
+    local_rope: Literal["", "rope_local_base_freq", "rope_parameters"] = ""
     only: Mapping[str, Any] = field(default_factory=dict)
     quantized: tuple[str, ...] = ()

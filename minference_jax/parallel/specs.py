@@ -42,6 +42,8 @@ _TABLE: dict[str, tuple[Axes, ...]] = {
     "bq": (_H, ()),
     "bk": (_H, ()),
     "bv": (_H, ()),
+    "wide_q_norm": (_H, ()),
+    "wide_k_norm": (_H, ()),
     "sinks": (_H,),
     "w_gate": ((), ALL),
     "w_up": ((), ALL),
