@@ -48,7 +48,9 @@ FAMILIES: dict[str, Family] = {
             "llama_4_scaling_beta": 0.1,
         },
     ),
-    "qwen2": Family("Qwen2ForCausalLM", _QWEN, _KV_HEADS, Traits(qkv_bias=True), window="from", switch=True),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", _QWEN, _KV_HEADS, Traits(qkv_bias=True), window="from", switch=True, dual_chunk=True
+    ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         {**_QWEN, "head_dim": 128},

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int32
 import pallas_kernels
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
+from minference_jax.models.dual_chunk import chunks_for, dual_chunk_attention, places
 from minference_jax.models.layers import finish_layer, map_chunks, norm, project_qkv
 from minference_jax.models.part_attention import attend_to_cache
 from minference_jax.models.rope import LayerRope, layer_rope, turns
@@ -156,7 +157,14 @@ def prefill(
     t = tokens.shape[1]
     q_offset = jnp.int32(0) if start is None else start
     seen = jnp.minimum(lengths, q_offset + t)
-    positions = q_offset + exchange.positions(t)
+    chunks = chunks_for(config, t if cache is None else cache.capacity)
+    if chunks is not None and (patterns is not None or exchange.zigzag is not None):
+        what = "sparse patterns" if patterns is not None else "a mesh with rows"
+        raise ValueError(
+            f"{what} cannot be combined with dual chunk attention, which this model has where there is room for more "
+            f"than {chunks.chunk_size:,} tokens: use dense attention (and a mesh of heads), or shorter prompts"
+        )
+    positions = places(chunks, q_offset + exchange.positions(t))
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, Any]:
         x, cache = carry
@@ -174,6 +182,12 @@ def prefill(
         served = partial(attend, **options, exchange=exchange, sinks=sinks)
 
         def whole() -> tuple[Array, Any]:
+            if chunks is not None:
+                options = {"start": q_offset[None], "lengths": seen, "whole": rope_lengths}
+                if start is None or cache is None:
+                    return dual_chunk_attention(config, q, k, v, **options), None
+                kv = cache.read(index, q.dtype)
+                return dual_chunk_attention(config, q, *kv, **options, turn=cache.queries), None
             if start is None or cache is None:
                 return served(q, k, v, layer_patterns, lengths=seen, q_offset=0)
             return attend_to_cache(served, q, cache, index, layer_patterns, start=start, lengths=lengths)
@@ -220,16 +234,22 @@ def decode(
     cache is full writes nothing.
     """
     rows, positions = jnp.arange(tokens.shape[0], dtype=jnp.int32), cache.lengths
+    chunks = chunks_for(config, cache.capacity)
     stacked = stacked_layers(params)
 
     def step(carry: tuple, index: Array) -> tuple[tuple, None]:
         x, cache = carry
         layer = exchange.layer(config, stacked, index)
         rope = layer_rope(config, positions + 1, index)
-        q, k, v = project_qkv(config, layer, x, turns(config, rope, positions[:, None]))
+        q, k, v = project_qkv(config, layer, x, turns(config, rope, places(chunks, positions)[:, None]))
         cache = cache.append(index, positions, k[:, 0], v[:, 0])
-        out = decode_layer(config, index, q[:, 0], cache, positions + 1, layer.get("sinks"))
-        return (finish_layer(config, layer, x, out[:, None]), cache), None
+        if chunks is None:
+            out = decode_layer(config, index, q[:, 0], cache, positions + 1, layer.get("sinks"))[:, None]
+        else:
+            options = {"start": positions, "lengths": positions + 1, "whole": positions + 1}
+            kv = cache.read(index, q.dtype)
+            out = dual_chunk_attention(config, q, *kv, **options, turn=cache.queries)
+        return (finish_layer(config, layer, x, out), cache), None
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
     carry = (embed(config, params, tokens[:, None], exchange), cache)

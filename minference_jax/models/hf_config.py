@@ -10,7 +10,7 @@ from typing import Any
 from minference_jax.models.families import FAMILIES, WRAPPERS
 from minference_jax.models.hf_checks import ACTIVATIONS, Get, malformed, unsupported
 from minference_jax.models.rope_config import TOP_LEVEL, RopeConfig, rope_from_hf, rope_to_hf
-from minference_jax.models.traits import Experts, Family, LayerKind, Number, Traits
+from minference_jax.models.traits import DualChunk, Experts, Family, LayerKind, Number, Traits
 
 # A key that a config.json leaves out means its family's default in transformers, not an error.
 _COMMON_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "bos_token_id": None, "eos_token_id": None}
@@ -185,7 +185,23 @@ def _traits(config: Mapping[str, Any], family: Family, get: Get) -> Traits:
         )
         if changes["experts"].chosen > changes["experts"].number:
             raise ValueError(f"{changes['experts'].chosen} experts serve a token, but there are fewer")
+    if family.dual_chunk:
+        changes["dual_chunk"] = _dual_chunk(config)
     return dataclasses.replace(family.traits, **changes)
+
+
+def _dual_chunk(config: Mapping[str, Any]) -> DualChunk | None:
+    found = _mapping("dual_chunk_attention_config", config.get("dual_chunk_attention_config"))
+    if not found:
+        return None
+    keys = {"chunk_size": "chunk_size", "local_size": "local_size", "trained": "original_max_position_embeddings"}
+    values = {field: found.get(key) for field, key in keys.items()}
+    for field, value in values.items():
+        if not (type(value) is int and 0 < value < 2**31) and not (field == "trained" and value in (None, 0)):
+            raise ValueError(f"dual_chunk_attention_config: {keys[field]} must be a positive integer, got {value!r}")
+    if config.get("use_sliding_window"):
+        raise ValueError("dual_chunk_attention_config and use_sliding_window are not supported together")
+    return DualChunk(found["chunk_size"], found["local_size"], values["trained"] or None)
 
 
 def _rope_number(config: Mapping[str, Any], family: Family, key: str) -> float:
@@ -236,6 +252,10 @@ def write_hf(config: Any) -> dict[str, Any]:
             result[number.key] = _key_value(getattr(traits, trait), number)
     if family.experts is not None and traits.experts is not None:
         result |= {key: getattr(traits.experts, field) for field, key in family.experts.items()}
+    if traits.dual_chunk is not None:
+        chunks = traits.dual_chunk
+        sizes = {"chunk_size": chunks.chunk_size, "local_size": chunks.local_size}
+        result["dual_chunk_attention_config"] = sizes | {"original_max_position_embeddings": chunks.trained or 0}
     if family.partial_rotary:
         result["partial_rotary_factor"] = config.rope.partial_rotary_factor
     if family.local_rope == "rope_local_base_freq" and config.local_rope is not None:

@@ -26,6 +26,28 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class DualChunk:
+    """Positions of prompts beyond `chunk_size` tokens (`models.dual_chunk`).
+
+    - `chunk_size`: the longest distance that RoPE sees. `local_size`: how many nearest keys keep their true one.
+    - `trained`: the length from which on scores grow with that of the prompt; None: they do not.
+    """
+
+    chunk_size: int
+    local_size: int
+    trained: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.local_size < self.chunk_size:
+            raise ValueError(f"dual chunk attention needs 0 < local_size < chunk_size, got {self}")
+
+    @property
+    def stride(self) -> int:
+        """Tokens of a chunk."""
+        return self.chunk_size - self.local_size
+
+
+@dataclass(frozen=True)
 class Traits:
     """What a model does differently from Llama. Each field is one switch, and Llama's value its default.
 
@@ -40,7 +62,7 @@ class Traits:
     - `attention_scale`: of the scores; None for 1/√head_dim. `logit_cap`: c in c·tanh(logits/c); None for no cap.
     - `query_growth`: queries at position p are multiplied by 1 + this · log(1 + ⌊p / trained length⌋) (Ministral 3).
     - `sinks`: each head has a score without a key, which takes its share of the softmax (gpt-oss).
-    - `experts`: None for one MLP.
+    - `experts`: None for one MLP. `dual_chunk`: None where long prompts have plain positions.
     """
 
     qkv_bias: bool = False
@@ -61,6 +83,7 @@ class Traits:
     query_growth: float = 0.0
     sinks: bool = False
     experts: Experts | None = None
+    dual_chunk: DualChunk | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +123,8 @@ class Family:
     - `partial_rotary`: whether a part of each head may be rotated. `rope`: where a config.json has none.
     - `rope_kinds`: the supported ones, where not all are. `local_rope`: layers with a window have a RoPE of their own,
       whose base is this key, or in this dictionary.
-    - `only`: key → the one value that is supported. `quantized`: methods whose checkpoints are read.
+    - `dual_chunk`: whether `dual_chunk_attention_config` is read. `only`: key → the one value that is supported.
+      `quantized`: methods whose checkpoints are read.
     """
 
     architecture: str
@@ -117,5 +141,6 @@ class Family:
     rope: Mapping[str, Any] = field(default_factory=dict)
     rope_kinds: tuple[str, ...] = ()
     local_rope: Literal["", "rope_local_base_freq", "rope_parameters"] = ""
+    dual_chunk: bool = False
     only: Mapping[str, Any] = field(default_factory=dict)
     quantized: tuple[str, ...] = ()
