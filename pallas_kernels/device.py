@@ -20,6 +20,9 @@ GPUS = {
 """One GPU of each compute capability that there are kernels for: a name by which JAX knows it, and its
 multiprocessors."""
 
+DEFAULT_MULTIPROCESSORS = 132
+"""Multiprocessors of an H100 SXM or H200: assumed where no GPU can be asked (ahead-of-time lowering)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Target(jax.sharding.AbstractDevice):
@@ -109,3 +112,8 @@ class Device:
             wanted = " or ".join(capabilities)
             return f"{kernel} needs compute capability {wanted}; the default device has {self.capability}"
         return None
+
+
+def multiprocessors() -> int:
+    """Multiprocessors of the GPU that programs are made for, or those of an H100 where there is none."""
+    return int(getattr(target(), "core_count", DEFAULT_MULTIPROCESSORS))

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.plan import kv_limit
@@ -18,7 +19,7 @@ from pallas_kernels.xla.backward import attention_backward
 
 @dataclasses.dataclass(frozen=True)
 class Refs:
-    """Arrays in device memory. `blocks`, `keys`, `values` and `lse` may be None."""
+    """Arrays in device memory. `blocks`, `keys`, `values`, `order` and `lse` may be None."""
 
     q: Any
     k: Any
@@ -29,8 +30,17 @@ class Refs:
     blocks: Any
     keys: Any
     values: Any
+    order: Any
     out: Any
     lse: Any
+
+
+def item_at(refs: Refs, query_tiles: int, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(head of all sequences, query tile) of the `index`-th query tile to take: see `KernelTables.order`."""
+    if refs.order is not None:
+        index = refs.order[index]
+    z = lax.div(index, jnp.int32(query_tiles))
+    return z, query_tiles - 1 - lax.rem(index, jnp.int32(query_tiles))
 
 
 def swizzle_of(head_dim: int) -> int:

@@ -16,6 +16,7 @@ from jaxtyping import Array, BFloat16, Bool, Float, Int
 
 from pallas_kernels import rule
 from pallas_kernels.bands import NO_BAND, at_place, band_bitmap, covered, entries_before, listed_bands
+from pallas_kernels.device import multiprocessors
 from pallas_kernels.plan import SparsePlan, kv_limit
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_query_tiles
 
@@ -33,7 +34,7 @@ WORK_FIELDS = 8  # padded to a power of two
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["work", "bands", "blocks", "keys", "values", "bias"],
+    data_fields=["work", "bands", "blocks", "keys", "values", "bias", "order"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,8 @@ class KernelTables:
       keys that a band cut at key 0 does not hold. The next C' are for the columns: -inf where the query tile sees that
       key elsewhere, or not at all. The last 64 are -inf, for a step whose second half is missing. With neither columns
       nor bands all query tiles share one row: `[1, 1, 256]`.
+    - `order`: int32 `[z · i]`, in which order to take query tiles: the place of each among all heads' tiles, the heads
+      one after the other and each one's tiles from the last to the first. None: in that order itself.
     """
 
     work: Int[Array, "z i 8"]
@@ -68,6 +71,7 @@ class KernelTables:
     keys: Float[Array, "z C h"] | None
     values: Float[Array, "z C h"] | None
     bias: BFloat16[Array, "z i W"]
+    order: Int[Array, " w"] | None
 
 
 def prepare(
@@ -113,8 +117,25 @@ def prepare(
         unbiased,
         whole + column_tiles,
     ]
+    # Bands make neighbouring query tiles, which are taken side by side, read the same keys; and about as many of them.
+    order = _longest_first(work[STEPS]) if bands is None else None
     bands = jnp.zeros((b * n, 1), jnp.int32) if bands is None else bands
-    return KernelTables(jnp.stack(work, -1), bands, blocks, keys, values, bias)
+    return KernelTables(jnp.stack(work, -1), bands, blocks, keys, values, bias, order)
+
+
+def _longest_first(steps: Int[Array, "z i"]) -> Int[Array, " w"]:
+    """The usual order, but first those query tiles that take over a sixteenth of a multiprocessor's whole work.
+
+    Lists of blocks differ much in length: those of the last rows of a prompt may hold every key. Such a tile begun last
+    keeps one multiprocessor busy while the others have nothing left. The rest keep their order, in which those of one
+    head follow each other and find its keys in the L2 cache.
+    """
+    steps = steps[:, ::-1].reshape(-1)
+    long = 16.0 * multiprocessors() * steps.astype(jnp.float32) > steps.sum(dtype=jnp.float32)
+    longs = jnp.cumsum(long, dtype=jnp.int32)
+    index = jnp.arange(steps.size, dtype=jnp.int32)
+    place = jnp.where(long, longs - 1, longs[-1] + index - longs)
+    return jnp.zeros_like(steps).at[place].set(index, unique_indices=True)
 
 
 def _bands(

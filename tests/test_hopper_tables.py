@@ -107,3 +107,17 @@ def test_columns_inside_the_window_take_no_step():
     work = hopper_tables.prepare(plan, q, k, v, lengths=None, q_offset=jnp.int32(0)).work
     # Query tile 7 starts at 896: columns before 640 are 80, two key tiles; with 4 bands, 1 + (4 + 2) / 2 steps.
     assert work[0, 7, hopper_tables.STEPS] == 4
+
+
+def test_the_longest_query_tiles_come_first_where_no_band_makes_neighbours_alike(rng):
+    q = k = v = jnp.zeros((1, 4096, 80, 8))
+    blocks = jnp.broadcast_to(jnp.arange(64, dtype=jnp.int32), (1, 80, 32, 64))
+    count = int32(rng.integers(0, 3, (1, 80, 32))).at[0, 0, 31].set(62).at[0, 1, 20].set(40)
+    plan = SparsePlan(blocks=blocks, block_count=count, clean=True)
+    tables = hopper_tables.prepare(plan, q, k, v, lengths=None, q_offset=jnp.int32(0))
+    steps = np.asarray(tables.work)[..., hopper_tables.STEPS][:, ::-1].ravel()  # heads slow, late tiles first
+    long = 16 * 132 * steps > steps.sum()
+    assert 2 <= long.sum() < long.size / 2
+    np.testing.assert_array_equal(tables.order, [*np.flatnonzero(long), *np.flatnonzero(~long)])
+    full = plan_builders.full_plan(1, 80, 4096)
+    assert hopper_tables.prepare(full, q, k, v, lengths=None, q_offset=jnp.int32(0)).order is None

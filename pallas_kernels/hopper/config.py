@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.device import target
+from pallas_kernels.device import multiprocessors
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
 
 SHARED_MEMORY_LIMIT = 232_448
@@ -26,9 +26,6 @@ POOL_REGISTERS = (COMPUTE_WARPGROUPS + 1) * 168
 that asks for more waits for the others to give theirs up, for ever if there are not enough."""
 
 HEAD_DIMS = (64, 96, 128)
-
-DEFAULT_MULTIPROCESSORS = 132
-"""Multiprocessors of an H100 SXM or H200: assumed where no GPU can be asked (ahead-of-time lowering)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +120,3 @@ class Rounds:
         chain = jnp.where(at < self.full, self.chain, jnp.where(at == self.full, half, 1))
         before = jnp.minimum(at, self.full) * self.chain + jnp.where(at > self.full, half + at - self.full - 1, 0)
         return before * self.lanes + lane, chain
-
-
-def multiprocessors() -> int:
-    """Multiprocessors of the GPU that programs are made for, or those of an H100 where there is none."""
-    return int(getattr(target(), "core_count", DEFAULT_MULTIPROCESSORS))

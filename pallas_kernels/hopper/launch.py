@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.hopper.config import KernelConfig, Rounds
+from pallas_kernels.launches import Refs, item_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +58,10 @@ def share_of(launch: Launch) -> jax.Array:
     return jnp.clip(lax.div(left + (launch.rounds.lanes - 1), jnp.int32(launch.rounds.lanes)), 0, chain)
 
 
-def item_of(launch: Launch, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(head of all sequences, query tile) of this thread block's `turn`-th item: heads slow, late tiles first."""
+def item_of(launch: Launch, refs: Refs, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(head of all sequences, query tile) of this thread block's `turn`-th item."""
     index = launch.rounds.of(lax.axis_index("block"))[0] + turn * launch.rounds.lanes
-    z = lax.div(index, jnp.int32(launch.query_tiles))
-    return z, launch.query_tiles - 1 - lax.rem(index, jnp.int32(launch.query_tiles))
+    return item_at(refs, launch.query_tiles, index)
 
 
 def split_head(launch: Launch, z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

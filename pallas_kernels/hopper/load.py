@@ -38,7 +38,7 @@ class _QueryTile:
     @staticmethod
     def of(launch: Launch, refs: Refs, turn: jax.Array) -> _QueryTile:
         """The `turn`-th query tile of this thread block."""
-        z, tile = item_of(launch, turn)
+        z, tile = item_of(launch, refs, turn)
         place = split_head(launch, z)
         fields = (tables.STEPS_NO_BIAS, tables.STEPS, tables.BANDS, tables.TILES, tables.DIAGONAL)
         return _QueryTile(z, tile, *place, *(refs.work[z, tile, field] for field in fields))

@@ -27,6 +27,7 @@ probabilities reach 256, which 16-bit floats and float32 sums hold as exactly, a
 
 _TILE = SUM_COLUMNS
 _SMALLEST = -126.0  # 2**-126 is the smallest normal number; everything below it counts as that
+_LARGEST = 127.0
 _ROUND = 1.5 * 2**23  # adding this to a small number leaves it rounded in the lowest bits
 _FACTORS = (
     0.9999280571937561,
@@ -36,15 +37,19 @@ _FACTORS = (
 )  # of 2**f, |f| <= 1/2; largest relative error 1e-4
 
 
-def exp2(x: Float[Array, "m s"], polynomial_tiles: int, *, emulate: bool) -> Float[Array, "m s"]:
-    """2**x for x <= 0, in `polynomial_tiles` of every 16 tiles of 8 columns as a polynomial."""
+def exp2(x: Float[Array, "m s"], polynomial_tiles: int, *, emulate: bool, bounded: bool = True) -> Float[Array, "m s"]:
+    """2**x, in `polynomial_tiles` of every 16 tiles of 8 columns as a polynomial.
+
+    `bounded` promises x <= 127. Without it polynomials of larger x are 2**127, and exponentials are infinite.
+    """
     tiles = x.shape[1] // _TILE
     count = polynomial_tiles * tiles // 16
     if not count:
         return jnp.exp2(x)
     if emulate:
         tile = lax.div(lax.broadcasted_iota(jnp.int32, x.shape, 1), jnp.int32(_TILE))
-        return jnp.where(lax.rem(tile * count, jnp.int32(tiles)) < count, _polynomial(x), jnp.exp2(x))
+        polynomial = _polynomial(x if bounded else jnp.minimum(x, _LARGEST))
+        return jnp.where(lax.rem(tile * count, jnp.int32(tiles)) < count, polynomial, jnp.exp2(x))
     layout = plgpu.Layout.WGMMA
 
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout))
@@ -53,7 +58,10 @@ def exp2(x: Float[Array, "m s"], polynomial_tiles: int, *, emulate: bool) -> Flo
         for tile in range(tiles):
             columns = slice(tile * _TILE, (tile + 1) * _TILE)
             part = x[:, columns]
-            result[:, columns] = _polynomial_registers(part) if tile * count % tiles < count else part.exp2(approx=True)
+            if tile * count % tiles < count:
+                result[:, columns] = _polynomial_registers(part if bounded else part.min(_LARGEST))
+            else:
+                result[:, columns] = part.exp2(approx=True)
         return result
 
     return mixed(x)  # pyright: ignore[reportCallIssue]

@@ -56,7 +56,7 @@ class Warpgroup:
 
     def work(self, item: jax.Array, field: int) -> jax.Array:
         """A field of `KernelTables.work`."""
-        z, tile = item_of(self.launch, item)
+        z, tile = item_of(self.launch, self.refs, item)
         return self.refs.work[z, tile, field]
 
     def queries(self, item: jax.Array) -> Any:
@@ -151,7 +151,7 @@ class Warpgroup:
 
     def store(self, item: jax.Array, acc, m, total, rows_valid: jax.Array) -> None:
         """Writes the results of a query tile: weighted values over sums, and zero from row `rows_valid` on."""
-        z, tile = item_of(self.launch, item)
+        z, tile = item_of(self.launch, self.refs, item)
         queries = self.queries(item)
         total = total.sum(axis=1)
         limit = rows_valid - self.index * ROWS

@@ -18,7 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, math, memref, nvvm, scf
 from jaxtyping import Array, Int, UInt16
 
-from pallas_kernels.hopper.config import DEFAULT_MULTIPROCESSORS
+from pallas_kernels.device import DEFAULT_MULTIPROCESSORS
 from pallas_kernels.tracing import without_axes
 
 _LANES, _WARPS = 32, 4

@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.hopper.config import DEFAULT_MULTIPROCESSORS
+from pallas_kernels.device import DEFAULT_MULTIPROCESSORS
 from pallas_kernels.hopper.registers import exp2
 from pallas_kernels.sizes import KEY_TILE
 from pallas_kernels.tracing import without_axes
@@ -48,6 +48,8 @@ _LAYOUT = plgpu.Layout.WGMMA
 _LOWEST = -1e8
 """Base-2 score of a key that is not visible: finite, and small enough that the difference of two of them, one of which
 a multiply-add has not rounded, is a few units."""
+_MOST = 128.0
+"""The largest base-2 logarithm of a sum that float32 holds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,38 +186,47 @@ def tile_lse(
                 plgpu.barrier_arrive(k_free.at[slot])
                 return result, other
 
-            def insert(c, s, group, u, masked):
+            def insert(c, s, top, group, u, masked):
                 """c[64 rows, 8 tiles] with the two tiles of step `u`, or c if no row sees them.
 
                 The branch also keeps the compiler from moving exponentials out of the products' way, before or after.
                 """
                 seen = ((first + group) * STEPS + u) * STEP <= last_position
-                return lax.cond(seen, lambda: with_tiles(c, s, group, u, masked), lambda: c)
+                return lax.cond(seen, lambda: with_tiles(c, s, top, group, u, masked), lambda: c)
 
-            def with_tiles(c, s, group, u, masked):
+            def first_column(s):
+                part = s[:, :TILES]
+                column = plgpu.broadcasted_iota(jnp.int32, part.shape, 1, layout=_LAYOUT)
+                return jnp.where(column == 0, part, _LOWEST).max(axis=1)
+
+            def with_tiles(c, s, top, group, u, masked):
                 if masked:
                     key = plgpu.broadcasted_iota(jnp.int32, _SCORES, 1, layout=_LAYOUT)
                     left = position - ((first + group) * STEPS + u) * STEP
                     s = jnp.where(key <= of_columns(left, _SCORES), s, _LOWEST / log2_scale)
                 column = plgpu.broadcasted_iota(jnp.int32, c.shape, 1, layout=_LAYOUT)
-                for half in range(2):  # one after the other: the exponentials of both would take too many registers
+                for half in range(2):
                     part = s[:, half * KEY_TILE : (half + 1) * KEY_TILE]
-                    top = part.max(axis=1) * log2_scale
-                    p = exp2(part * log2_scale - of_columns(top, part.shape), config.polynomial_tiles, emulate=emulate)
-                    lse = top + jnp.log2(p.sum(axis=1))
-                    c = jnp.where(column == 2 * u + half, of_columns(lse, c.shape), c)
+                    x = part * log2_scale - of_columns(top, part.shape)
+                    p = exp2(x, config.polynomial_tiles, emulate=emulate, bounded=False)
+                    c = jnp.where(column == 2 * u + half, of_columns(p.sum(axis=1), c.shape), c)
                 return c
 
             def run(group, carry, masked, last=False):
-                """The tiles of a group, whose first scores come in the carry; so go out those of the next group."""
+                """The tiles of a group, whose first scores come in the carry; so go out those of the next group.
+
+                Terms are relative to `top`, the largest logarithm of a tile so far: a maximum of each tile would cost
+                a third of the exponentials' time. Should a tile's exceed it by 128 or more, it counts as 128 more.
+                """
                 s, top, total = carry
-                c = plgpu.layout_cast(jnp.full((ROWS, TILES), -jnp.inf, jnp.float32), _LAYOUT)
+                c = plgpu.layout_cast(jnp.zeros((ROWS, TILES), jnp.float32), _LAYOUT)
                 for u in range(STEPS):
                     if last and u == STEPS - 1:
-                        c = insert(c, s, group, u, masked)
+                        c = insert(c, s, top, group, u, masked)
                         continue
                     ahead = None if last and u == STEPS - 2 else u + 2
-                    s, c = multiply(u + 1, lambda c=c, s=s, u=u: insert(c, s, group, u, masked), ahead)
+                    s, c = multiply(u + 1, lambda c=c, s=s, u=u: insert(c, s, top, group, u, masked), ahead)
+                c = of_columns(top, c.shape) + jnp.minimum(jnp.log2(c), _MOST)
                 tiles_ref.at[batch, head, rows, pl.ds((first + group) * TILES, TILES)][...] = c
                 higher = jnp.maximum(top, c.max(axis=1))
                 total = total * jnp.exp2(top - higher) + jnp.exp2(c - of_columns(higher, c.shape)).sum(axis=1)
@@ -225,11 +236,11 @@ def tile_lse(
             plgpu.barrier_wait(k_full.at[0])
             s, _ = multiply(0, lambda: jnp.int32(0), 1)
             before = jnp.minimum(whole, some - 1)
-            row = (ROWS,)
             carry = (
                 s,
-                plgpu.layout_cast(jnp.full(row, -3e38, jnp.float32), _LAYOUT.reduce(1)),
-                plgpu.layout_cast(jnp.zeros(row, jnp.float32), _LAYOUT.reduce(1)),
+                # Of the first keys; where a row may not see them all, of the first alone, which every row sees.
+                lax.cond(before > 0, lambda: s.max(axis=1), lambda: first_column(s)) * log2_scale,
+                plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _LAYOUT.reduce(1)),
             )
             carry = lax.fori_loop(jnp.int32(0), before, lambda group, x: run(group, x, masked=False), carry)
             carry = lax.fori_loop(before, some - 1, lambda group, x: run(group, x, masked=True), carry)

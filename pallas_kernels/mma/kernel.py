@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tables
 from pallas_kernels.hopper.registers import SUM_COLUMNS, raised, rescaled
-from pallas_kernels.launches import Refs
+from pallas_kernels.launches import Refs, item_at
 from pallas_kernels.mma import product
 from pallas_kernels.mma.launch import Launch, views
 from pallas_kernels.mma.load import Loader, Steps
@@ -27,10 +27,9 @@ from pallas_kernels.mma.softmax import probabilities
 
 def kernel_body(launch: Launch, refs: Refs, scratch: dict[str, Any]) -> None:
     """What one thread block does."""
-    z, late = lax.axis_index("head"), lax.axis_index("block")
-    # Late query tiles have the most work: they come first.
-    block = launch.query_tiles * launch.blocks_per_tile - 1 - late
-    tile, part = (op(block, jnp.int32(launch.blocks_per_tile)) for op in (lax.div, lax.rem))
+    block, per_tile = lax.axis_index("block"), jnp.int32(launch.blocks_per_tile)
+    z, tile = item_at(refs, launch.query_tiles, lax.div(block, per_tile))
+    part = per_tile - 1 - lax.rem(block, per_tile)
     head = lax.rem(z, jnp.int32(launch.heads))
     kv_head = lax.div(head, jnp.int32(launch.heads // launch.kv_heads))
     steps = Steps(launch, refs, lax.div(z, jnp.int32(launch.heads)), head, kv_head, z, tile, part)
