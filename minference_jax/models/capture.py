@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int32
 from minference_jax.models import forward
 from minference_jax.models.checks import check_tokens
 from minference_jax.models.config import LlamaConfig
+from minference_jax.models.dual_chunk import chunks_for
 from minference_jax.models.layers import finish_layer, map_chunks
 from minference_jax.models.llama import Llama
 from minference_jax.models.rope import layer_rope
@@ -28,11 +29,13 @@ def capture_qkv(
     Layers run one by one, with dense attention whatever the model's patterns are, as each is asked for: only one
     layer's arrays exist at a time unless the caller keeps them. One program serves all layers. Rows of padding hold
     what the padding tokens gave; attention never lets them reach a valid row. Raises `ValueError` for a model on a
-    mesh.
+    mesh, and for prompts that dual chunk attention is for.
     """
     if model.mesh is not None:
         raise ValueError("model is on a mesh; single layers are captured on one device: model.on(None)")
     tokens, lengths = check_tokens(tokens, lengths)
+    if (chunks := chunks_for(model.config, tokens.shape[1])) is not None:
+        raise ValueError(f"beyond {chunks.chunk_size:,} tokens this model has dual chunk attention, which is dense")
     return _layers(model.config, model.params(), tokens, lengths)
 
 

@@ -42,6 +42,11 @@ def chunks_for(config: LlamaConfig, extent: int) -> DualChunk | None:
     return None if chunks is None or extent <= chunks.chunk_size else chunks
 
 
+def outgrows(config: LlamaConfig, before: int, after: int) -> bool:
+    """Whether the keys in a cache of `before` positions are rotated otherwise than one of `after` would have them."""
+    return chunks_for(config, before) != chunks_for(config, max(before, after))
+
+
 def places(chunks: DualChunk | None, positions: Int32[Array, "*rows"]) -> Int32[Array, "*rows"]:
     """What RoPE takes for the positions of queries and keys: their places in their chunks."""
     return positions if chunks is None else positions % chunks.stride

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.dual_chunk import chunks_for
+from minference_jax.models.dual_chunk import outgrows
 from minference_jax.models.llama import Llama
 from minference_jax.models.parts import prefill_parts
 from minference_jax.planning.buckets import QUERY_TILE, bucket_length
@@ -41,12 +41,8 @@ class PromptRunner:
         start = 0 if cache is None else shared_prefix(self._model.config, prompts, sizes, cache)
         rows, chunk = self._rows(sizes, start)
         config, capacity = self._model.config, start + rows + new
-        if (
-            cache is not None
-            and start
-            and chunks_for(config, cache.capacity) != chunks_for(config, max(cache.capacity, bucket_length(capacity)))
-        ):
-            start = 0  # the cache outgrows plain positions, by which its keys are rotated
+        if cache is not None and start and outgrows(config, cache.capacity, bucket_length(capacity)):
+            start = 0
             rows, chunk = self._rows(sizes, start)
             capacity = rows + new
         if cache is not None and ((start == 0 and cache.capacity < capacity) or cache.lengths.shape != sizes.shape):
