@@ -48,6 +48,12 @@ _NAMES_OF = {
         "post_feedforward_layernorm": "post_ffw_norm",
     },
     "qwen3_moe": {"mlp.gate.": "ffn_gate_inp."},
+    "glm4_moe": {
+        "post_attention_layernorm": "post_attention_norm",
+        "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+        "mlp.gate.": "ffn_gate_inp.",
+        **{f"mlp.shared_experts.{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")},
+    },
     "olmo2": _OLMO,
     "olmo3": _OLMO,
 }
@@ -57,6 +63,7 @@ ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "gpt_oss": "gpt-oss",
     "olmo3": "olmo2",
+    "glm4_moe": "glm4moe",
 }
 _INTERLEAVED = ("llama", "ministral3", "smollm3", "granite")
 

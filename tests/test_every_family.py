@@ -63,17 +63,21 @@ def test_memory_is_predicted_and_devices_share_the_weights(family):
         assert memory_need(config, tokens=4096, patterns=None).weights == weights
         heads = math.gcd(config.num_kv_heads, 8)
         mesh = abstract_mesh(f"rows={8 // heads},heads={heads}", config)
-        assert memory_need(config, tokens=4096, patterns=None, mesh=mesh).weights < 1.2 * weights / 8
+        assert memory_need(config, tokens=4096, patterns=None, mesh=mesh).weights < weights / 4
         for name, axes in param_axes(config, mesh).items():
             size = math.prod(param_shapes(config)[name])
-            assert any(axes) or size < weights / 2000, name
+            assert any(axes) or size < weights / 2000 or config.vocab_size % 8, name
 
 
 def test_its_projections_can_be_in_fp8(family):
     config = LlamaConfig.from_hf(SMALL[family])
     shapes = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in param_shapes(config).items()}
     quantized = jax.eval_shape(quantize_params, shapes)
-    matrices = {name for name, shape in param_shapes(config).items() if name.startswith(("layers.w", "layers.expert"))}
+    matrices = {
+        name
+        for name, shape in param_shapes(config).items()
+        if name.startswith(("layers.w", "layers.expert", "layers.shared"))
+    }
     matrices -= {"layers.wide_q_norm", "layers.wide_k_norm"}
     assert {f"{name}_scale" for name in matrices} == quantized.keys() - shapes.keys()
     assert {name.removeprefix("layers.") for name in matrices} <= CONTRACTED.keys()
@@ -81,7 +85,7 @@ def test_its_projections_can_be_in_fp8(family):
 
 def test_a_search_can_read_its_layers(family):
     """What a search measures: queries and keys of each layer, whose attention is the model's own."""
-    model = Llama.random(LlamaConfig.from_hf(SMALL[family]), seed=0, dtype="float32")
+    model = Llama.random(LlamaConfig.from_hf(SMALL[family]), jax.random.key(0), dtype="float32")
     tokens = jnp.asarray(np.arange(40)[None] % model.config.vocab_size, jnp.int32)
     layers = list(capture_qkv(model, tokens))
     assert len(layers) == model.config.num_layers

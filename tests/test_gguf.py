@@ -71,6 +71,27 @@ FAMILIES = {
         },
         [*_EXPERTS, *_YARN_KEYS, ("add_sliding_window", 128), ("add_expert_feed_forward_length", 5)],
     ),
+    "glm4_moe": (
+        {
+            "attention_bias": True,
+            "partial_rotary_factor": 0.5,
+            "n_routed_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 7,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": 1.7,
+            "first_k_dense_replace": 1,
+        },
+        [
+            *_EXPERTS,
+            ("add_expert_feed_forward_length", 7),
+            ("add_expert_shared_count", 1),
+            ("add_expert_weights_scale", 1.7),
+            ("add_expert_weights_norm", True),
+            ("add_leading_dense_block_count", 1),
+            ("add_rope_dimension_count", 2),
+        ],
+    ),
     "olmo2": ({}, []),
     "olmo3": (
         {"num_hidden_layers": 3, "sliding_window": 64, "layer_types": _OLMO3, "rope_scaling": _YARN},

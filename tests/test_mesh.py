@@ -124,9 +124,13 @@ def test_commands_take_a_mesh(tmp_path, capsys):
         assert run_command(capsys, *command, *options)[0] == 2
 
 
-@pytest.mark.parametrize(("name", "axis"), [("gpt_oss", "heads"), ("gpt_oss", "rows"), ("olmo3", "heads")])
+@pytest.mark.parametrize(
+    ("name", "axis"), [("gpt_oss", "heads"), ("gpt_oss", "rows"), ("olmo3", "heads"), ("glm4_moe", "heads")]
+)
 def test_what_lies_with_the_heads_on_two_devices(rng, name, axis):
-    """gpt-oss: its sinks, and each expert's width over all devices. OLMo 3: the norm over all heads of q."""
+    """gpt-oss: its sinks, and each expert's width over all devices. OLMo 3: the norm over all heads of q.
+
+    GLM-4.5: layers of two kinds."""
     config = LlamaConfig.from_hf(VARIANTS[name])
     params = Llama.random(config, jax.random.key(0)).params()
     for own in {"layers.sinks", "layers.wide_q_norm", "layers.wide_k_norm"} & params.keys():

@@ -17,6 +17,7 @@ from minference_jax.models.dual_chunk import chunks_for
 from minference_jax.models.layers import finish_layer, map_chunks
 from minference_jax.models.llama import Llama
 from minference_jax.models.rope import layer_rope
+from minference_jax.models.stacked import Layer, StackedLayer
 from minference_jax.models.window import attend_layer
 from pallas_kernels.tracing import under_own_settings
 
@@ -49,8 +50,10 @@ def _layers(config: LlamaConfig, params: forward.Params, tokens: Array, lengths:
         del q, k, v
 
 
-def _layer(params: forward.Params, index: Array) -> dict[str, Array]:
+def _layer(params: forward.Params, index: Array) -> Layer:
     stacked = forward.stacked_layers(params)
+    if len({len(value) for value in stacked.values()}) > 1:  # layers of two kinds
+        return StackedLayer(stacked, index)
     return {name: jax.lax.dynamic_index_in_dim(value, index, keepdims=False) for name, value in stacked.items()}
 
 

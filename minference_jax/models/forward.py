@@ -25,7 +25,7 @@ from minference_jax.models.dual_chunk import chunks_for, dual_chunk_attention, p
 from minference_jax.models.layers import finish_layer, map_chunks, norm, project_qkv
 from minference_jax.models.part_attention import attend_to_cache
 from minference_jax.models.rope import LayerRope, layer_rope, turns
-from minference_jax.models.stacked import Layer
+from minference_jax.models.stacked import Layer, StackedLayer
 from minference_jax.models.window import attend_layer, decode_layer, with_sinks
 from minference_jax.parallel.exchange import ONE, Exchange
 
@@ -42,6 +42,11 @@ LOGIT_CHUNK = 256
 def stacked_layers(params: Params) -> Layer:
     """The parameters that have a leading layer axis, without their `layers.` prefix."""
     return {name.removeprefix("layers."): value for name, value in params.items() if name.startswith("layers.")}
+
+
+def _mixed(config: LlamaConfig) -> bool:
+    """Whether some layers have parameters that others have not, so that a scan cannot slice them all."""
+    return config.traits.experts is not None and config.traits.experts.first > 0
 
 
 def embed(
@@ -169,7 +174,7 @@ def prefill(
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, Any]:
         x, cache = carry
         index, layer, layer_patterns, order = inputs
-        layer = exchange.whole_layer(config, layer)
+        layer = exchange.whole_layer(config, StackedLayer(stacked, index) if layer is None else layer)
         qkv = layer_qkv(config, layer, x, layer_rope(config, rope_lengths, index), positions, chunk)
         q, k, v = (exchange.to_heads(in_order(y, order), t) for y in qkv)
         if cache is not None and order is not None:
@@ -199,9 +204,10 @@ def prefill(
         return (x, cache), {"nothing": None, "info": info, "hidden": x}[keep]
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
+    stacked = stacked_layers(params)
     table = exchange.whole(config, params, "embed")
     carry = (embed(config, table, exchange.own_rows(tokens)), cache)
-    (x, cache), kept = jax.lax.scan(step, carry, (indices, stacked_layers(params), patterns, order))
+    (x, cache), kept = jax.lax.scan(step, carry, (indices, None if _mixed(config) else stacked, patterns, order))
     if cache is not None:
         written = jax.lax.dynamic_update_slice(cache.tokens, tokens, (jnp.int32(0), q_offset))
         cache = dataclasses.replace(cache, tokens=written, lengths=seen)

@@ -21,7 +21,8 @@ def malformed(config: Mapping[str, Any], family: Family, get: Get) -> list[str]:
     """Which values are missing, null, of the wrong type, out of range or not finite."""
     multipliers = [number.key for number in family.numbers.values() if not number.in_rope]
     experts = dict(family.experts or {})
-    own_switch = experts.pop("normalized", None)
+    own_switch, own_scale = experts.pop("normalized", None), experts.pop("scale", None)
+    multipliers += [own_scale] if own_scale else []
     integers = [*_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", *experts.values()]
     integers += _window_integers(family)
     numbers = ["rms_norm_eps", *multipliers]
@@ -57,7 +58,7 @@ def _window_integers(family: Family) -> list[str]:
 def _wrong_integers(keys: list[str], get: Get) -> list[str]:
     problems = []
     for key in keys:
-        value, least = get(key), 0 if key == "max_window_layers" else 1
+        value, least = get(key), 0 if key in ("max_window_layers", "first_k_dense_replace") else 1
         if value is not None and (type(value) is not int or not least <= value < _LONGEST):
             problems.append(f"{key} must be a positive integer, got {value!r}")
     return problems

@@ -183,11 +183,21 @@ def _traits(config: Mapping[str, Any], family: Family, get: Get) -> Traits:
         changes["experts"] = dataclasses.replace(
             family.traits.experts or Experts(), **{field: get(key) for field, key in family.experts.items()}
         )
-        if changes["experts"].chosen > changes["experts"].number:
-            raise ValueError(f"{changes['experts'].chosen} experts serve a token, but there are fewer")
+        _check_experts(changes["experts"], get("num_hidden_layers"))
     if family.dual_chunk:
         changes["dual_chunk"] = _dual_chunk(config)
     return dataclasses.replace(family.traits, **changes)
+
+
+def _check_experts(experts: Experts, layers: int) -> None:
+    if experts.number % experts.groups or experts.top_groups > experts.groups:
+        raise ValueError(
+            f"{experts.number} experts in {experts.groups} groups, of which {experts.top_groups} are chosen"
+        )
+    if experts.chosen > experts.number // experts.groups * experts.top_groups:
+        raise ValueError(f"{experts.chosen} experts serve a token, but there are fewer")
+    if experts.first >= layers:
+        raise ValueError(f"the first {experts.first} of {layers} layers have no experts: none has")
 
 
 def _dual_chunk(config: Mapping[str, Any]) -> DualChunk | None:

@@ -94,8 +94,32 @@ def finish_layer(
     out = out + layer["bo"] if traits.o_bias else out
     x = x + _added(config, out, layer["post_attn_norm"] if traits.post_norms else None)
     rows = norm(config, x, layer["mlp_norm"]) if traits.pre_norms else x
-    out = mlp(config, layer, rows) if traits.experts is None else mixture(config, layer, rows)
+    out = _mlp_or_experts(config, layer, rows)
     return x + _added(config, out, layer["post_mlp_norm"] if traits.post_norms else None)
+
+
+def _mlp_or_experts(config: LlamaConfig, layer: Layer, rows: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    experts = config.traits.experts
+    if experts is None:
+        return mlp(config, layer, rows)
+    if not experts.first:
+        return experts_and_shared(config, layer, rows)
+    assert isinstance(layer, StackedLayer)  # of whose parameters each layer has a part
+    first = jnp.int32(experts.first)
+
+    def served() -> Array:
+        return experts_and_shared(config, layer.at(-experts.first).of_experts(), rows)
+
+    return jax.lax.cond(layer.index < first, lambda: mlp(config, layer, rows), served)
+
+
+def experts_and_shared(config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """The chosen experts, and the MLP that serves every token where there is one."""
+    out = mixture(config, layer, x)
+    if config.traits.experts is None or not config.traits.experts.shared:
+        return out
+    gate, up = project(layer, ("shared_gate", "shared_up"), x)
+    return out + project(layer, ("shared_down",), gated(config, gate, up))[0]
 
 
 def _added(config: LlamaConfig, out: Array, post_norm: Array | None) -> Array:

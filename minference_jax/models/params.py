@@ -18,7 +18,7 @@ def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     traits = config.traits
     if traits.pre_norms:
         shapes = {"attn_norm": (d,), "mlp_norm": (d,)} | shapes
-    if traits.experts is None:
+    if traits.experts is None or traits.experts.first:
         shapes |= {"w_gate": (d, f), "w_up": (d, f), "w_down": (f, d)}
     if traits.qkv_bias:
         shapes |= {"bq": (n, h), "bk": (k, h), "bv": (k, h)}
@@ -39,16 +39,33 @@ def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {"router": (d, e), "expert_gate": (e, d, w), "expert_up": (e, d, w), "expert_down": (e, w, d)}
         if experts.bias:
             shapes |= {"b_router": (e,), "b_expert_gate": (e, w), "b_expert_up": (e, w), "b_expert_down": (e, d)}
+        if experts.scoring == "sigmoid":
+            shapes |= {"choice_bias": (e,)}
+        if s := experts.shared * w:
+            shapes |= {"shared_gate": (d, s), "shared_up": (d, s), "shared_down": (s, d)}
     return shapes
+
+
+def layers_with(config: LlamaConfig, name: str) -> range:
+    """The layers that have a parameter of this name (without `layers.`): all, the first ones, or those after them."""
+    first = 0 if config.traits.experts is None else config.traits.experts.first
+    if first and name.startswith(("w_gate", "w_up", "w_down")):
+        return range(first)
+    if first and name.startswith(("expert_", "router", "choice_bias", "shared_")):
+        return range(first, config.num_layers)
+    return range(config.num_layers)
 
 
 BIASES = frozenset(
     (
         *("bq", "bk", "bv", "bo", "b_gate", "b_up", "b_down", "sinks"),
-        *("b_router", "b_expert_gate", "b_expert_up", "b_expert_down"),
+        *("b_router", "choice_bias", "b_expert_gate", "b_expert_up", "b_expert_down"),
     )
 )
 """Names of what is added, which random weights have as zeros."""
+
+IN_FLOAT32 = frozenset(("choice_bias",))
+"""Names of what is float32 in every model: numbers that decide between nearly equal ones."""
 
 
 def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -59,7 +76,7 @@ def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """
     shapes: dict[str, tuple[int, ...]] = {"embed": (config.vocab_size, config.hidden_size)}
     for name, shape in layer_shapes(config).items():
-        shapes[f"layers.{name}"] = (config.num_layers, *shape)
+        shapes[f"layers.{name}"] = (len(layers_with(config, name)), *shape)
     shapes["final_norm"] = (config.hidden_size,)
     if not config.tie_embeddings:
         shapes["lm_head"] = (config.hidden_size, config.vocab_size)

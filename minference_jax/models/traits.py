@@ -16,6 +16,11 @@ class Experts:
     - `number`, `chosen`: experts, and how many serve a token. `width`: of one expert.
     - `normalized`: the chosen experts' weights are divided by their sum, as if the softmax were over them alone.
     - `bias`: router and experts have biases (gpt-oss).
+    - `scoring`: the router's numbers become a softmax, or each a sigmoid. With "sigmoid" (GLM-4.5), a bias of each
+      expert counts in the choice and not in the weight; of `groups` of experts only the best `top_groups` (by their two
+      best) can be chosen; and the chosen ones' sum is multiplied by `scale`.
+    - `shared`: how many experts' widths an MLP has that serves every token besides. `first`: layers before this one
+      have an MLP instead of experts.
     """
 
     number: int = 0
@@ -23,6 +28,12 @@ class Experts:
     width: int = 0
     normalized: bool = False
     bias: bool = False
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
+    shared: int = 0
+    first: int = 0
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,8 @@ def _mlp_row(config: LlamaConfig, size: int) -> int:
     if experts is None:
         return 3 * config.intermediate_size * size
     copies = 3 * experts.chosen * config.hidden_size * size  # sorted rows, their results, and those in rows' order
-    return copies + 8 * experts.number
+    mlp = 3 * max(config.intermediate_size if experts.first else 0, experts.shared * experts.width) * size
+    return copies + 8 * experts.number + mlp
 
 
 def longest_prompt(config: LlamaConfig, available: float, **options: Any) -> int:
