@@ -16,14 +16,15 @@ ifneq ($(shell cat .venv/.folder 2>/dev/null) $(shell $(BIN)/python -c 'import p
 $(shell rm -f .venv/.folder .venv/.runtime .venv/.dev)
 endif
 
-.PHONY: help venv demo test nightly notebooks check lint format clean compile-gpus
+.PHONY: help venv demo test nightly notebooks check docs lint format clean compile-gpus
 
 help:
 	@echo "make demo     a real Llama reads a book chapter with dense and with sparse prefill, and answers a question"
 	@echo "make test     the test suite"
 	@echo "make nightly  larger cases of what it checks"
 	@echo "make notebooks  run the notebooks and keep their outputs"
-	@echo "make check    ruff and pyright, as CI runs them"
+	@echo "make check    ruff, the documentation and pyright, as CI runs them"
+	@echo "make docs     the documentation site, in .site"
 	@echo "make format   rewrite the sources the way ruff wants them"
 	@echo "make venv     the environment with everything for development, in .venv"
 	@echo "make clean    remove environments, caches and the demo model"
@@ -42,8 +43,12 @@ nightly: .venv/.dev torch-env
 notebooks: .venv/.dev torch-env
 	$(BIN)/python tests/notebook_runs.py $(NOTEBOOKS)
 
-check: lint
+check: lint docs
 	$(BIN)/pyright
+
+# The site, in .site. A warning is an error: a link that leads nowhere, a name that is not there.
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: .venv/.dev
 	$(BIN)/ruff check
@@ -64,13 +69,13 @@ venv: .venv/.dev
 	@echo "$(CURDIR)" > $@
 
 .venv/.runtime: .venv/.folder pyproject.toml constraints.txt
-	@echo "Installing minference-jax and what it needs (about 750 MB) ..."
-	@$(BIN)/python $(PIP_INSTALL) --editable .
+	@echo "Installing minference-jax and what the demo needs (about 750 MB) ..."
+	@$(BIN)/python $(PIP_INSTALL) --editable '.[cli,models]'
 	@touch $@
 
 .venv/.dev: .venv/.folder pyproject.toml constraints.txt
 	@echo "Installing minference-jax, what it needs, and the tools for development (about 1.3 GB) ..."
-	@$(BIN)/python $(PIP_INSTALL) --editable '.[dev,notebooks]'
+	@$(BIN)/python $(PIP_INSTALL) --editable '.[dev]'
 	@touch $@ .venv/.runtime
 
 # PyTorch lives in an environment of its own and is only ever run as a child process. Without it the comparison tests
@@ -91,5 +96,5 @@ endif
 	|| { echo "warning: no PyTorch here; the tests that compare with it will be skipped" >&2; test -z "$$CI"; }
 
 clean:
-	rm -rf .venv .venv-torch .demo .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-torch .demo .site .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

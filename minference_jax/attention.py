@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 import pallas_kernels
 from minference_jax.index.recall import AXES as RECALL_AXES
 from minference_jax.index.recall import estimated_recall
-from minference_jax.keywords import LayerKeywords, check_layer_keywords, in_dtype, naming_layer_keywords
+from minference_jax.keywords import LayerKeywords, check_layer_keywords, check_own_keys, in_dtype, naming_layer_keywords
 from minference_jax.patterns.base import Pattern, Where
 from minference_jax.patterns.heads import LayerPatterns, layer_patterns, patterns_of_heads
 from minference_jax.patterns.rates import predicted
@@ -73,8 +73,9 @@ def make_plan(
     **Arguments:**
 
     - `q`: `[b, t, n, h]`, after position embedding; `k`: `[b, s, k, h]`, same dtype; n a multiple of k.
-    - `pattern`: one pattern or plan builder for all heads, one per head, or `LayerPatterns` with leaves `[n]` (budgets
-      may then be traced; which families occur, and the widths, are static).
+    - `pattern`: one pattern, text or plan builder for all heads, one per head, or `LayerPatterns` with leaves `[n]`
+      (budgets may then be traced; which families occur, and the widths, are static). A pattern may be an argument of
+      a jitted function, which is compiled for each; a text may not, unless it is named in `static_argnames`.
     - `lengths`: int32 `[b]`, keys of each sequence (right padding), clamped to [0, s]; default all s.
     - `q_offset`: int32 scalar, position of the first query row, a multiple of 128; may be traced. In chunked prefill
       and follow-up turns each chunk is estimated from its own last rows, over the keys up to them.
@@ -223,7 +224,8 @@ def sparse_attention(
     - `zigzag` (static): the devices that share these heads' query tiles: each is given all of q, makes the same plan,
       and returns `zigzag.own` of the output.
     - `layer`: what Flax's layers pass (`LayerKeywords`), so that `functools.partial(sparse_attention, pattern=...)` is
-      an `attention_fn`. What would have to be left out is refused: a mask, a bias, dropout, weights to be kept.
+      an `attention_fn`. `is_causal=True` is what it does anyway. What would have to be left out is refused by name: a
+      mask, a bias, dropout, weights to be kept, `is_causal=False`, cross-attention.
 
     **Returns:** `[b, t, n, h]` in q's dtype, zero at rows at or past a sequence's length; with `return_lse` also the
     log-sum-exp of the scores, float32 `[b, t, n]`; with `return_info` also an `AttentionInfo`, last.
@@ -235,6 +237,7 @@ def sparse_attention(
     check_layer_keywords(layer)
     q, k, v = in_dtype(q, k, v, layer)
     check_qkv(q, k, v)
+    check_own_keys(q, k, layer)
     lengths = check_lengths(lengths, q.shape[0], k.shape[1])
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
     heads = layer_patterns(pattern, q.shape[2])

@@ -23,12 +23,14 @@ import pallas_kernels
 from minference_jax.attention import sparse_attention
 from minference_jax.data import load_text
 from minference_jax.data.needle import NeedlePrompt, needle_prompt
+from minference_jax.extras import naming_extra
 from minference_jax.models.cache import KVCache
 from minference_jax.models.capture import capture_qkv
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
 from minference_jax.patterns import HeadPatterns, VerticalSlash
 from minference_jax.patterns.files import preset
+from minference_jax.patterns.resolve import Patterns, resolve_patterns
 from minference_jax.planning.buckets import bucket_length
 from minference_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -98,7 +100,7 @@ def run_demo(
     tokens: int = 4096,
     depth: float = 0.35,
     seed: int = 0,
-    patterns: HeadPatterns | None = None,
+    patterns: Patterns = None,
     dtype: str = "",
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
@@ -108,8 +110,9 @@ def run_demo(
     **Arguments:**
 
     - `tokens`: length of the prompt, at most. `depth`: where the fact lies, from 0 (start) to 1. `seed`: which fact.
-    - `patterns`: of the sparse run. Default: the ones that were searched for SmolLM2-135M-Instruct, or
-      one for all heads of another model. `dtype`: default float32 on a CPU, bfloat16 elsewhere.
+    - `patterns`: of the sparse run, as for `Llama.from_pretrained`. Default: the ones that were searched for
+      SmolLM2-135M-Instruct, or one for all heads of another model. `dtype`: default float32 on a CPU, bfloat16
+      elsewhere.
     - `progress(done, total)` is called between steps; `say` with a line of news.
 
     Raises what loading the model raises, and `ValueError` where the text is shorter than `tokens`.
@@ -128,7 +131,8 @@ def run_demo(
     rows = bucket_length(len(prompt.ids))
     padded = jnp.asarray(np.pad(np.asarray(prompt.ids, np.int32), (0, rows - len(prompt.ids)))[None])
     lengths = jnp.asarray([len(prompt.ids)], jnp.int32)
-    patterns = _default_patterns(model.config) if patterns is None else patterns
+    config = model.config
+    patterns = resolve_patterns(patterns, config.num_layers, config.num_heads) or _default_patterns(config)
     attention = _measure_attention(model, padded, lengths, patterns)
     step()
 
@@ -247,9 +251,10 @@ def _measure_attention(
 
 def report(result: DemoResult) -> Any:
     """A rich renderable: question, both answers, the table."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
+    with naming_extra("a table"):
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
 
     dense, sparse = result.dense, result.sparse
     table = Table(box=box.SIMPLE_HEAD, title=f"{result.model}, {result.device}, {result.prompt_tokens:,} prompt tokens")

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 class LayerKeywords(TypedDict, total=False):
     """The keywords of an `attention_fn`: accepted where they change nothing, or only the dtype of the arrays.
 
-    A layer says `is_causal=False` where its caller says nothing, so it is no request: sparse attention is causal.
+    `is_causal=True` is what sparse attention does. A layer says `is_causal=False` where its caller says nothing, so
+    from a layer it is no request; a call without a layer's other keywords means it, and is refused.
     """
 
     bias: Any
@@ -34,7 +35,7 @@ class LayerKeywords(TypedDict, total=False):
 
 NOT_HERE = {
     "bias": "the mask is the pattern's, and nothing is added to the scores",
-    "mask": "it is causal, with the mask of its pattern; use lengths for padding",
+    "mask": "it is causal, with the mask of its pattern; say is_causal=True, and use lengths for padding",
     "module": "the attention weights never exist, so a layer can't keep them (sow_weights)",
     "precision": "kernels choose the precision of their products by the dtype",
     "qk_attn_weights_einsum": "kernels do this product",
@@ -50,9 +51,20 @@ def check_layer_keywords(keywords: Mapping[str, Any]) -> None:
             raise TypeError(f"sparse_attention() got an unexpected keyword argument {name!r}")
         if name in NOT_HERE and value is not None:
             raise ValueError(f"sparse attention takes no {name}: {NOT_HERE[name]}")
+    if keywords.get("is_causal") is False and "deterministic" not in keywords:
+        raise ValueError("sparse attention is causal, got is_causal=False")
     rate = keywords.get("dropout_rate", 0.0)
     if rate and not keywords.get("deterministic", False):
         raise ValueError(f"sparse attention has no dropout, got dropout_rate {rate}; pass deterministic=True")
+
+
+def check_own_keys(q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], keywords: Mapping[str, Any]) -> None:
+    """Raises ValueError for a layer's call with other keys than its queries': cross-attention is not causal."""
+    if "deterministic" in keywords and q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"sparse attention in a layer is causal self-attention: queries and keys must have the same positions, got "
+            f"q {q.shape}, k {k.shape}"
+        )
 
 
 def naming_layer_keywords[**P, R](function: Callable[P, R]) -> Callable[P, R]:

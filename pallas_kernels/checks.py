@@ -17,6 +17,12 @@ LEAST_HEADS = 129
 """More heads than any model has: so many, of fewer keys, are positions in the wrong place."""
 
 
+SWAP = (
+    "arrays are [batch, positions, heads, head_dim]; if these are [batch, heads, positions, head_dim], "
+    "swap their axes 1 and 2"
+)
+
+
 def check_qkv(q: Array, k: Array, v: Array) -> None:
     """Raises TypeError for dtypes and ValueError for shapes that are no q [b, t, n, h], k and v [b, s, k, h]."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -34,10 +40,7 @@ def check_qkv(q: Array, k: Array, v: Array) -> None:
         if x.ndim != 4:
             raise ValueError(f"{name} must have four axes [batch, positions, heads, head_dim]; got {shapes}")
     if k.shape[1] < LEAST_HEADS <= q.shape[2] and q.shape[1] < q.shape[2]:
-        raise ValueError(
-            f"q has {q.shape[2]} heads of {q.shape[1]} positions; arrays are [batch, positions, heads, head_dim]: swap "
-            f"axes 1 and 2 of [batch, heads, positions, head_dim]; got {shapes}"
-        )
+        raise ValueError(f"q has {q.shape[2]} heads of {q.shape[1]} positions: {SWAP}; got {shapes}")
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if k.shape != v.shape:
@@ -49,9 +52,18 @@ def check_qkv(q: Array, k: Array, v: Array) -> None:
     if 0 in q.shape or 0 in k.shape:
         raise ValueError(f"no axis may be empty; got {shapes}")
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"query heads must be a multiple of KV heads; got {shapes}")
+        raise ValueError(f"query heads must be a multiple of KV heads; got {shapes}{_if_swapped(q, k)}")
     if q.shape[1] > k.shape[1]:
-        raise ValueError(f"q has more positions than k; pass the whole cache as k and v; got {shapes}")
+        raise ValueError(
+            f"q has more positions than k; pass the whole cache as k and v; got {shapes}{_if_swapped(q, k)}"
+        )
+
+
+def _if_swapped(q: Array, k: Array) -> str:
+    """What to add to an error where [batch, heads, positions, head_dim] would be a likely reading, and would do."""
+    heads, positions, kv_heads, keys = *q.shape[1:3], *k.shape[1:3]
+    fits = heads % kv_heads == 0 and positions <= keys
+    return f"; {SWAP}" if fits and heads < LEAST_HEADS and heads < positions else ""
 
 
 def check_lengths(lengths: Any, batch: int, kv_len: int) -> Int[Array, " b"] | None:

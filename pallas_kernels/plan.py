@@ -36,38 +36,38 @@ _PARTS = {"columns": "column_count", "bands": "band_count", "blocks": "block_cou
 class SparsePlan:
     """What each query tile of each head visits, as int32 arrays of static width.
 
-    A query row at position t sees key s iff s <= t, s < length, and s lies in one of
+    A query row at position t sees key s if s <= t, s < length, and s lies in one of
 
-    - the diagonal: the two key tiles that hold the row's own query tile (always visited);
-    - a band: with q0 the first position of the row's query tile, the 64 keys [q0 - r, q0 - r + 64) for a listed
-      distance r, cut at key 0;
+    - the diagonal: the two key tiles that hold the row's own query tile. It is always visited and never listed;
+    - a band: for a listed distance r, and with q0 the first position of the row's query tile, the 64 keys [q0 - r, q0 -
+      r + 64), cut at key 0;
     - a block: a listed key tile of the row's query tile;
     - a column: a listed key position.
 
-    A key that lies in several of them counts once. A head may use any mix of the three parts, so heads of
-    different patterns share one launch.
+    A key that lies in several of them counts once. A head may use any mix of the three parts, so heads of different
+    patterns share one launch.
 
-    **Fields** (a part that no head uses is None, its count too):
+    **Fields** (a part that no head uses is None, and so is its count):
 
     - `columns`: int32 `[b, n, C]`, ascending key positions; `column_count`: int32 `[b, n]`.
-    - `bands`: int32 `[b, n, R]`, ascending distances of 64 or more, at least 64 apart, in a head that has blocks
-      multiples of 64; `band_count`: int32 `[b, n]`.
-      `band_multiple` (static): a number that every distance is a multiple of; 64 lets a kernel copy whole tiles faster.
-    - `blocks`: int32 `[b, n, i, M]`, ascending key-tile numbers (key position // 64) of each query tile;
+    - `bands`: int32 `[b, n, R]`, ascending distances; `band_count`: int32 `[b, n]`. Distances are 64 or more, and at
+      least 64 apart. In a head that has blocks too they are multiples of 64.
+    - `blocks`: int32 `[b, n, i, M]`, ascending key-tile numbers (key position // 64) for each query tile i;
       `block_count`: int32 `[b, n, i]`.
+    - `band_multiple` (static): a number that every distance is a multiple of. With 64 a kernel copies whole tiles,
+      faster.
+    - `clean` (static): a promise that the lists below their counts need no checks. They are in order; nothing in them
+      is to be ignored but what lies past the last key or after the diagonal; no block of a head lies in one of its
+      bands. A kernel takes such lists as they are, and a broken promise makes wrong results. The builders and the index
+      keep it; `plan_check.lists_are_clean` says whether a plan does.
 
-    - `clean` (static): a promise that below the counts the lists are in order, that nothing in them is to be ignored
-      but what lies past the last key or after the diagonal, and that no block of a head lies in one of its bands. A
-      kernel takes such lists as they are; a broken promise makes wrong results. The builders and the index keep it;
-      `plan_check.lists_are_clean` says whether a plan does.
+    **Ignored**, whatever it is: entries at or past the count; entries out of range (negative, past the last key, after
+    the diagonal); repeats; columns and blocks that are less than one listed before them; bands less than 64 after a
+    listed one before them, since they would overlap it; bands that are no multiple of `band_multiple`, or of 64 in a
+    head with blocks. `pallas_kernels.rule` has all of this as functions.
 
-    Entries at or past the count are ignored, whatever they hold. So are entries out of range (negative, past the
-    last key, after the diagonal), repeats, columns and blocks out of order (less than one listed before them), and
-    bands that break their rule: less than 64 after a listed one before them (which they would overlap), no multiple of
-    `band_multiple`, or none of 64 in a head that has blocks. `pallas_kernels.rule` has all of this as functions.
-
-    Source: MInference (arXiv 2407.02490) §3.2 for the patterns. The official index stores a tile list per query
-    tile for slashes too; bands say the same once per head, because slash tiles are shift-invariant.
+    Source: MInference (arXiv 2407.02490) §3.2 for the patterns. The official index lists slashes as tiles, anew for
+    each query tile. A slash keeps its distance from one query tile to the next, so here a band says it once for a head.
     """
 
     columns: Int[Array, "b n C"] | None = None
@@ -97,7 +97,7 @@ class SparsePlan:
                     raise ValueError(f"plan.{what} has dtype {array.dtype}; expected int32")
 
     def shape(self) -> tuple[int, int] | None:
-        """(batch, heads), or None for the plan that visits the diagonal only."""
+        """(batch, heads); None for the plan without parts, which visits the diagonal only and fits any."""
         for name in _PARTS:
             part = getattr(self, name)
             if part is not None:

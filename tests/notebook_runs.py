@@ -26,7 +26,7 @@ VOLATILE = re.compile(r"0x[0-9a-f]+|\b\d+(\.\d+){2,}\S*|[\d.,]+ (ms|s|seconds)\b
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
-COMPUTING = ("03", "05")
+COMPUTING = ("03", "05", "06")
 """Notebooks that take longer to compute than to compile."""
 BEFORE = """%reset -f
 import jax

@@ -266,7 +266,12 @@ def test_the_report_has_averages_tasks_and_plots(tmp_path):
         "| window | 0.250 | 40.0 [21.9, 61.3] at 0.250 | 7.77 [" in text
         and "| dense | 1.000 | 100.0 [83.9, 100.0] |" in text
     )
-    assert "### needle-address-raw" in text
+    assert "### needle-address-raw" in text and "do not compare" not in text
+    wider = [
+        dataclasses.replace(r, method="wider", density=0.28) for r in results_of_two_methods() if r.density == 0.25
+    ]
+    warning = "At 1,024 tokens the densities differ by more than a tenth, so do not compare: window 0.250, wider 0.280."
+    assert warning in markdown([*results_of_two_methods(), *wider])
     part = [r for r in results_of_two_methods() if (r.method, r.task) != ("window", "needle-magic-raw")]
     assert "| window | 0.250 | — | 7.77 [" in markdown(part)  # no average over other tasks than dense attention's
     page = (tmp_path / "report.html").read_text()

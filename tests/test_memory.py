@@ -142,7 +142,7 @@ def test_auto_uses_the_pattern_of_the_prompts_length():
         assert arrays is not None and arrays.families == ("shared-density",)
     memory = [memory_need(LLAMA, tokens=1 << 15, patterns=p).total for p in ("auto", auto_pattern(1 << 15))]
     assert memory[0] == memory[1]
-    with pytest.raises(ValueError, match="got 'sparse'"):
+    with pytest.raises(ValueError, match="'sparse' is neither"):
         memory_need(LLAMA, tokens=128, patterns="sparse")
 
 

@@ -1,13 +1,16 @@
 """Sparse attention inside Flax's own layer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from minference_jax import AShape, Dense
+from minference_jax import AShape, Dense, PlanBuilder, sparse_attention
 from minference_jax.nn import attention_fn
+from pallas_kernels import SparsePlan
 
 
 def layer(pattern, **options):
@@ -32,3 +35,31 @@ def test_what_would_be_left_out_is_refused():
         layer(AShape(2, 65), dropout_rate=0.5)(x, deterministic=False, rngs=nnx.Rngs(1))
     with pytest.raises(ValueError, match="takes no module"):
         layer(AShape(2, 65))(x, sow_weights=True)
+    with pytest.raises(ValueError, match=r"must have the same positions, got q \(1, 130, 2, 16\), k \(1, 140, 2, 16\)"):
+        layer(AShape(2, 65))(x, jnp.ones((1, 140, 32)))
+    heads = x.reshape(1, 130, 2, 16)
+    with pytest.raises(ValueError, match="is causal, got is_causal=False"):
+        sparse_attention(heads, heads, heads, "dense", is_causal=False)
+
+
+def test_a_pattern_is_an_argument_of_a_jitted_function():
+    x = jax.random.normal(jax.random.key(0), (1, 130, 2, 16))
+    expected = sparse_attention(x, x, x, "a-shape:sink=2,window=65", is_causal=True)
+    jitted = jax.jit(sparse_attention)
+    np.testing.assert_array_equal(jitted(x, x, x, AShape(2, 65)), expected)
+    np.testing.assert_array_equal(jitted(x, x, x, [AShape(2, 65), AShape(2, 65)]), expected)
+    named = jax.jit(sparse_attention, static_argnames="pattern")
+    np.testing.assert_array_equal(named(x, x, x, pattern="a-shape:sink=2,window=65"), expected)
+
+
+def test_an_index_that_jax_does_not_know_is_named():
+    @dataclasses.dataclass(frozen=True)
+    class Mine(PlanBuilder):
+        def build(self, q, k, *, lengths, q_offset, scale):
+            return SparsePlan()
+
+    x = jnp.ones((1, 130, 2, 16))
+    with pytest.raises(TypeError, match=r"Mine\(\) is no pytree: put @jax\.tree_util\.register_static over Mine"):
+        sparse_attention(x, x, x, Mine())
+    jax.tree_util.register_static(Mine)
+    assert jax.eval_shape(lambda: sparse_attention(x, x, x, Mine())).shape == x.shape

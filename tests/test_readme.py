@@ -1,4 +1,7 @@
-"""The README's examples do what they say, as scripts of their own; its commands exist, and its links lead somewhere."""
+"""The examples of README and docs do what they say; their commands exist, and their links lead somewhere.
+
+`make docs` says whether the site can be built, and whether its links lead somewhere.
+"""
 
 import re
 import shlex
@@ -12,8 +15,12 @@ from minference_jax.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(r"^minference-jax (.*?)(?:  +#.*)?$", README, re.MULTILINE)
+PAGES = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))}
+SCRIPT = re.compile(r"```python\n(.*?)```", re.DOTALL)
+EXAMPLES = SCRIPT.findall(README)
+# A backslash joins lines; `srun … minference-jax` is a command too.
+LINES = "\n".join((README, *PAGES.values())).replace("\\\n", " ")
+COMMANDS = re.findall(r"^(?:srun .*)?minference-jax (.*?)(?:  +#.*)?$", LINES, re.MULTILINE)
 
 
 def test_a_long_text_is_read_with_a_sparse_plan(tmp_path, monkeypatch, capsys, optimized):
@@ -36,6 +43,31 @@ def test_the_attention_alone_is_a_call_on_arrays(capsys):
     (example,) = (text for text in EXAMPLES if "jax.random" in text)
     exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out == "(1, 1024, 4, 64)\n"
+
+
+SAID = {
+    "choose-a-rule.md": "2048 dense\n",
+    "gradients.md": "(1, 256, 2, 16) (1, 256, 1, 16) True\n(64, 16)\n",
+    "many-gpus.md": "(1, 64, 64) True\n(1, 512, 4, 16)\n",
+    "save-and-restore.md": "True\nTrue\n",
+    "tour.md": "(1, 1024, 4, 64) xla\n",
+    "write-an-index.md": "(1, 256, 2, 16)\nTrue\n",
+    "your-own-model.md": "(1, 256, 32)\n(1, 256, 32)\nTrue\n",
+}
+"""What the examples of a page print, or begin to."""
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if SCRIPT.search(text)])
+def test_the_examples_of_a_page_do_what_it_says(page, tmp_path, monkeypatch, capsys):
+    """One after another, as a reader who pastes them into one session."""
+    monkeypatch.chdir(tmp_path)
+    session = {"__name__": "__main__"}
+    for example in SCRIPT.findall(PAGES[page]):
+        if "fetch_demo_model" in example:
+            assert example in EXAMPLES  # run by the test above
+        else:
+            exec(compile(example, page, "exec"), session)
+    assert capsys.readouterr().out.startswith(SAID[page])
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -70,6 +70,11 @@ def test_the_log_sum_exp_comes_if_asked_for(rng):
         np.testing.assert_array_equal(out, call(scale=0.5))
 
 
+def swapped(heads, kv_heads, positions):
+    """Queries, keys and values with the axes of positions and heads the wrong way round."""
+    return tuple(jnp.zeros((1, count, positions, 32)) for count in (heads, kv_heads, kv_heads))
+
+
 def test_bad_arguments_name_themselves(rng):
     q, k, v = random_qkv(rng, 1, 128, 128, 4, 2, 64)
     plan = a_shape_plan(1, 4, sink=1, window=64)
@@ -78,6 +83,10 @@ def test_bad_arguments_name_themselves(rng):
         (lambda: sparse_attention(q, k, v[:, :64], plan), ValueError, r"k and v.*\(1, 128, 2, 64\).*\(1, 64, 2, 64\)"),
         (lambda: sparse_attention(q[:, :, :3], k, v, plan), ValueError, "multiple of KV heads"),
         (lambda: sparse_attention(q, k[:, :64], v[:, :64], plan), ValueError, "more positions than k"),
+        (lambda: sparse_attention(*swapped(4, 2, 300), plan), ValueError, "300 heads of 4 positions.*swap their axes"),
+        (lambda: sparse_attention(*swapped(4, 4, 130), plan), ValueError, "130 heads of 4 positions.*swap their axes"),
+        (lambda: sparse_attention(*swapped(64, 16, 100), plan), ValueError, "more positions than k.*swap their axes 1"),
+        (lambda: sparse_attention(*swapped(64, 16, 60), plan), ValueError, r"\(1, 16, 60, 32\)$"),  # no likely reading
         (lambda: sparse_attention(q, k.astype(jnp.bfloat16), v, plan), TypeError, "share one dtype"),
         (
             lambda: sparse_attention(q.astype(jnp.int32), k, v, plan),

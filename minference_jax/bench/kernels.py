@@ -24,6 +24,7 @@ from minference_jax.bench import peers as others
 from minference_jax.bench.cases import BUDGETS, Case
 from minference_jax.bench.shapes import exact_row, sample_rows
 from minference_jax.bench.timing import in_turns_ms, median_ms
+from minference_jax.extras import naming_extra
 from pallas_kernels import Choice, SparsePlan, choose_implementation, sparse_attention
 from pallas_kernels.backends import Implementation
 
@@ -224,7 +225,8 @@ def largest_error(out: Float[Array, "b t n h"], arrays: others.Arrays, plan: Spa
 
 def table(rows: Sequence[Row]) -> Table:
     """The rows as a rich table, under the facts of `environment()`."""
-    from rich.table import Table
+    with naming_extra("a table"):
+        from rich.table import Table
 
     titles = ("pattern", "heads", "tokens", "density", "index,ms", "plan,ms", "attend,ms", "TF/s")
     titles += ("dense,ms", "dense,TF/s", "speed-up", "error")
@@ -254,9 +256,10 @@ def to_json(rows: Sequence[Row]) -> dict[str, Any]:
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Time against length for every pattern and layout, and dense, both axes logarithmic, as an image file.
 
-    Raises ImportError where matplotlib is missing.
+    Raises ModuleNotFoundError without matplotlib.
     """
-    from matplotlib.figure import Figure
+    with naming_extra("a plot"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()

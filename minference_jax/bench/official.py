@@ -12,6 +12,7 @@ from typing import Any
 from minference_jax.bench.cases import Case
 from minference_jax.bench.shapes import vertical_slash_bench_index
 from minference_jax.bench.timing import median_ms
+from minference_jax.extras import naming_extra
 
 
 def one_launch(case: Case, shape: tuple[int, int, int, int], repeats: int = 5) -> float:
@@ -34,7 +35,9 @@ def loop_over_heads(case: Case, shape: tuple[int, int, int, int], repeats: int =
 
 def _prepared(case: Case, shape: tuple[int, int, int, int]) -> tuple[Callable[..., Any], list[Any]]:
     import minference  # pyright: ignore[reportMissingImports]
-    import torch  # pyright: ignore[reportMissingImports]
+
+    with naming_extra("the official kernel"):
+        import torch  # pyright: ignore[reportMissingImports]
 
     b, t, n, h = shape
     q, k, v = (torch.randn((b, n, t, h), dtype=torch.bfloat16, device="cuda") for _ in range(3))
@@ -48,7 +51,8 @@ def _prepared(case: Case, shape: tuple[int, int, int, int]) -> tuple[Callable[..
 
 
 def _timed(run: Callable[[], Any], repeats: int) -> float:
-    import torch  # pyright: ignore[reportMissingImports]
+    with naming_extra("the official kernel"):
+        import torch  # pyright: ignore[reportMissingImports]
 
     def finished() -> None:
         run()

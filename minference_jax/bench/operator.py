@@ -19,8 +19,9 @@ from minference_jax.attention import make_plan, sparse_attention
 from minference_jax.bench import peers
 from minference_jax.bench.kernels import environment
 from minference_jax.bench.timing import in_turns_ms
+from minference_jax.extras import naming_extra
 from minference_jax.patterns import Pattern
-from minference_jax.patterns.text import format_pattern
+from minference_jax.patterns.text import as_pattern, format_pattern
 from pallas_kernels import choose_implementation, dense_attention
 from pallas_kernels import sparse_attention as attend_to_plan
 
@@ -51,7 +52,7 @@ class OperatorRow:
 
 
 def time_operators(
-    arrays: peers.Arrays, patterns: Sequence[Pattern], *, inputs: str, turns: int = 5
+    arrays: peers.Arrays, patterns: Sequence[Pattern | str], *, inputs: str, turns: int = 5
 ) -> Iterator[OperatorRow]:
     """A row for each pattern, on one q `[b, t, n, h]`, k and v `[b, s, k, h]`.
 
@@ -60,7 +61,7 @@ def time_operators(
     best = jax.jit(lambda q, k, v: dense_attention(q, k, v))
     dense = peers.cudnn_dense(arrays) if jax.default_backend() == "gpu" else partial(best, *arrays)
     for pattern in patterns:
-        yield _time(arrays, pattern, dense, inputs, turns)
+        yield _time(arrays, as_pattern(pattern), dense, inputs, turns)
 
 
 def _time(arrays: peers.Arrays, pattern: Pattern, dense: Callable[[], Any], inputs: str, turns: int) -> OperatorRow:
@@ -93,7 +94,8 @@ def _time(arrays: peers.Arrays, pattern: Pattern, dense: Callable[[], Any], inpu
 
 def table(rows: Sequence[OperatorRow]) -> Table:
     """The rows as a rich table, under the facts of `environment()`."""
-    from rich.table import Table
+    with naming_extra("a table"):
+        from rich.table import Table
 
     titles = ("pattern", "inputs", "tokens", "density", "index,ms", "tables,ms", "attend,ms", "whole,ms", "dense,ms")
     facts = " ".join(f"{name}={value}" for name, value in environment().items())

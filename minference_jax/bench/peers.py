@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minference_jax.bench.timing import median_ms
+from minference_jax.extras import naming_extra
 
 Arrays = tuple[Float[Array, "b t n h"], Float[Array, "b s k h"], Float[Array, "b s k h"]]
 
@@ -31,7 +32,8 @@ def mosaic_dense(arrays: Arrays, repeats: int = 5) -> float:
 
 def torch_dense(arrays: Arrays, repeats: int = 5) -> float:
     """Milliseconds of PyTorch's scaled_dot_product_attention, dense causal, on arrays of the same shapes."""
-    import torch  # pyright: ignore[reportMissingImports]
+    with naming_extra("this peer"):
+        import torch  # pyright: ignore[reportMissingImports]
 
     q, k, v = (torch.randn(x.shape, dtype=torch.bfloat16, device="cuda").transpose(1, 2) for x in arrays)
 

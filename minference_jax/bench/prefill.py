@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from minference_jax.bench.kernels import environment
 from minference_jax.bench.prefill_pieces import Pieces, time_pieces
 from minference_jax.bench.timing import median_seconds
+from minference_jax.extras import naming_extra
 from minference_jax.models.forward import CHUNK
 from minference_jax.models.llama import Llama
 from minference_jax.models.programs import prefill_program
@@ -244,8 +245,9 @@ def _time(case: Case, compiled: Compiled | None, repeats: int, *, pieces: bool) 
 
 def table(rows: Sequence[Row], facts: Mapping[str, Any] | None = None) -> Any:
     """A rich table of the rows; `facts`: where they were measured, by default here."""
-    from rich import box
-    from rich.table import Table
+    with naming_extra("a table"):
+        from rich import box
+        from rich.table import Table
 
     title = "  ".join(f"{name}={value}" for name, value in (environment() if facts is None else facts).items())
     result = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
@@ -285,9 +287,10 @@ def from_json(found: Mapping[str, Any]) -> list[Row]:
 def plot(rows: Sequence[Row], path: Any, title: str = "") -> None:
     """Latency and speed-up over dense against length, both axes logarithmic, as an image file.
 
-    Raises `ImportError` where matplotlib is missing.
+    Raises ModuleNotFoundError without matplotlib.
     """
-    from matplotlib.figure import Figure
+    with naming_extra("a plot"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     latency, speedup = figure.subplots(1, 2)

@@ -111,13 +111,13 @@ def _reach(visited: Callable[[float], float], low: float, high: float, density: 
     return math.exp(x[0] if abs(y[0]) < abs(y[1]) else x[1])
 
 
-def mean_density(layers: Sequence[tuple[Array, Array]], pattern: Pattern | LayerPatterns) -> float:
+def mean_density(layers: Sequence[tuple[Array, Array]], pattern: Pattern | str | LayerPatterns) -> float:
     """Visited share of the causal cells, over the heads of some layers' (q, k)."""
     density = [make_plan(q, k, pattern).density(q.shape[1], k.shape[1]).mean() for q, k in layers]
     return float(np.mean(density))
 
 
-def measure(model: Any, tokens: Int[Array, "1 t"], patterns: Mapping[str, Pattern]) -> list[Row]:
+def measure(model: Any, tokens: Int[Array, "1 t"], patterns: Mapping[str, Pattern | str]) -> list[Row]:
     """Density and exact recall of each pattern, on the queries and keys of a `Llama` over one prompt."""
     from minference_jax.models.capture import capture_qkv
 

@@ -16,6 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from minference_jax.extras import naming_extra
+
 _MAGIC = b"GGUF"
 _SCALARS = {
     0: "<u1",
@@ -185,7 +187,7 @@ class GGUFFile:
     def read(self, name: str) -> np.ndarray:
         """One tensor, dequantized: float32, or float16 or bfloat16 where it is stored so.
 
-        Raises `ImportError` when a quantized tensor is asked for and the `gguf` package is not installed.
+        Raises ModuleNotFoundError when a quantized tensor is asked for and the `gguf` package is not installed.
         """
         return self._rows(name, slice(None))
 
@@ -207,12 +209,8 @@ class GGUFFile:
         raw = np.frombuffer(self._bytes, np.uint8, tensor.num_bytes, tensor.offset)
         if tensor.type in _PLAIN:
             return raw.view(_PLAIN[tensor.type]).reshape(tensor.shape)[rows]
-        try:
+        with naming_extra(f"{self.path}: reading {tensor.type} tensors"):
             from gguf import GGMLQuantizationType, dequantize
-        except ImportError as error:
-            raise ImportError(
-                f"{self.path}: reading {tensor.type} tensors needs the 'gguf' package (pip install gguf)"
-            ) from error
         blocks = raw.reshape(*tensor.shape[:-1], -1)[rows]
         found = dequantize(blocks, GGMLQuantizationType(tensor.type_number))
         return found.reshape(*blocks.shape[:-1], tensor.shape[-1])

@@ -13,6 +13,7 @@ import numpy as np
 from minference_jax.checkpoints import mxfp4
 from minference_jax.checkpoints.gguf_split import first_part
 from minference_jax.checkpoints.names import own_names
+from minference_jax.extras import naming_extra
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.hf_config import model_type
 
@@ -185,7 +186,8 @@ class HFFiles:
         return shards
 
     def _open(self, path: Path) -> list[str]:
-        from safetensors import SafetensorError, safe_open
+        with naming_extra("reading a safetensors file"):
+            from safetensors import SafetensorError, safe_open
 
         try:
             handle = safe_open(path, framework="np")

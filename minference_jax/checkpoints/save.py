@@ -16,6 +16,7 @@ from jaxtyping import Array
 from minference_jax.checkpoints import names
 from minference_jax.checkpoints.gguf_split import open_gguf
 from minference_jax.checkpoints.hf_files import find_gguf
+from minference_jax.extras import naming_extra
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.params import param_shapes
 from minference_jax.text.gguf_tokenizer import tokenizer_files
@@ -115,7 +116,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _write_tensors(config: LlamaConfig, params: Mapping[str, Array], directory: Path, limit: int) -> None:
-    from safetensors.numpy import save_file
+    with naming_extra("saving a checkpoint"):
+        from safetensors.numpy import save_file
 
     shards = _plan_shards(config, params, limit)
     weight_map: dict[str, str] = {}

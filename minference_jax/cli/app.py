@@ -83,9 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    # A ValueError's text is written for the user. Others need their type to be understood: KeyError('x') prints 'x'.
+    # These texts are written for the user. Others need their type to be understood: KeyError('x') prints 'x'.
     return (
-        text if isinstance(error, ValueError | OSError | RuntimeError) and text else f"{type(error).__name__}: {text}"
+        text
+        if isinstance(error, ValueError | OSError | RuntimeError | ModuleNotFoundError) and text
+        else f"{type(error).__name__}: {text}"
     )
 
 

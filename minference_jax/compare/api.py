@@ -14,6 +14,7 @@ from jaxtyping import Int
 from minference_jax.compare.comparison import Comparison, Tolerance, compare_outputs
 from minference_jax.compare.outputs import Outputs, write_inputs
 from minference_jax.compare.torch_process import find_torch_python, run_torch_jobs
+from minference_jax.extras import naming_extra
 from minference_jax.patterns import HeadPatterns
 
 __all__ = ["compare", "run_compare"]
@@ -189,7 +190,8 @@ def run_compare(
     Returns:
         0 if everything is within tolerance, 1 if not. Errors are raised, as `compare` raises them.
     """
-    from rich.console import Console
+    with naming_extra("a report"):
+        from rich.console import Console
 
     from minference_jax.compare.report import comparison_table
     from minference_jax.text.tokenizer import load_tokenizer

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from minference_jax.compare.comparison import Comparison, LayerDifference
+from minference_jax.extras import naming_extra
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -21,10 +22,11 @@ def _some(layers: tuple[LayerDifference, ...], count: int = 12) -> list[LayerDif
 
 def comparison_table(comparison: Comparison) -> "Group":
     """A rich renderable: what was compared, hidden states by layer, and the figures with their bounds."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
+    with naming_extra("a table"):
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
 
     c, bounds = comparison, comparison.tolerance
     ours = f"JAX, {c.patterns}" if c.patterns else "JAX"

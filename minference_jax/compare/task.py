@@ -13,6 +13,7 @@ from minference_jax.compare.api import compare
 from minference_jax.compare.comparison import Comparison
 from minference_jax.eval.metrics import wilson
 from minference_jax.eval.samples import Sample, Task, check_length
+from minference_jax.extras import naming_extra
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -115,9 +116,10 @@ def until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
 
 def task_table(result: TaskComparison) -> Group:
     """A rich renderable: the scores of both sides, and the comparison of their logits."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
+    with naming_extra("a table"):
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
 
     from minference_jax.compare.report import comparison_table
 
@@ -142,7 +144,8 @@ def run_compare_task(
     """
     import json
 
-    from rich.console import Console
+    with naming_extra("a table"):
+        from rich.console import Console
 
     from minference_jax.eval.tasks import make_tasks
 

@@ -109,7 +109,7 @@ class StaticPlan(PlanBuilder):
     plan: SparsePlan
 
     @classmethod
-    def of_prompt(cls, model: Any, tokens: Int[Array, "1 t"], pattern: Pattern) -> StaticPlan:
+    def of_prompt(cls, model: Any, tokens: Int[Array, "1 t"], pattern: Pattern | str) -> StaticPlan:
         """The index that `pattern` gives each head of each layer of `model` on one prompt."""
         from minference_jax.models.capture import capture_qkv
 

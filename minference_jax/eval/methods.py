@@ -16,7 +16,7 @@ import numpy as np
 
 from minference_jax.eval.baselines import BigBird, Dilated, Longformer, StaticPlan, TopKOracle
 from minference_jax.models.llama import Llama
-from minference_jax.patterns import AShape, BlockSparse, HeadPatterns, Pattern, SharedDensity, VerticalSlash
+from minference_jax.patterns import AShape, BlockSparse, Pattern, SharedDensity, VerticalSlash
 from minference_jax.patterns.resolve import Patterns, resolve_patterns
 from minference_jax.search.density import scale_to_density, share_among_layers
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE, num_key_tiles, num_query_tiles
@@ -38,7 +38,7 @@ class Method:
         return cls(name, lambda model, length, density: patterns)
 
     @classmethod
-    def measured(cls, name: str, patterns: Chooser | HeadPatterns, tokens: Sequence[int]) -> Method:
+    def measured(cls, name: str, patterns: Chooser | Patterns, tokens: Sequence[int]) -> Method:
         """Patterns with all budgets times one factor, so that they visit the density on another prompt: `tokens`.
 
         Of those the first as many as a length has are run, from the beginning again where there are fewer. Patterns of
@@ -48,7 +48,7 @@ class Method:
 
         def choose(model: Llama, length: int, density: float) -> Patterns:
             prompt = jnp.asarray(np.resize(np.asarray(tokens, np.int32), (1, length)))
-            found = patterns if isinstance(patterns, HeadPatterns) else patterns(model, length, density)
+            found = patterns(model, length, density) if callable(patterns) else patterns
             if isinstance(found, Pattern) and found.share() is not None:
                 return share_among_layers(model, prompt, found)
             found = resolve_patterns(found, model.config.num_layers, model.config.num_heads)

@@ -9,6 +9,8 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
+from minference_jax.extras import naming_extra
+
 
 def all_found(reply: str, answers: Sequence[str]) -> float:
     """Share of the answers that occur in the reply, whatever their case (RULER's metric of all but QA)."""
@@ -138,9 +140,8 @@ def _f1(ours: list[str], theirs: list[str]) -> float:
 
 
 def _rouge(ours: list[str], theirs: list[str]) -> float:
-    row = [0] * (len(theirs) + 1)
-    for word in ours:
-        diagonal = 0
-        for j, other in enumerate(theirs, 1):
-            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
-    return 2 * row[-1] / (len(ours) + len(theirs)) if row[-1] else 0.0
+    with naming_extra("ROUGE-L"):
+        from rapidfuzz.distance import LCSseq
+
+    common = LCSseq.similarity(ours, theirs)
+    return 2 * common / (len(ours) + len(theirs)) if common else 0.0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-
 from minference_jax.eval.results import Cell, Result, perplexity_cell, score_cell
 from minference_jax.eval.tasks import GROUPS
+from minference_jax.extras import naming_extra
+
+with naming_extra("a plot"):
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
 
 def figures(results: Sequence[Result]) -> dict[str, Figure]:

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from minference_jax.eval.results import Cell, Result, mean_density, perplexity_cell, score_cell
+from minference_jax.eval.results import Cell, Result, mean_density, perplexity_cell, score_cell, unlike_densities
 from minference_jax.eval.tasks import GROUPS
 from minference_jax.runs.files import naming
 
@@ -68,14 +68,16 @@ def tables(results: Sequence[Result]) -> list[Table]:
 
 def markdown(results: Sequence[Result], title: str = "Evaluation") -> str:
     """The report as Markdown."""
-    return "\n".join([f"## {title}", "", NOTE, "", *(table.markdown() for table in tables(results))])
+    notes = [line for text in (NOTE, *unlike_densities(results)) for line in (text, "")]
+    return "\n".join([f"## {title}", "", *notes, *(table.markdown() for table in tables(results))])
 
 
 def html_page(results: Sequence[Result], title: str = "Evaluation", plots: Sequence[str] = ()) -> str:
     """The report as one page; `plots` are SVG elements."""
     style = "body{font:14px sans-serif;margin:2em;max-width:80em}td,th{padding:.2em .8em;text-align:right}"
     style += "td:first-child{text-align:left}tr:nth-child(even){background:#f2f2f2}table{border-collapse:collapse}"
-    parts = [f"<h1>{html.escape(title)}</h1><p>{html.escape(NOTE)}</p>", *plots]
+    notes = (f"<p>{html.escape(text)}</p>" for text in (NOTE, *unlike_densities(results)))
+    parts = [f"<h1>{html.escape(title)}</h1>", *notes, *plots]
     parts += [table.html() for table in tables(results)]
     return f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{style}</style>" + "".join(
         parts

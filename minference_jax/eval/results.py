@@ -198,3 +198,27 @@ def mean_density(results: list[Result]) -> float | None:
     """Mean of the densities that were measured."""
     known = [result.density for result in results if result.density is not None]
     return sum(known) / len(known) if known else None
+
+
+UNLIKE = 1.1
+"""The ratio of two densities from which on their methods are not compared at the same cost."""
+
+
+def unlike_densities(results: Iterable[Result]) -> list[str]:
+    """A line for each length at which the sparse methods visited shares that are too unlike to compare their answers.
+
+    Dense attention is no sparse method, and neither is one whose density was not measured.
+    """
+    found = []
+    by_length: dict[int, dict[str, list[Result]]] = {}
+    for result in results:
+        by_length.setdefault(result.length, {}).setdefault(result.method, []).append(result)
+    for length, methods in by_length.items():
+        means = {method: mean_density(own) for method, own in methods.items()}
+        sparse = {method: mean for method, mean in means.items() if mean is not None and mean < 1}
+        if sparse and max(sparse.values()) > UNLIKE * min(sparse.values()):
+            listed = ", ".join(f"{method} {mean:.3f}" for method, mean in sparse.items())
+            found.append(
+                f"At {length:,} tokens the densities differ by more than a tenth, so do not compare: {listed}."
+            )
+    return found

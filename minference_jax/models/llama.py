@@ -17,10 +17,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
+from minference_jax.extras import naming_extra
 from minference_jax.models import forward, fp8, programs
 from minference_jax.models.cache import KVCache, cache_dtype
 from minference_jax.models.checks import (
@@ -42,6 +42,9 @@ from minference_jax.patterns.heads import HeadPatterns, LayerPatterns
 from minference_jax.patterns.resolve import Patterns, resolve_patterns
 from minference_jax.planning.auto import AUTO, auto_patterns
 from minference_jax.planning.cost import AttentionChoice, choose_attention
+
+with naming_extra("a model"):
+    from flax import nnx
 
 
 class Layers(nnx.Module):

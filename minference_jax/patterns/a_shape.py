@@ -30,9 +30,16 @@ from pallas_kernels.sizes import KEY_TILE, num_key_tiles
 
 @dataclasses.dataclass(frozen=True)
 class AShape(Pattern):
-    """The first `sink` keys and the last `window` ones (A-shape, also known as StreamingLLM's mask). Needs no index.
+    """The first keys of the prompt and the latest ones: attention sinks and a sliding window, as in StreamingLLM.
 
-    Both budgets count keys and are clamped to the prompt's length; the window is rounded out to 64-key tiles.
+    The mask is fixed, so there is no index.
+
+    **Fields** (both are clamped to the prompt's length):
+
+    - `sink`: keys from the first on; 0 or more.
+    - `window`: keys back from the query, its own included; 1 or more. It is rounded out to 64-key tiles.
+
+    **Raises:** TypeError for a field that is no int, ValueError for one out of range.
 
     Source: MInference (arXiv 2407.02490) §3.2; `stream_llm` in the official pattern files.
     """

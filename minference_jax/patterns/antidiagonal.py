@@ -33,14 +33,18 @@ STRIDES = (4, 8, 16, 32)
 
 @dataclasses.dataclass(frozen=True)
 class Antidiagonal(Pattern):
-    """For each query tile, the fewest key tiles that hold `coverage` of the mass that antidiagonal sums estimate.
+    """For each query tile, the fewest key tiles that hold a share of the estimated attention.
 
-    The estimate sees every query and every key: in each cell of `stride` queries by `stride` keys it scores the
-    antidiagonal. The diagonal and the first tile are always taken.
+    The estimate sees every query and every key once: it cuts queries and keys into cells of `stride` by `stride`, and
+    scores the antidiagonal of each cell. The diagonal and the first tile are always taken.
 
-    **Fields:** `blocks`: most tiles before the diagonal that a query tile may take. `coverage`: in (0, 1]; the
-    original's "threshold". `stride`: 4, 8, 16 or 32, the same in all heads of a model; the estimate costs 1 / stride of
-    what dense scores cost.
+    **Fields:**
+
+    - `blocks`: most tiles before the diagonal that a query tile may take; at least 1.
+    - `coverage`: in (0, 1], the share of the estimated mass to hold; the original calls it threshold.
+    - `stride`: 4, 8, 16 or 32, the same in all heads of a model. The estimate costs 1 / `stride` of dense scores.
+
+    **Raises:** TypeError and ValueError that name the field.
 
     Source: XAttention (arXiv 2503.16428) §2. Its tiles are 128 by 128; here 128 queries by 64 keys.
     """

@@ -85,24 +85,27 @@ class Where:
 
 
 class Budgets(abc.ABC):
-    """The budgets of one family for all heads: a frozen dataclass, registered as a pytree.
+    """The budgets of one family for all heads of a model: a frozen dataclass, registered as a pytree.
 
-    Array leaves are named and have shape `[layers, heads]`; a scan over layers passes `[heads]` to `index`. Heads of
-    other families have some number there, which is not used. Static fields are widths: upper bounds that decide the
-    shapes of a plan, so that a compiled program serves all layers and prompts.
+    - Array leaves have shape `[layers, heads]`. A scan over layers passes `[heads]` to `index`. A head of another
+      family has some number there, which is not used.
+    - Static fields are widths: upper bounds of the budgets. They decide the shapes of a plan, so that one compiled
+      program serves all layers and prompts.
     """
 
     @abc.abstractmethod
     def index(self, q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], where: Where) -> SparsePlan:
-        """The plan of one layer as if every head were of this family, from leaves `[heads]`.
+        """The plan of one layer as if all its heads were of this family. The leaves of `self` are `[heads]`.
 
-        Parts that the family does not use are None.
+        **Arguments:** `q`: `[b, t, n, h]`; `k`: `[b, s, k, h]`, the same dtype. `where`: lengths, offset, scale.
+
+        **Returns:** a `SparsePlan`; parts that the family does not use are None.
         """
 
     def for_part(self, share: Float[Array, "b 1"]) -> Self:
-        """Budgets for a part of a prompt that needs this share of them; leaves become `[b, heads]`.
+        """Budgets for a part of a prompt, which needs this share of them. Leaves become `[b, heads]`.
 
-        The default leaves them as they are.
+        By default they stay as they are.
         """
         return self
 
@@ -113,7 +116,11 @@ class Budgets(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Pattern(abc.ABC):
-    """Which keys a head visits: a frozen, hashable dataclass whose fields are the configuration."""
+    """Which keys a head visits: a frozen, hashable dataclass whose fields are the configuration.
+
+    The methods are what the rest of the package asks of a family; most have a default. A *cell* is one (query, key)
+    pair.
+    """
 
     name: ClassVar[str]
     """In files, on the command line and in pictures; words joined by hyphens."""
@@ -130,18 +137,24 @@ class Pattern(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def budgets(cls, heads: Sequence[Sequence[Any]]) -> Budgets:
-        """The budgets of a model's heads, `heads[layer][head]`: an instance, or None for a head of another family.
+        """The budgets of all heads of a model that follow this family, as arrays.
 
-        Raises ValueError where the heads of a model have to agree on something and do not.
+        **Arguments:** `heads`: `heads[layer][head]` is a pattern of this family, or None for a head of another one.
+
+        **Raises:** ValueError where the heads of a model have to agree on something and do not.
         """
 
     @abc.abstractmethod
     def visited(self, rows: int, keys: int, rates: IndexRates) -> float:
-        """Cells that the kernel visits for the last `rows` of `keys` positions, and what the index costs beside it, in
-        cells. An estimate: overlaps depend on the prompt."""
+        """An estimate of what one head costs, in cells, for `auto` and for predicted times.
+
+        It counts the cells that the kernel visits for the last `rows` of `keys` positions, and adds the index at the
+        `rates` of the device: how many visited cells take as long. What overlaps depends on the prompt, so it is an
+        estimate.
+        """
 
     def index_seconds(self, keys: int, heads: int, rates: IndexRates) -> float:
-        """Seconds of one layer's index of `heads` query heads, beside what `visited` counts."""
+        """Seconds that the index of one layer with `heads` query heads takes, beside what `visited` counts."""
         return rates.index + rates.index_key * keys * heads / 32 if self.indexed else 0.0
 
     def covers(self) -> int:
@@ -149,18 +162,22 @@ class Pattern(abc.ABC):
         return 0
 
     def index_bytes(self, rows: int, keys: int, heads: int, itemsize: int = 2) -> int:
-        """Most device memory that index and tables of one layer hold, if all its `heads` follow the pattern.
+        """The most device memory, in bytes, that index and kernel tables of one layer hold, if all `heads` follow the
+        pattern.
 
         `itemsize`: bytes of one number of q and k.
         """
         return 0
 
     def scaled(self, factor: float, keys: int) -> Self:
-        """The pattern with all budgets multiplied, within what a prompt of `keys` tokens can hold."""
+        """The pattern with all budgets times `factor`, within what a prompt of `keys` tokens can hold.
+
+        **Raises:** TypeError for a pattern without budgets.
+        """
         raise TypeError(f"{self!r} has no budgets to scale")
 
     def check_candidate(self) -> None:
-        """Raises ValueError or TypeError if a pattern search can't vary this pattern's cost by `scaled`."""
+        """Raises ValueError or TypeError where a pattern search can't change this pattern's cost by `scaled`."""
         return
 
     @classmethod
@@ -181,7 +198,11 @@ class Pattern(abc.ABC):
         raise TypeError(f"{self!r} asks for no share of the cells")
 
     def at_threshold(self, threshold: float) -> Pattern:
-        """What a pattern with a share would visit at a threshold on the mean attention weight, by the same probes."""
+        """A pattern with the same probes that visits what reaches a mean attention weight, in place of a share of the
+        cells.
+
+        `share_among_layers` reads a prompt with it, to find what each layer needs.
+        """
         raise TypeError(f"{self!r} asks for no share of the cells")
 
     def label(self) -> str:
@@ -245,7 +266,17 @@ class PlanBuilder(Pattern):
         q_offset: Int[Array, ""],
         scale: float,
     ) -> SparsePlan:
-        """The plan for these queries and keys; `lengths` int32 `[b]` in [0, s], `q_offset` an int32 scalar."""
+        """The plan for one layer's queries and keys.
+
+        **Arguments:**
+
+        - `q`: `[b, t, n, h]`; `k`: `[b, s, k, h]`, after position embedding.
+        - `lengths`: int32 `[b]` in [0, s], where each sequence ends.
+        - `q_offset`: int32 scalar, the position of the first query, a multiple of 128; may be traced.
+        - `scale`: of the scores (static).
+
+        **Returns:** a `SparsePlan` for b, n and t, whose widths depend on shapes and static fields only.
+        """
 
     @classmethod
     def budgets(cls, heads: Sequence[Sequence[PlanBuilder | None]]) -> Budgets:

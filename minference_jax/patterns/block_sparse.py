@@ -33,9 +33,15 @@ OFFICIAL_BLOCKS = 100
 
 @dataclasses.dataclass(frozen=True)
 class BlockSparse(Pattern):
-    """The `blocks` most promising 64-key tiles of each 128-query tile, found by mean-pooled queries and keys.
+    """For each tile of 128 queries, the 64-key tiles that look most promising.
 
-    The two tiles of the diagonal and the first tile are always among them.
+    The index pools: the mean of a tile's queries scores the mean of each key tile. It suits heads whose attention comes
+    in clusters; a single key that matters is lost in its tile's mean.
+
+    **Fields:** `blocks`: key tiles for each query tile, at least 1. The two tiles of the diagonal and the first tile of
+    the prompt are always among them.
+
+    **Raises:** TypeError for a number of blocks that is no int, ValueError for one below 1.
 
     Source: MInference (arXiv 2407.02490) §3.2, Algorithm 3 (which uses 64-query tiles).
     """

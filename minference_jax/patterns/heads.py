@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,23 +13,23 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from minference_jax.patterns.base import Budgets, Pattern, PlanBuilder
-from minference_jax.patterns.text import parse_pattern
+from minference_jax.patterns.text import as_pattern
 from pallas_kernels.spread import PER_HEAD
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["kind", "budgets"], meta_fields=["families", "covers", "dense"])
 @dataclasses.dataclass(frozen=True)
 class LayerPatterns:
-    """Head patterns as arrays, so that they can ride through `jax.lax.scan` over layers or be traced arguments.
+    """Head patterns as arrays, which `jax.lax.scan` over layers takes along, and which may be traced arguments.
 
-    - `kind`: int32 `[layers, heads]`, which of `budgets` a head follows.
-    - `budgets`: one for each family that occurs; their leaves start with `[layers, heads]`.
-    - `families` (static): the names of the families, in the same order.
-    - `covers` (static): up to so many keys every head's pattern visits every causal cell.
-    - `dense` (static): which family is dense attention; −1 if none is.
+    - `kind`: int32 `[layers, heads]`, which entry of `budgets` a head follows.
+    - `budgets`: one for each family that occurs; their leaves begin with `[layers, heads]`.
+    - `families` (static): the names of the families, in the order of `budgets`.
+    - `covers` (static): up to so many keys, every head visits every causal cell.
+    - `dense` (static): the number of the family that is dense attention; −1 if none is.
 
-    Scanning over it, or `layer`, gives one layer's, with leaves `[heads]`, which `make_plan` and `sparse_attention`
-    accept.
+    Scanning over it, or `layer`, gives one layer's, with leaves `[heads]`. That is what `make_plan` and
+    `sparse_attention` accept.
     """
 
     kind: Int[Array, "*layers n"]
@@ -80,14 +80,16 @@ class LayerPatterns:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeadPatterns:
-    """One pattern for each query head of each layer: `layers[layer][head]`, each may be given as text. Hashable.
+    """One pattern for each query head of each layer: `layers[layer][head]`, each a pattern or its text. Hashable.
 
-    `scores`, `densities` and `recalls`, if given, have one number a head, as found by a pattern search: the relative
-    error of the head's output (in the original's files, whatever its search wrote), visited / causal cells, and the
-    share of the dense softmax mass on visited keys. Nothing in this package acts on them.
+    A pattern search adds three numbers for each head. Nothing in this package acts on them:
 
-    Raises ValueError if there is no layer, no head, or if layers differ in their number of heads; TypeError if an
-    entry is no pattern.
+    - `scores`: the relative error of the head's output (in the original's files, whatever its search wrote).
+    - `densities`: visited / causal cells.
+    - `recalls`: the share of the dense softmax mass on visited keys.
+
+    **Raises:** ValueError if there is no layer or no head, or if layers differ in their number of heads; TypeError if
+    an entry is no pattern.
     """
 
     layers: tuple[tuple[Pattern, ...], ...]
@@ -97,7 +99,7 @@ class HeadPatterns:
 
     def __post_init__(self) -> None:
         given: Any = self.layers
-        parsed = {p: parse_pattern(p) for layer in given for p in layer if isinstance(p, str)}
+        parsed = {p: as_pattern(p) for layer in given for p in layer if isinstance(p, str)}
         layers = tuple(tuple(parsed[p] if isinstance(p, str) else p for p in layer) for layer in given)
         object.__setattr__(self, "layers", layers)
         heads = {len(layer) for layer in self.layers}
@@ -111,6 +113,7 @@ class HeadPatterns:
             for head, pattern in enumerate(layer):
                 if not isinstance(pattern, Pattern):
                     raise TypeError(f"HeadPatterns: layer {index}, head {head} is {pattern!r}, which is no pattern")
+        _check_registered(self.distinct())
         for name in ("scores", "densities", "recalls"):
             figures = getattr(self, name)
             if figures is None:
@@ -122,8 +125,7 @@ class HeadPatterns:
     @classmethod
     def uniform(cls, pattern: Pattern | str, layers: int, heads: int) -> HeadPatterns:
         """The same pattern for every head."""
-        pattern = parse_pattern(pattern) if isinstance(pattern, str) else pattern
-        return cls(((pattern,) * heads,) * layers)
+        return cls(((as_pattern(pattern),) * heads,) * layers)
 
     @property
     def num_layers(self) -> int:
@@ -195,17 +197,26 @@ def patterns_of_heads(pattern: Pattern | str | Sequence[Pattern | str], heads: i
     """One pattern for each head of a layer, from what `layer_patterns` accepts but arrays; raises as it does."""
     if isinstance(pattern, HeadPatterns):
         raise TypeError("pattern is a HeadPatterns of a whole model; pass one layer's: patterns.layer(l) or .arrays()")
-    if isinstance(pattern, str):
-        pattern = parse_pattern(pattern)
-    if isinstance(pattern, Pattern):
-        pattern = (pattern,) * heads
+    if isinstance(pattern, Pattern | str):
+        pattern = (as_pattern(pattern),) * heads
     if isinstance(pattern, Sequence):
-        pattern = tuple(parse_pattern(p) if isinstance(p, str) else p for p in pattern)
+        pattern = tuple(as_pattern(p) for p in pattern)
     if not isinstance(pattern, Sequence) or any(not isinstance(p, Pattern) for p in pattern):
         raise TypeError(f"pattern must be a pattern, one pattern per head or LayerPatterns, got {pattern!r}")
     if len(pattern) != heads:
         raise ValueError(f"pattern has {len(pattern)} entries; q has {heads} heads")
+    _check_registered(pattern)
     return pattern
+
+
+def _check_registered(patterns: Iterable[Pattern]) -> None:
+    """Raises TypeError for a plan builder that JAX does not know: it could not be passed to compiled functions."""
+    for pattern in {id(p): p for p in patterns if isinstance(p, PlanBuilder)}.values():
+        if jax.tree_util.all_leaves([pattern]):
+            raise TypeError(
+                f"{pattern!r} is no pytree: put @jax.tree_util.register_static over {type(pattern).__name__}, or "
+                "jax.tree_util.register_dataclass if it holds arrays"
+            )
 
 
 def _identity(pattern: Pattern) -> Any:

@@ -34,19 +34,24 @@ from pallas_kernels.sizes import KEY_TILE, QUERY_TILE
 
 @dataclasses.dataclass(frozen=True)
 class PerTile(Pattern):
-    """Columns, and key tiles of each query tile, that are worth a visit by the estimate of a probe every few rows.
+    """Every column and every key tile whose mean attention weight reaches a threshold.
 
-    A key tile is worth a visit if its keys have at least the mean attention weight `threshold` in the rows of the query
-    tile; a column, if its key has it over all rows. For prompts of some thousand tokens: the estimate costs 1 / every
-    of dense attention's scores, and memory that grows with the length's square.
+    A *probe* is a query row whose attention is computed in full; there is one every few rows. From the probes the index
+    estimates two means: over the rows of one query tile, for each key tile; and over all rows, for each key. A key tile
+    is visited by a query tile, or a key by all later queries as a column, if its mean weight is at least `threshold`.
+
+    How many keys that makes depends on the prompt. It is for prompts of some thousand tokens: the estimate costs 1 /
+    `every` of dense attention's scores, and memory that grows with the square of the length.
 
     **Fields:**
 
     - `every`: rows to a probe, a divisor of 128; the same in all heads of a model.
     - `threshold`: in (0, 1). About 0.7 / N visits a quarter of the cells of an N-token text.
-    - `floor_columns`, `floor_slashes`: a floor. A head that would keep less of the softmax mass than
-      `VerticalSlash(floor_columns, floor_slashes)` (or than with more slashes for fewer columns, at about the same
-      cost) gets a lower threshold of its own. 0 and 0 leave next to no floor.
+    - `floor_columns`, `floor_slashes`: what a head keeps at least. A head that would hold less of the softmax mass than
+      `VerticalSlash(floor_columns, floor_slashes)` gets a lower threshold of its own. (It is compared with other splits
+      of about the same cost too: more slashes, fewer columns.) 0 and 0 leave next to no floor.
+
+    **Raises:** TypeError and ValueError that name the field.
 
     Source: ours.
     """

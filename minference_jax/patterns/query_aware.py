@@ -34,14 +34,21 @@ BUDGETS = ("blocks", "columns", "tiles")
 
 @dataclasses.dataclass(frozen=True)
 class QueryAware(Pattern):
-    """Blocks for heads whose pooled estimate is right on the last rows, vertical-slash for the others.
+    """Blocks for heads whose attention a cheap estimate gets right, columns and slashes for the others.
 
-    A test on each prompt decides: the distribution over key tiles of a head's last 128 rows' attention, against what
-    mean-pooled queries and keys make of it.
+    Each prompt decides anew, head by head. The index computes the attention of the last 128 rows in full, as a
+    distribution over key tiles, and compares it with what mean-pooled queries and keys make of these rows. Where the
+    two are near, the head gets blocks chosen by the pooled estimate; elsewhere columns and slashes, as `VerticalSlash`
+    has them.
 
-    **Fields:** `blocks`, `columns`, `tiles`: the most that a query tile, or a head, may take. `coverage`: in (0, 1],
-    the share of estimated mass to hold (γ of the original). `divergence`: at least 0, the largest square root of the
-    Jensen-Shannon divergence (natural logarithm; at most 0.83) for which a head gets blocks (τ of the original).
+    **Fields:**
+
+    - `blocks`, `columns`, `tiles`: the most that a query tile, or a head, may take; at least 1.
+    - `coverage`: in (0, 1], the share of the estimated mass to hold; γ of the original.
+    - `divergence`: at least 0; the largest difference for which a head gets blocks, τ of the original. It is the square
+      root of the Jensen-Shannon divergence in natural logarithms, which is at most 0.83.
+
+    **Raises:** TypeError and ValueError that name the field.
 
     Source: FlexPrefill (arXiv 2502.20766) §3, Algorithms 1 to 4.
     """

@@ -32,27 +32,30 @@ from pallas_kernels.sizes import QUERY_TILE, num_key_tiles
 
 @dataclasses.dataclass(frozen=True)
 class SharedDensity(Pattern):
-    """The key tiles with the most attention in a layer, up to a share of its causal cells.
+    """The key tiles with the most attention in a layer, up to a share of the layer's causal cells.
 
-    Probe rows in every query tile say exactly how much of their attention each key tile holds. The heads of a layer
-    that are of this family compete: the tiles with the highest mean attention weight are visited, whatever head they
-    are of, until the layer has used up its cells. So every prompt has the density, from below, to within a tile.
+    A *probe* is a query row whose attention is computed in full; every query tile has some. They say how much of their
+    attention each key tile holds. The heads of a layer compete for one budget: tiles are taken by their mean attention
+    weight, the highest first, whatever head they are of, until the layer has used up its cells. So a head that needs
+    more gets more, and every prompt has the density (from below, to within a tile).
 
-    Always visited: the diagonal, the first key tile, every key of the query tiles that hold the last 64 rows, and the
-    question's columns. They are part of the density; a prompt so short that they are more visits just these (about
-    512 / N of an N-token prompt).
+    Always visited, and counted in the density: the diagonal, the first key tile, every key for the query tiles that
+    hold the last 64 rows, and the question's columns. In an N-token prompt these are about 512 / N of the cells; where
+    that is more than the density, they are all that is visited.
 
     **Fields:**
 
     - `density`: in (0, 1], visited / causal cells of the layer. About .25 at 8K tokens, .20 at 16K and 32K, .08 at 64K
       and .045 at 128K.
-    - `every`: rows to a probe, a divisor of 128; the same in all heads of a model. The index costs 1 / every of dense
+    - `every`: rows to a probe, a divisor of 128; the same in all heads of a model. The index costs 1 / `every` of dense
       attention's scores.
     - `question`: if given, so many keys are columns of every head: those that the last 64 rows attend to most.
-    - `threshold`: if given, in (0, 1): tiles of a lower mean attention weight are not visited, though the density may
-      allow it. So a prompt that needs less visits less, and one with many relevant places more, up to the density.
+    - `threshold`: if given, in (0, 1): tiles of a lower mean attention weight are left out, though the density would
+      allow them. A prompt that needs less then visits less; none visits more than the density.
 
     `minference_jax.search.share_among_layers` gives each layer a share of its own.
+
+    **Raises:** TypeError and ValueError that name the field.
 
     Source: ours.
     """

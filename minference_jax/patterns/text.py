@@ -50,6 +50,11 @@ def parse_pattern(text: str) -> Pattern:
         raise ValueError(f"{text!r}: {error}") from None
 
 
+def as_pattern(pattern: Pattern | str) -> Pattern:
+    """A pattern as it is, or the one that a text names; raises what `parse_pattern` raises."""
+    return parse_pattern(pattern) if isinstance(pattern, str) else pattern
+
+
 def format_pattern(pattern: Pattern) -> str:
     """The text that `parse_pattern` reads back as `pattern`; fields that hold their default are left out.
 

@@ -34,10 +34,11 @@ from pallas_kernels.sizes import KEY_TILE, num_key_tiles
 
 @dataclasses.dataclass(frozen=True)
 class VerticalSlash(Pattern):
-    """A few key columns that every query sees, and a few diagonals at fixed distances, found anew for each prompt.
+    """A few key columns that every later query sees, and a few diagonals at fixed distances, found anew for each
+    prompt.
 
-    The index looks at 64 probe rows. A column is worth the attention that the probes pay to its key; a diagonal is
-    worth what they pay at its distance.
+    The index looks at 64 probe rows: query rows whose attention it computes in full. A column is worth the attention
+    that the probes pay to its key; a diagonal is worth what they pay at its distance. Each head takes the best of both.
 
     **Fields** (budgets are clamped to the prompt's length):
 
@@ -45,18 +46,20 @@ class VerticalSlash(Pattern):
     - `slashes`: distances between query and key ("slash lines"), as the original counts them. Not used if `tiles` is
       given.
     - `tiles`: 64-key tiles at fixed distances before each 128-query tile, in place of `slashes`. A kernel visits whole
-      tiles, so what this budget costs does not depend on the prompt. It holds more softmax mass at the same cost.
+      tiles, so the cost of this budget does not depend on the prompt. It holds more softmax mass at the same cost.
     - `probes`: `"last"` looks at the last 64 rows, as the original does. `"spread"` looks at the last 16 rows and at 48
       spread evenly over the prompt, for attention that changes along the prompt.
-    - `coverage`: if given, in (0, 1]: each head keeps only its best entries until they hold this share of the
+    - `coverage`: if given, in (0, 1]: each head keeps only its best entries, as many as hold this share of the
       estimated softmax mass. The budgets stay upper limits.
-    - `threshold`: if given (with `tiles`), in (0, 1): a head whose attention is spread wide takes more than its budget,
-      up to `GROWTH` times, namely all tiles and columns whose keys have at least this mean attention weight. About
-      1 / (2 · prompt length) is a start; half of it visits more.
+    - `threshold`: if given (with `tiles`), in (0, 1): a head whose attention is spread wide may take more than its
+      budget, up to `GROWTH` times. It takes all tiles and columns whose keys have at least this mean attention weight.
+      About 1 / (2 · prompt length) is a start; half of it visits more.
 
-    The defaults are the original's rule and its most frequent budget. For an N-token prompt, `VerticalSlash(
-    columns=N // 20, tiles=N // 1024, probes="spread", threshold=0.5 / N)` holds most of the mass at a quarter of the
-    cells; see `minference_jax.bench.recall`.
+    The defaults are the original's rule and its most frequent budget. For an N-token prompt,
+    `VerticalSlash(columns=N // 20, tiles=N // 1024, probes="spread", threshold=0.5 / N)` holds most of the mass at a
+    quarter of the cells; see `minference_jax.bench.recall`.
+
+    **Raises:** TypeError and ValueError that name the field.
 
     Source: MInference (arXiv 2407.02490) §3.2, Algorithm 2. `tiles`, `"spread"`, `coverage` and `threshold` are ours.
     """

@@ -25,7 +25,7 @@ Of a short prompt, the keys that are visited in any case are a large part, and d
 
 
 def auto_pattern(keys: int) -> Pattern:
-    """What every head uses for a prompt of up to `keys` tokens, generated tokens' room included."""
+    """The pattern that `"auto"` gives every head for a prompt of up to `keys` tokens, room for the reply included."""
     return next((pattern for most, pattern in STEPS if keys <= most), PAPER_PATTERN)
 
 

@@ -39,7 +39,8 @@ from minference_jax.models.rounding import QUANTIZED
 from minference_jax.models.window import BLOCK
 from minference_jax.parallel.mesh import AXES, HEADS
 from minference_jax.parallel.specs import param_axes
-from minference_jax.patterns import HeadPatterns, Pattern
+from minference_jax.patterns import HeadPatterns
+from minference_jax.patterns.resolve import Patterns, resolve_patterns
 from minference_jax.planning.auto import AUTO, auto_pattern
 
 GPUS: dict[str, float] = {
@@ -90,29 +91,38 @@ def memory_need(
     dtype: str = "bfloat16",
     cache: str | None = "model",
     fp8_projections: bool = False,
-    patterns: HeadPatterns | Pattern | str | None = AUTO,
+    patterns: Patterns = AUTO,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> MemoryNeed:
-    """What prefilling `batch` prompts of `tokens` takes; the formula is at the top of this file.
+    """The bytes that a prefill of `batch` prompts of `tokens` takes on each device.
 
-    **Arguments:** `tokens`: capacity of the cache, generated tokens included. `chunk`: rows of a part; None for one
-    call. `cache`: "model" (in `dtype`), "fp8" or "int8"; None keeps no cache, which needs `chunk` None.
-    `patterns`: of the heads, or one for all of them; "auto" (the default) for what that uses at this length; None for
-    dense attention. `mesh`: of each of its devices.
+    **Arguments:**
+
+    - `config`: of the model.
+    - `tokens`: capacity of the cache, generated tokens included.
+    - `chunk`: rows of a part, where the prompt is read in parts; None for one call.
+    - `dtype`: of weights and activations.
+    - `cache`: "model" (in `dtype`), "fp8" or "int8"; None keeps no cache, which needs `chunk` None.
+    - `fp8_projections`: whether the projections are in FP8.
+    - `patterns`: as for `Llama.from_pretrained`. "auto" (the default) stands for what it uses at this length, None for
+      dense attention.
+    - `mesh`: of the devices that share the work; None for one.
+
+    **Raises:** ValueError for a `chunk` without a cache, and what `resolve_patterns` raises.
+
+    The formula is at the top of `planning/memory.py`.
     """
     if chunk is not None and cache is None:
         raise ValueError("a prefill in parts needs a cache")
-    if isinstance(patterns, str):
-        if patterns != AUTO:
-            raise ValueError(f'patterns must be patterns, None or "auto", got {patterns!r}')
-        patterns = auto_pattern(tokens)
+    given = auto_pattern(tokens) if isinstance(patterns, str) and patterns == AUTO else patterns
+    found = resolve_patterns(given, config.num_layers, config.num_heads)
     size = jnp.dtype(dtype).itemsize
     rows = min(chunk or tokens, tokens)
     mesh = ONE_DEVICE if mesh is None else mesh
     return MemoryNeed(
         weights=_weights(_own_shapes(config, mesh), size, fp8_projections),
         cache=0 if cache is None else _cache(config, batch, tokens, cache, dtype) // mesh.shape[HEADS],
-        activations=_activations(config, batch, rows, tokens, size, fp8_projections, patterns, mesh),
+        activations=_activations(config, batch, rows, tokens, size, fp8_projections, found, mesh),
     )
 
 
@@ -141,12 +151,12 @@ def _cache(config: LlamaConfig, batch: int, tokens: int, cache: str, dtype: str)
     return 2 * config.num_layers * batch * tokens * config.num_kv_heads * row + 4 * batch * (tokens + 1)
 
 
-def index_bytes(patterns: HeadPatterns | Pattern | None, rows: int, keys: int, heads: int, itemsize: int) -> int:
+def index_bytes(patterns: HeadPatterns | None, rows: int, keys: int, heads: int, itemsize: int) -> int:
     """Most that the index of one layer takes: every family that occurs is estimated for all heads."""
     if patterns is None:
         return 0
     families: dict[type, int] = {}
-    for pattern in [patterns] if isinstance(patterns, Pattern) else patterns.distinct():
+    for pattern in patterns.distinct():
         found = pattern.index_bytes(rows, keys, heads, itemsize)
         families[type(pattern)] = max(found, families.get(type(pattern), 0))
     return sum(families.values())
@@ -159,7 +169,7 @@ def _activations(
     keys: int,
     size: int,
     fp8_projections: bool,
-    patterns: HeadPatterns | Pattern | None,
+    patterns: HeadPatterns | None,
     mesh: Mesh | AbstractMesh,
 ) -> int:
     n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
@@ -197,9 +207,10 @@ def _mlp_row(config: LlamaConfig, size: int) -> int:
 
 
 def longest_prompt(config: LlamaConfig, available: float, **options: Any) -> int:
-    """The most tokens, a multiple of 128, whose `memory_need(config, tokens=…, **options)` is within `available` bytes.
+    """The most tokens, a multiple of 128, for which `memory_need(config, tokens=…, **options)` stays within `available`
+    bytes.
 
-    0 where not even 128 are.
+    0 where not even 128 fit.
     """
     low, high = 0, 1 << 18
     while low < high:

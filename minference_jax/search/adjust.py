@@ -15,12 +15,14 @@ STEPS, OCTAVES = 9, 9.0
 
 
 def adjust(cost_of: Callable[[np.ndarray], np.ndarray], target: float, guess: float, heads: int) -> np.ndarray:
-    """The largest factor of each head, within the precision of `STEPS`, whose cost is at most `target`.
+    """For each head, the largest factor on its budgets at which it costs at most `target`, by bisection.
 
-    **Arguments:** `cost_of(factors [n])`: cost of each head, which must grow with its factor. `guess`: the range
-    searched reaches from guess / 2^4.5 to guess · 2^4.5.
+    **Arguments:**
 
-    **Returns:** float64 `[n]`; the smallest factor for a head that costs too much even there.
+    - `cost_of(factors)`: float64 `[n]` to `[n]`, the cost of each head at its own factor; it must grow with the factor.
+    - `guess`: the middle of the range that is searched, from guess / 2^4.5 to guess · 2^4.5.
+
+    **Returns:** float64 `[n]`, to within 1.4 %. A head that costs too much even at the smallest factor gets that.
     """
     low = np.full(heads, np.log2(guess) - OCTAVES / 2)
     high = low + OCTAVES

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from minference_jax.patterns import AShape, BlockSparse, LayerPatterns, Pattern, VerticalSlash, layer_patterns
 from minference_jax.patterns.registry import FAMILIES
+from minference_jax.patterns.text import as_pattern
 
 PAPER_TARGET = AShape(1024, 4096)
 """What all of the original's candidates were brought to the cost of; a row visits as many keys with each."""
@@ -33,21 +34,23 @@ def default_candidates() -> tuple[Pattern, ...]:
     return (*PAPER, *(candidate for family in FAMILIES.values() for candidate in family.candidates()))
 
 
-def check_candidates(candidates: Sequence[Pattern]) -> tuple[Pattern, ...]:
-    """`candidates` as a tuple; ValueError if there is none or if they can't share a search, TypeError for one that has
-    no budget to adjust."""
-    candidates = tuple(candidates)
+def check_candidates(candidates: Sequence[Pattern | str]) -> tuple[Pattern, ...]:
+    """`candidates`, patterns or texts, as a tuple of patterns.
+
+    Raises ValueError if there is none or if they can't share a search, TypeError for one that has no budget to adjust.
+    """
     if not candidates:
         raise ValueError("candidates must name at least one pattern")
-    for candidate in candidates:
+    found = tuple(as_pattern(candidate) for candidate in candidates)
+    for candidate in found:
         if not isinstance(candidate, Pattern):
             raise TypeError(f"candidates: {candidate!r} is no pattern with budgets")
         try:
             candidate.check_candidate()
         except (TypeError, ValueError) as error:
             raise type(error)(f"candidates: {error}") from None
-    layer_patterns(candidates, len(candidates))  # heads of one model, which may have to agree on something
-    return candidates
+    layer_patterns(found, len(found))  # heads of one model, which may have to agree on something
+    return found
 
 
 def factor_at(density: float, keys: int) -> float:

@@ -18,9 +18,11 @@ def best_at_equal_cost(
     *,
     slack: float = 0.05,
 ) -> Int[np.ndarray, " heads"]:
-    """The option of least error among those that cost at most `target` · (1 + slack); the cheaper one of equals.
+    """For each head, the option of least error among those that cost at most `target` · (1 + `slack`).
 
-    A head none of whose options is cheap enough gets its cheapest.
+    **Arguments:** `cost`, `error`: `[heads, options]`.
+
+    **Returns:** int `[heads]`. Of equal errors it is the cheaper option; where no option is cheap enough, the cheapest.
     """
     affordable = cost <= target * (1 + slack)
     affordable |= ~affordable.any(1, keepdims=True) & (cost == cost.min(1, keepdims=True))
@@ -35,13 +37,16 @@ def _first(error: np.ndarray, cost: np.ndarray, allowed: Bool[np.ndarray, " opti
 def allocate(
     cost: Float[np.ndarray, "heads options"], error: Float[np.ndarray, "heads options"], total: float
 ) -> Int[np.ndarray, " heads"]:
-    """One option a head, so that the errors' sum is small and the costs' sum is at most `total`.
+    """One option for each head, so that the sum of the errors is small and the sum of the costs is at most `total`.
 
-    Every head starts with its cheapest option. Then the step along a head's lower convex hull that lowers the error
-    most per cost is taken, again and again, while it fits (what the Lagrangian gives, up to one step of one head);
-    at the end, whatever single change still fits and helps.
+    Every head starts with its cheapest option. Then, again and again, the head moves on whose next option lowers the
+    error most for what it costs more, as long as that fits. (Options off the lower convex hull of cost and error are
+    skipped, so this is what a Lagrangian would give, up to one step of one head.) What is left at the end goes to
+    single changes that still fit and help.
 
-    Where the cheapest options together cost more than `total`, they are the answer.
+    **Arguments:** `cost`, `error`: `[heads, options]`.
+
+    **Returns:** int `[heads]`, the option of each. Where even the cheapest options cost more than `total`, these.
     """
     hulls = [_hull(cost[i], error[i]) for i in range(len(cost))]
     place = [0] * len(hulls)

@@ -39,9 +39,10 @@ CostKind = Literal["visited", "measured"]
 
 @dataclasses.dataclass(frozen=True)
 class CostModel:
-    """Cost of a layer whose heads all follow a candidate at a mean density d: `fixed[c] + slope[c] · d`.
+    """What a layer costs whose heads all follow one candidate c and have the mean density d: `fixed[c] + slope[c] · d`.
 
-    With `cost="visited"` that is d itself, the share of causal cells that the kernel visits; with "measured", seconds.
+    With `cost="visited"` that is d itself, the share of causal cells that the kernel visits; with `"measured"`,
+    seconds.
     """
 
     fixed: tuple[float, ...]

@@ -16,7 +16,9 @@ from jaxtyping import Array, Float, Int
 from minference_jax.attention import make_plan
 from minference_jax.models.capture import capture_qkv
 from minference_jax.models.llama import Llama
-from minference_jax.patterns import HeadPatterns, LayerPatterns, Pattern
+from minference_jax.patterns import Dense, HeadPatterns, LayerPatterns, Pattern
+from minference_jax.patterns.resolve import Patterns, resolve_patterns
+from minference_jax.patterns.text import as_pattern
 
 STEPS, OCTAVES = 10, 10
 """Bisections, and the range of factors in powers of two, around 1: the factor is found to 0.7 %."""
@@ -27,41 +29,53 @@ QKV = tuple[Array, Array, Array]
 def scale_to_density(
     model: Llama,
     tokens: Int[Array, "b t"],
-    patterns: HeadPatterns,
+    patterns: Patterns,
     density: float,
     *,
     lengths: Int[Array, " b"] | None = None,
 ) -> HeadPatterns:
-    """`patterns` with all budgets times one factor, the largest that keeps to `density` (visited / causal cells).
+    """Patterns brought to a density: all budgets times one factor, the largest that keeps to it.
 
-    The density is measured on `tokens`, as the mean over layers, heads and samples: how parts of a plan overlap
-    decides it, and no formula knows that. Use it to bring patterns that were searched at one prompt length to another:
-    give samples of the wanted length. If the smallest budgets visit more than `density` (short prompts), they are the
-    answer. `Dense` heads stay dense.
+    The density (visited / causal cells) is measured on `tokens`, as the mean over layers, heads and samples: how parts
+    of a plan overlap decides it, and no formula knows that. Use it to bring patterns that were searched at one prompt
+    length to another: give samples of the wanted length. If the smallest budgets visit more than `density` (short
+    prompts), they are the answer. `Dense` heads stay dense.
+
+    **Arguments:** `patterns`: in any form that `Llama.from_pretrained` takes.
 
     Memory: queries and keys of all layers. Raises ValueError for a density that is not in (0, 1].
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}")
-    return _times_factor(_captured(model, tokens, lengths), _sizes(tokens, lengths), patterns, density)
+    config = model.config
+    found = resolve_patterns(patterns, config.num_layers, config.num_heads)
+    if found is None:
+        return HeadPatterns.uniform(Dense(), config.num_layers, config.num_heads)
+    return _times_factor(_captured(model, tokens, lengths), _sizes(tokens, lengths), found, density)
 
 
 def share_among_layers(
     model: Llama,
     tokens: Int[Array, "b t"],
-    pattern: Pattern,
+    pattern: Pattern | str,
     *,
     lengths: Int[Array, " b"] | None = None,
 ) -> HeadPatterns:
-    """`pattern` for all heads of a model, with a density for each layer. The mean over layers is the pattern's density.
+    """One pattern for all heads of a model, with a density for each layer; their mean is the pattern's density.
 
     Some layers need more of their cells than others. To find each layer's share, all layers read `tokens` with one
-    common threshold on the mean attention weight, chosen so that their mean density is the wanted one; what a layer
-    visits then is its density. On other prompts each layer keeps its density; which keys it visits depends on the
-    prompt. (A layer's density is at most 1, so the mean may be a little lower.)
+    common threshold on the mean attention weight, chosen so that their mean density is the wanted one. What a layer
+    visits then is its density, on other prompts too; which keys it visits depends on the prompt. (A layer's density is
+    at most 1, so the mean may be a little lower.)
 
-    Memory: queries and keys of all layers. Raises TypeError for a pattern of another family.
+    **Arguments:** `tokens`: int32 `[b, t]`, samples; `lengths`: int32 `[b]`. `pattern`: one with a density, such as
+    `SharedDensity`, or its text.
+
+    **Returns:** `HeadPatterns`.
+
+    **Raises:** TypeError for a pattern of another family. Memory: queries and keys of all layers.
     """
+    pattern = as_pattern(pattern)
     density = pattern.share()
     if density is None:
         raise TypeError(f"pattern must have a density, as SharedDensity has; got {pattern!r}")

@@ -21,7 +21,7 @@ from minference_jax.patterns.files import save_patterns
 from minference_jax.runs.files import check_output_file
 from minference_jax.runs.identity import content_digest, package_version, weights_digest
 from minference_jax.runs.lock import locked
-from minference_jax.search.candidates import default_candidates
+from minference_jax.search.candidates import check_candidates, default_candidates
 from minference_jax.search.choose import allocate, best_at_equal_cost
 from minference_jax.search.cost import CostKind, CostModel, Target
 from minference_jax.search.measure import LayerMeter, LayerRecord
@@ -38,7 +38,7 @@ def search_patterns(
     *,
     lengths: Int[Array, " b"] | None = None,
     target: Target = None,
-    candidates: Sequence[Pattern] | None = None,
+    candidates: Sequence[Pattern | str] | None = None,
     cost: CostKind = "visited",
     objective: Literal["mean", "worst"] = "mean",
     budgets: Literal["per-head", "equal"] = "per-head",
@@ -49,44 +49,46 @@ def search_patterns(
 ) -> HeadPatterns:
     """Finds each head's pattern and budgets for a model, on sample prompts.
 
-    Layer by layer, with that layer's queries, keys and values of a dense run: the budgets of every candidate are
-    scaled, in each head, until the candidate's own plan for the samples costs the target; then the output of each
-    candidate is compared with dense attention's, at `ROWS` rows of each of `query_tiles` query tiles that are spread
-    evenly over each sample. The least error wins, the cheaper one of equals.
+    It goes layer by layer, with the queries, keys and values that the layer has in a dense run:
+
+    1. In each head, the budgets of every candidate are scaled until its plan for the samples costs the target.
+    2. The head's output under that plan is compared with that of dense attention, at 16 rows of each of `query_tiles`
+       query tiles, which are spread evenly over each sample.
+    3. The candidate of the least error is the head's pattern; of equals, the cheaper one.
 
     **Arguments:**
 
-    - `samples`: int32 tokens of b prompts, padded on the right; `lengths`: int32 `[b]`. 128 tokens at least. They may
-      be of very unequal length: each counts the same in the error, by rows of its own, and as many cells as it has
-      in the density.
-    - `target`: what a layer may cost. A density (visited / causal cells) in (0, 1); an `AShape`, for what that costs;
-      a `Latency`, with `cost="measured"`; None for an A-shape of 1,024 sinks and a window of 4,096, in proportion for
+    - `samples`: int32 `[b, t]`, prompts, padded on the right; `lengths`: int32 `[b]`, at least 128 each. They may be of
+      very unequal length: each has rows of its own, and counts the same in the error. In the density it counts by its
+      cells.
+    - `target`: what a layer may cost. A density (visited / causal cells) in (0, 1); an `AShape`, for what that costs; a
+      `Latency`, with `cost="measured"`. None: an A-shape of 1,024 sinks and a window of 4,096, both in proportion for
       samples shorter than 32,768 tokens.
-    - `candidates`: patterns whose budgets have the proportions to try; their size does not matter. None: the
-      original's, and what each family adds. Of `PerTile` the threshold is what is searched: give it about the size
-      that goes with the original's budgets, 2e-5.
-    - `cost`: `"visited"` counts the keys that the kernel visits; `"measured"` times each candidate on this device, in
-      the first layer. Timings vary, so a measured search is not reproducible to the byte.
-    - `objective`: the error of a head is its mean over the samples, or the worst.
-    - `budgets`: `"per-head"` also measures every candidate at 1/4 to 3 times the budgets of equal cost, and spends
-      the same total where it lowers the errors' sum most; `"equal"` keeps all heads at the target, as the original.
-    - `end_tiles`: if not 0, the rows of so many query tiles at each sample's end are scored besides, and their error
-      counts as much as that of the sample. For samples that end in a question.
-    - `state`: a file that keeps what is measured, layer by layer. An interrupted search that is started again with
-      it ends with the same result. It is left behind when the search is done.
+    - `candidates`: patterns, or their texts. Only the proportions of their budgets matter, not the size. None: the
+      original's, and what each family adds. Of `PerTile` the threshold is what is scaled: give it about the size that
+      goes with the original's budgets, 2e-5.
+    - `cost`: `"visited"` counts the keys that the kernel visits. `"measured"` times each candidate on this device, in
+      the first layer; timings vary, so two such searches may differ.
+    - `objective`: the error of a head is its mean over the samples, or that of its worst sample.
+    - `budgets`: `"equal"` keeps all heads at the target, as the original does. `"per-head"` also measures every
+      candidate at 1/4 to 3 times these budgets, and spends the same total where it lowers the sum of the errors most.
+    - `end_tiles`: if not 0, so many query tiles at each sample's end are scored too, and their error counts as much as
+      that of the sample. For samples that end in a question.
+    - `state`: a file that keeps what is measured, layer by layer. An interrupted search goes on with it and ends with
+      the same result. It stays when the search is done.
     - `progress(done, total)`: called after each layer.
 
-    **Returns:** `HeadPatterns` with `scores` (the relative error of the head's output), `densities` and `recalls`.
+    **Returns:** `HeadPatterns` with `scores` (the relative error of each head's output), `densities` and `recalls`.
 
     **Raises:** ValueError and TypeError for arguments that do not fit, among them a `state` of another search;
     `LockedError` with the process id where another process uses the same `state`.
 
-    Memory: one layer's queries, keys and values, and a bit per option, head, sample, scored query tile and key;
+    Memory: one layer's queries, keys and values, and a bit for each option, head, sample, scored query tile and key;
     nothing of size t × t.
 
     Source: MInference (arXiv 2407.02490) §3.2, Algorithm 1 and Table 7. Budgets per head are ours.
     """
-    tried = default_candidates() if candidates is None else tuple(candidates)
+    tried = default_candidates() if candidates is None else check_candidates(candidates)
     settings = Settings(target, tried, cost, objective, budgets, query_tiles, end_tiles)
     search = Search(model, samples, lengths, settings)
     if state is None:
@@ -109,11 +111,18 @@ def search_to_file(
 ) -> HeadPatterns:
     """`search_patterns`, written to a pattern file together with what was searched, on what, and when.
 
-    What is measured is kept beside it (`path` with the suffix `.partial`) until the file is written; `restart`
-    forgets that first. `about`: more to say in the file, such as the model's name.
+    **Arguments:**
 
-    Raises `ValueError` before the search where `path` can't be written, and `LockedError` with the process id where
-    another process searches for the same file, unless `wait` says to wait for it.
+    - `model`, `samples`, `lengths`, `progress`: as for `search_patterns`.
+    - `path`: the file to write. What is measured is kept beside it, as `path` with the suffix `.partial`, until it is
+      written; the same call goes on from there.
+    - `settings`: all other arguments of `search_patterns`; by default its defaults.
+    - `about`: more to say in the file, such as the model's name.
+    - `restart`: forget what was measured before.
+    - `wait`: where another process searches for the same file, wait for it instead of raising.
+
+    **Raises:** ValueError before the search where `path` can't be written; `LockedError` with the process id of another
+    search for the same file; what `search_patterns` raises.
     """
     path = Path(path)
     check_output_file(path)

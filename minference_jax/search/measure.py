@@ -27,9 +27,14 @@ QKV = tuple[Array, Array, Array]
 class LayerRecord:
     """Measurements of one layer's heads: what `choose` works on, and what an interrupted search keeps.
 
-    `factors`: float64 `[candidates, n]`, of equal cost. Of each option (candidate · ladder + step): `density`
-    `[o, n]`, of all samples together; `error` and `recall` `[o, b, n]` as in `HeadErrors`, with end tiles `[o, 2b, n]`:
-    after the samples their ends. Six digits are kept.
+    An *option* is one candidate at one step of the ladder of budgets; its number is candidate · steps + step.
+
+    - `factors`: float64 `[candidates, n]`: what each candidate's budgets are multiplied with to cost the target.
+    - `density`: `[o, n]` for each option, visited / causal cells of all samples together.
+    - `error`, `recall`: `[o, b, n]` for each option and sample, as in `HeadErrors`. With end tiles `[o, 2b, n]`: first
+      the samples, then their ends.
+
+    Six digits are kept.
     """
 
     factors: Float[np.ndarray, "candidates n"]
@@ -48,11 +53,11 @@ class LayerRecord:
 
 
 class LayerMeter:
-    """Measures layers of one model and one set of samples: what all layers share.
+    """Measures layers of one model on one set of samples.
 
-    Samples are measured one by one, by the same compiled programs: each at rows spread over its own length, so that a
-    short one counts as much in the error as a long one. Their densities are pooled, visited over causal cells of all
-    samples together, since that is what the kernel spends.
+    Samples are measured one by one, all by the same compiled programs. Each is scored at rows spread over its own
+    length, so that a short one counts as much in the error as a long one. Densities are pooled: visited over causal
+    cells of all samples together, since that is what the kernel spends.
     """
 
     def __init__(self, settings: Settings, lengths: Array, tokens: int):

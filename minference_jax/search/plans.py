@@ -46,7 +46,14 @@ def plan_masks(
     query_tiles: Int[Array, " i"],
     scale: float | None = None,
 ) -> PlanMasks:
-    """The real index's plan for these queries and keys. Memory: b·n·t·(1 + i/8) bytes, and the index's own."""
+    """The plan that the index makes for these queries and keys, reduced to its density and to bitmaps of a few query
+    tiles.
+
+    **Arguments:** `q`: `[b, t, n, h]`; `k`: `[b, t, k, h]`. `heads`: one layer's patterns. `lengths`: int32 `[b]`.
+    `query_tiles`: int32 `[i]`, the numbers of the tiles whose keys are wanted. `scale` (static): by default 1/sqrt(h).
+
+    Memory: b·n·t·(1 + i/8) bytes, and what the index takes.
+    """
     b, t, n, _ = q.shape
     plan = make_plan(q, k, heads, lengths=lengths, scale=scale)
     columns = column_flags(plan, t, (b, n))

@@ -17,6 +17,7 @@ from minference_jax.models.capture import capture_qkv
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
 from minference_jax.patterns import HeadPatterns, LayerPatterns, Pattern
+from minference_jax.patterns.resolve import Patterns, resolve_patterns
 from minference_jax.search.candidates import arrays, check_candidates, default_candidates, factor_at
 from minference_jax.search.density import mean_density
 from minference_jax.search.measure import QKV
@@ -31,7 +32,11 @@ TRIES, CLOSE = 6, 1.01
 
 
 class Row(NamedTuple):
-    """One set of patterns on one prompt. Means over all layers and heads; `perplexity` is NaN where not asked for."""
+    """What one set of patterns does on one prompt, as means over all layers and heads.
+
+    `error`: of the heads' outputs, relative to dense attention; `worst_error`: of the worst head. `perplexity` is NaN
+    where it was not asked for.
+    """
 
     name: str
     density: float
@@ -44,18 +49,29 @@ class Row(NamedTuple):
 def verify(
     model: Llama,
     tokens: Int[Array, "1 t"],
-    patterns: Mapping[str, HeadPatterns],
+    patterns: Mapping[str, Patterns],
     *,
-    candidates: Sequence[Pattern] | None = None,
+    candidates: Sequence[Pattern | str] | None = None,
     perplexity: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> list[Row]:
-    """Output error, recall and perplexity of patterns and of every uniform candidate, on one prompt.
+    """Searched patterns beside every candidate given to all heads alike, on a prompt that the search has not seen.
 
-    Each candidate's budgets are scaled by one factor for all heads, such that its plans for this prompt
-    visit, in total, no fewer keys than those of the first of `patterns` do, and about 1 % more (or one tile).
+    Each candidate's budgets are scaled by one factor for all heads. Its plans for this prompt then visit, in total, at
+    least as many keys as those of the first of `patterns`, and at most about 1 % more (or one tile).
+
+    **Arguments:**
+
+    - `tokens`: int32 `[1, t]`, the prompt.
+    - `patterns`: name → patterns, in any form that `Llama.from_pretrained` takes. The first one sets the density.
+    - `candidates`: patterns or their texts; None: those of the search.
+    - `perplexity`: also measure it, which takes a prefill for each.
+    - `say`: called with a line for each result.
 
     **Returns:** a row for dense attention, for each of `patterns`, and for each candidate.
+
+    **Raises:** ValueError for more than one prompt, for dense attention among `patterns`, and for a candidate that
+    cannot reach the density.
 
     Memory: the queries, keys and values of all layers (1 GB for SmolLM2-135M at 8,192 tokens in float32).
     """
@@ -68,12 +84,14 @@ def verify(
     layers: list[QKV] = list(capture_qkv(model, tokens))
     heads = model.config.num_heads
 
-    if "dense" in patterns:
+    given = {name: resolve_patterns(found, model.config.num_layers, heads) for name, found in patterns.items()}
+    sparse = {name: found for name, found in given.items() if found is not None and name != "dense"}
+    if len(sparse) < len(given):
         raise ValueError("patterns: dense attention is compared with anyway")
-    first = next(iter(patterns))
-    wanted = mean_density(layers, patterns[first], lengths)
+    first = next(iter(sparse))
+    wanted = mean_density(layers, sparse[first], lengths)
     say(f"{first}: density {wanted:.4f}")
-    every = {name: found.arrays() for name, found in patterns.items()}
+    every = {name: found.arrays() for name, found in sparse.items()}
     for candidate in check_candidates(default_candidates() if candidates is None else candidates):
         pattern = _at_density(layers, candidate, wanted, lengths)
         # Arrays whose static side is the kind's, so that one program serves all candidates of a kind.

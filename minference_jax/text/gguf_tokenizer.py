@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minference_jax.checkpoints.gguf_config import ends_generation
+from minference_jax.extras import naming_extra
 from minference_jax.text.gguf_pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
     `ValueError` for any other model or pre-tokenizer and for a vocabulary that is inconsistent; see `pre_tokenizer` for
     files that name none.
     """
-    from tokenizers import AddedToken, processors
+    with naming_extra("a tokenizer"):
+        from tokenizers import AddedToken, processors
 
     model = metadata.get("tokenizer.ggml.model")
     tokens = _tokens(metadata)
@@ -132,7 +134,8 @@ def _swallows_space(metadata: dict[str, Any]) -> bool:
 
 
 def _byte_level_bpe(metadata: dict[str, Any], vocab: dict[str, int]) -> Tokenizer:
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    with naming_extra("a tokenizer"):
+        from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     rule = pre_tokenizer(metadata.get("tokenizer.ggml.pre"))
     merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", [])]
@@ -151,7 +154,8 @@ def _byte_level_bpe(metadata: dict[str, Any], vocab: dict[str, int]) -> Tokenize
 
 def _sentencepiece_bpe(metadata: dict[str, Any], vocab: dict[str, int]) -> Tokenizer:
     """SentencePiece joins the pair whose joined piece scores highest; as BPE, merges in the order of that score."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
+    with naming_extra("a tokenizer"):
+        from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores = np.asarray(metadata.get("tokenizer.ggml.scores", ()), np.float64)
     if scores.shape != (len(vocab),):

@@ -13,6 +13,7 @@ from typing import Any
 from minference_jax.checkpoints.gguf_config import eos_token_ids
 from minference_jax.checkpoints.gguf_split import open_gguf
 from minference_jax.checkpoints.hf_files import find_gguf, read_hf_config
+from minference_jax.extras import naming_extra
 from minference_jax.models.hf_config import text_config
 from minference_jax.text.gguf_tokenizer import build_tokenizer, tokenizer_config
 
@@ -200,7 +201,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             "(pip install sentencepiece protobuf), or save the tokenizer again with transformers"
         )
 
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    with naming_extra("a tokenizer"):
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     kind: Any = PreTrainedTokenizerFast if whole else AutoTokenizer
     try:
@@ -212,7 +214,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-    from transformers import PreTrainedTokenizerFast
+    with naming_extra("a tokenizer"):
+        from transformers import PreTrainedTokenizerFast
 
     metadata = open_gguf(path).metadata
     try:

@@ -5,21 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from minference_jax.extras import naming_extra
+
 FORMATS = (".png", ".pdf", ".svg")
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure of so many inches. Raises RuntimeError where matplotlib is not installed."""
-    try:
+    """A matplotlib figure of so many inches. Raises ModuleNotFoundError without matplotlib."""
+    with naming_extra("a picture"):
         from matplotlib.figure import Figure
-    except ImportError:
-        raise RuntimeError("pictures need matplotlib: pip install 'minference-jax[notebooks]'") from None
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def check_path(path: str | Path) -> Path:
-    """The path of a picture. Raises ValueError unless its suffix is one of `FORMATS`."""
+    """The path of a picture, for before the work begins.
+
+    Raises ValueError unless its suffix is one of `FORMATS`, ModuleNotFoundError without matplotlib.
+    """
     path = Path(path)
+    with naming_extra("a picture"):
+        import matplotlib  # noqa: F401
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: pictures end in {', '.join(FORMATS)}")
     return path

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from minference_jax.attention import make_plan
+from minference_jax.extras import naming_extra
 from minference_jax.index.recall import column_flags
 from minference_jax.patterns import Pattern
 from minference_jax.viz.figure import check_path, new_figure, save
@@ -37,7 +38,9 @@ class HeadPicture(NamedTuple):
     density: float
 
 
-def head_picture(q: Float[Array, "1 t n h"], k: Float[Array, "1 t k h"], pattern: Pattern, head: int) -> HeadPicture:
+def head_picture(
+    q: Float[Array, "1 t n h"], k: Float[Array, "1 t k h"], pattern: Pattern | str, head: int
+) -> HeadPicture:
     """Attention and plan of query head `head` of one layer and one prompt, in cells.
 
     Memory: `block` rows of scores at a time, and a megabyte; nothing of size t × t.
@@ -88,13 +91,19 @@ def _cells(q: Float[Array, "t h"], k: Float[Array, "t h"], plan: SparsePlan, blo
 
 
 def plot_head(picture: HeadPicture, path: str | Path, *, title: str = "") -> None:
-    """Draws dense attention, plan and loss to a .png, .pdf or .svg file; mass on one logarithmic scale.
-
-    Raises ValueError for another suffix, RuntimeError without matplotlib.
-    """
+    """Draws `head_figure` to a .png, .pdf or .svg file. Raises ValueError for another suffix."""
     check_path(path)
+    save(head_figure(picture, title=title), path)
+
+
+def head_figure(picture: HeadPicture, *, title: str = "") -> Any:
+    """A matplotlib figure of dense attention, plan and loss; mass on one logarithmic scale.
+
+    Raises ModuleNotFoundError without matplotlib.
+    """
     figure = new_figure(13, 4.6)
-    from matplotlib.colors import LogNorm
+    with naming_extra("a picture"):
+        from matplotlib.colors import LogNorm
 
     axes = figure.subplots(1, 3, sharex=True, sharey=True)
     tokens = picture.block * len(picture.dense)
@@ -115,4 +124,4 @@ def plot_head(picture: HeadPicture, path: str | Path, *, title: str = "") -> Non
     axes[0].set_ylabel("query")
     if title:
         figure.suptitle(title)
-    save(figure, path)
+    return figure

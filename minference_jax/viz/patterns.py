@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from minference_jax.extras import naming_extra
 from minference_jax.patterns import HeadPatterns
 from minference_jax.viz.figure import check_path, new_figure, save
 
@@ -24,7 +25,7 @@ def plot_patterns(patterns: HeadPatterns, path: str | Path, *, title: str = "") 
     in keys. Maps of
     density, recall and output error follow, those that the patterns carry.
 
-    Raises ValueError for another suffix, RuntimeError without matplotlib.
+    Raises ValueError for another suffix, ModuleNotFoundError without matplotlib.
     """
     check_path(path)
     tables = {name: np.asarray(getattr(patterns, field)) for name, field in _TABLES.items() if getattr(patterns, field)}
@@ -64,7 +65,8 @@ def colours(patterns: HeadPatterns, density: Float[np.ndarray, "layers n"] | Non
 
 
 def _draw_kinds(axis: Any, patterns: HeadPatterns, density: np.ndarray | None) -> None:
-    from matplotlib.patches import Patch
+    with naming_extra("a picture"):
+        from matplotlib.patches import Patch
 
     axis.imshow(colours(patterns, density), aspect="auto", interpolation="nearest")
     shade = "density" if density is not None else "budget"

@@ -47,22 +47,32 @@ def decode_attention(
     interpret: bool = False,
     return_lse: bool = False,
 ) -> Any:
-    """Dense attention of one query per sequence to the first `lengths` keys of one layer's cache.
+    """Dense attention of one query for each sequence to the first keys of one layer's cache.
+
+    The cache is that of all layers, stacked; the kernel reads the layer where it lies.
 
     **Arguments:**
 
-    - `q`: `[b, n, h]`; `k`, `v`: `[layers, b, s, k, h]` in q's dtype, or in a narrower one (float8_e4m3fn, int8) with
-      `k_scale`, `v_scale` `[layers, b, s, k]`: the factor of each row.
-    - `layer`: int32 scalar, may be traced. `lengths`: int32 `[b]`, clamped to [0, s]; a sequence without keys gives
-      zeros. Rows past a length may hold any finite numbers.
-    - `scale` (static): by default 1/sqrt(h). `implementation` (static): "triton" (an NVIDIA GPU, for float8_e4m3fn of
-      compute capability 8.9 or later; 16-bit q, h a power of two from 16 on, s >= 128), "xla" (jnp, everywhere), or
-      None, the best for the call. `interpret`: run the kernel on a CPU.
+    - `q`: `[b, n, h]`, the query of each sequence.
+    - `k`, `v`: `[layers, b, s, k, h]`, n a multiple of k. In q's dtype, or in float8_e4m3fn or int8 with scales.
+    - `layer`: int32 scalar, may be traced.
+    - `lengths`: int32 `[b]`, keys of each sequence, clamped to [0, s]. A sequence without keys gives zeros. Rows of the
+      cache at or past a length may hold any finite numbers.
+    - `k_scale`, `v_scale`: `[layers, b, s, k]`, what each row of k and v is to be multiplied with; None in q's dtype.
+    - `scale` (static): of the scores, by default 1/sqrt(h).
+    - `implementation` (static): "triton", a kernel for NVIDIA GPUs; "xla", plain jnp, everywhere; None, the best for
+      this call. The kernel wants 16-bit q, h a power of two from 16 on, s of at least 64 keys (128 with one-byte
+      numbers), and for float8_e4m3fn compute capability 8.9.
+    - `interpret` (static): run the kernel on a CPU, for tests.
+    - `return_lse` (static): also return the log-sum-exp of the scores.
 
-    **Returns:** `[b, n, h]` in q's dtype; softmax in float32. With `return_lse` (static) the pair of that and the
-    log-sum-exp of the scores, float32 `[b, n]` (−inf of a sequence without keys).
+    **Returns:** `[b, n, h]` in q's dtype, with float32 softmax; with `return_lse` the pair of that and float32
+    `[b, n]`, natural logarithm, −inf for a sequence without keys.
 
-    **Raises:** ValueError for shapes that do not fit, or an implementation that cannot serve the call.
+    **Raises:** ValueError for shapes and dtypes that do not fit, and for an implementation that cannot serve the call,
+    with the reason.
+
+    Cost: the bytes of the valid keys and values, read once. Source: FlashDecoding, for the split over keys.
     """
     if k.ndim != 5 or k.shape != v.shape or q.ndim != 3 or q.shape[::2] != k.shape[1::3] or q.shape[1] % k.shape[3]:
         raise ValueError(f"decode_attention: q {q.shape} does not fit k {k.shape} and v {v.shape}")
@@ -96,8 +106,11 @@ def decode_attention(
 
 
 def unsupported_reason(q: Float[Array, "b n h"], k: Array) -> str | None:
-    """Why the kernel can't serve a call, in words; None if it can. Shapes and dtypes only, and for 8-bit floats the
-    device: the compiler aborts where there is no instruction for them."""
+    """Why the kernel can't serve a call, in words; None if it can.
+
+    It looks at shapes and dtypes only, and for 8-bit floats at the device: without instructions for them the compiler
+    aborts.
+    """
     h = q.shape[-1]
     if k.dtype == jnp.float8_e4m3fn and (reason := Device.default().reason_against_fp8()) is not None:
         return reason

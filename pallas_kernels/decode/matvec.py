@@ -55,19 +55,25 @@ def stacked_matvec(
     tile: Tile | None = None,
     interpret: bool = False,
 ) -> list[Float[Array, "b o"]]:
-    """x · weight[layer] for each of the weights, with float32 sums, in x's dtype.
+    """A few rows times one layer of each of several stacked weights: `x @ weight[layer]`, for all weights in one
+    launch.
 
     **Arguments:**
 
     - `x`: `[b, i]`, bfloat16 or float16, at most 16 rows.
-    - `weights`: all `[layers, i, o]` in x's dtype; or all float8_e4m3fn `[layers, o, i]`, with `scales`, the float32
-      factor of each output: `[layers, o]`. i and each o are multiples of 64.
-    - `layer`: int32 scalar, may be traced. `tile` (static): by default the fastest measured. `interpret`: run the
-      kernel on a CPU.
+    - `weights`: either all `[layers, i, o]` in x's dtype, or all float8_e4m3fn `[layers, o, i]`. i and each o are
+      multiples of 64; o may differ from weight to weight.
+    - `layer`: int32 scalar, may be traced.
+    - `scales`: with float8 weights, float32 `[layers, o]` for each, what each output is to be multiplied with.
+    - `tile` (static): how much a thread block loads at a time; by default the fastest that was measured.
+    - `interpret` (static): run the kernel on a CPU, for tests.
 
-    Rows are not quantized for FP8 weights: numbers of both sides meet in float16, each row divided by its largest.
+    **Returns:** `[b, o]` in x's dtype for each weight, with float32 sums. x is not rounded to float8: it meets float8
+    weights in float16, each row divided by its largest number first.
 
-    **Raises:** ValueError for anything else; ask `unsupported_reason` before.
+    **Raises:** ValueError for anything that does not fit, with the reason that `unsupported_reason` gives.
+
+    Cost: the bytes of one layer of the weights, read once.
     """
     reason = unsupported_reason(x, weights, scales)
     if reason is not None:

@@ -12,10 +12,12 @@ from pallas_kernels.device import target
 
 
 def moved(move: Callable[..., Array], *arrays: Array) -> Array:
-    """`move(*arrays)` for arrays of one dtype; `move` takes numbers from place to place and computes nothing of them.
+    """`move(*arrays)`, where `move` takes numbers from place to place and computes nothing of them.
 
-    XLA's CPU backend has no 8-bit floats: to write one row of an array it turns the whole of it into float16 and back.
-    Where a CPU is the default they are moved as integers of 8 bits, which gives the same.
+    XLA's CPU backend has no 8-bit floats: to write one row of an array it turns the whole array into float16 and back.
+    Where a CPU is the default device, 8-bit floats are moved as 8-bit integers, which gives the same.
+
+    **Arguments:** `arrays`: of one dtype, any shapes.
     """
     dtype = arrays[0].dtype
     if dtype.itemsize > 1 or not jnp.issubdtype(dtype, jnp.floating) or target().platform != "cpu":
