@@ -64,7 +64,10 @@ def inspect(
             where = f" on {mesh}" if mesh else ""
             found = {f"longest prompt in tokens, by GPU, of {model}{where}": _memory(config, mesh)}
         else:
-            found |= {"config": dataclasses.asdict(config), "parameters": _parameters(config)}
+            found |= {
+                "config": dataclasses.asdict(config) if json else _readable(config),
+                "parameters": _parameters(config),
+            }
     if patterns is not None:
         loaded = load_patterns(patterns, heads=heads, layers=layers)
         found["patterns"] = _patterns(loaded)
@@ -82,8 +85,6 @@ def inspect(
         return
     console = stdout()
     console.width = max(console.width, 100)
-    if "config" in found:
-        found["config"] = _readable(config)
     for heading, content in found.items():
         console.print(_table(heading, content) if isinstance(content, dict) else f"{heading}: {content}")
 
