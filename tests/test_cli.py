@@ -33,13 +33,13 @@ def model(tmp_path_factory):
 
 def test_generate_prints_the_text_and_nothing_else(model, capsys):
     status, text, news = run(capsys, "generate", model, "Hello", "--max-new-tokens", 6)
-    assert (status, news) == (0, "")
+    assert (status, news) == (0, "The reply is cut at 6 tokens (--max-new-tokens).\n")
     status, out, _ = run(capsys, "generate", model, "Hello", "--max-new-tokens", 6, "--json")
     found = json.loads(out)
     assert status == 0
     assert found["text"] == text.removesuffix("\n")
     assert found["prompt_tokens"] == len("<u>Hello<a>")
-    assert found["generated_tokens"] == len(found["tokens"]) <= 6
+    assert found["generated_tokens"] == len(found["tokens"]) == 6 and found["finish"] == "length"
     assert found["density"] == 1.0
 
 
@@ -113,6 +113,9 @@ def test_inspect_counts_patterns(capsys, tmp_path):
         (("MODEL", "-", "--file", "-"), "standard input"),
         (("MODEL", "a", "--max-new-tokens", "0"), "max-new-tokens"),
         (("MODEL", "a", "--no-such-option"), "--no-such-option"),
+        (("MODEL", "a", "--dtype", "int8"), "--dtype must be one of float32"),
+        (("MODEL", "a", "--cache", "int4"), "--cache must be model, fp8 or int8"),
+        (("MODEL", "a", "--prefill-chunk", "1G"), "'1G' is no length"),
         (("MODEL", "a", "--pattern", "diagonal"), "neither a file nor a pattern"),
         (("MODEL", "a", "--pattern", ""), "a pattern is missing"),
         (("MODEL", "a", "--pattern", "a-shape:width=3"), "no field=value of a-shape"),
@@ -135,7 +138,6 @@ def test_usage_errors_end_with_status_2(model, capsys, arguments, message):
     [
         (("generate", "/no/such/model", "a"), "/no/such/model does not exist"),
         (("generate", "MODEL", "--file", "/no/such/file"), "/no/such/file"),
-        (("generate", "MODEL", "a", "--dtype", "int8"), "dtype must be one of"),
         (("convert", "MODEL", "MODEL"), "MODEL"),
     ],
 )

@@ -7,17 +7,25 @@ from typing import Annotated
 
 import typer
 
-from minference_jax.cli.console import progress, stdout
+from minference_jax.cli.completion import complete_dtype
+from minference_jax.cli.console import chosen_dtype, stdout
+from minference_jax.cli.progress import progress
 
 
 def convert(
     source: Annotated[Path, typer.Argument(help="A Hugging Face directory or a .gguf file.")],
     directory: Annotated[Path, typer.Argument(help="Is made; must not hold anything yet.")],
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16.", autocompletion=complete_dtype)
+    ] = "bfloat16",
 ) -> None:
-    """Write a checkpoint as a Hugging Face directory with safetensors, which transformers loads too."""
+    """Write a checkpoint as a Hugging Face directory with safetensors, which transformers loads too.
+
+    Example: minference-jax convert model.gguf DIR --dtype bfloat16
+    """
     from minference_jax.checkpoints.convert import load_checkpoint, save_checkpoint
 
+    dtype = chosen_dtype(dtype)
     with progress("Reading weights") as update:
         config, params = load_checkpoint(source, dtype=dtype, progress=update)
     with progress("Writing"):
