@@ -95,13 +95,16 @@ def sparse_attention(
     differentiable in q, k and v, with every implementation but "cudnn" for dense attention; forward mode is refused by
     JAX. Arrays of 64 bits are no attention's: float64 is refused.
 
-    A NaN or infinity of a key reaches the rows that see it; in the "xla" backend only these. Kernels multiply a weight
-    of zero with the values of every key of a step, and so spread it to rows that visit the same step: padding included,
-    they want finite k and v.
+    Padding rows of k and v may hold anything, NaN included. A NaN or infinity of a key or value inside a sequence
+    spoils the rows that see it. No row of an earlier query tile changes; an earlier row of the same 128 does where a
+    kernel ("hopper", "mma") meets it in v, for tensor cores multiply it with that row's weight of zero. With "xla" and
+    "reference" no earlier row changes at all. Under `jax_debug_nans` such a call raises.
 
     Source: MInference (arXiv 2407.02490) §3.2.
     """
     check_qkv(q, k, v)
+    if not isinstance(plan, SparsePlan):
+        raise TypeError(f"plan must be a SparsePlan, got {type(plan).__name__}; dense_attention takes none")
     plan.validate(q.shape[0], q.shape[2], q.shape[1])
     return _attend(q, k, v, plan, lengths, q_offset, scale, implementation, return_lse)
 
@@ -139,8 +142,8 @@ def dense_attention(
     """Causal attention over every key: what the sparse functions are compared with, and their choice for short prompts.
 
     **Arguments:** as `sparse_attention`, without a plan. `implementation` (static): None, the best for this call;
-    "cudnn", a GPU's fused kernel, whose log-sum-exp has q's precision only; "hopper" and "mma", our kernels with every
-    key tile; "xla", blockwise jnp; or "reference".
+    "cudnn", a GPU's fused kernel, whose log-sum-exp has q's precision only and which wants finite padding; "hopper" and
+    "mma", our kernels with every key tile; "xla", blockwise jnp; or "reference".
 
     **Returns, raises:** as `sparse_attention`.
     """

@@ -119,6 +119,15 @@ def check_scale(scale: float | None, q: Float[Array, "b t n h"]) -> float:
     return float(scale)
 
 
+def check_whole(name: str, value: Any, least: int) -> int:
+    """A whole number that is known while the program is traced, at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+    return int(value)
+
+
 def check_positions(name: str, x: Array, batch: int, heads: int, axes: int) -> None:
     """Raises unless `x` is an integer array of so many axes that begin with [batch, heads]."""
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.integer):

@@ -19,7 +19,7 @@ from pallas_kernels.xla.backward import attention_backward
 
 @dataclasses.dataclass(frozen=True)
 class Refs:
-    """Arrays in device memory. `blocks`, `keys`, `values`, `order` and `lse` may be None."""
+    """Arrays in device memory. `blocks`, `keys`, `values`, `last_values`, `order` and `lse` may be None."""
 
     q: Any
     k: Any
@@ -30,6 +30,7 @@ class Refs:
     blocks: Any
     keys: Any
     values: Any
+    last_values: Any
     order: Any
     out: Any
     lse: Any

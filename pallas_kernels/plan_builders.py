@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.bands import entries_before
+from pallas_kernels.checks import check_whole
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_key_tiles
 
@@ -37,8 +38,7 @@ def a_shape_plan(b: int, n: int, *, sink: int, window: int) -> SparsePlan:
     Source: MInference (arXiv 2407.02490) §3.2, A-shape; the official `streaming_forward(n_init, n_local)`.
     """
     for name, value in (("sink", sink), ("window", window)):
-        if value < 0:
-            raise ValueError(f"{name} must be >= 0, got {value}")
+        check_whole(name, value, 0)
     # The oldest key of a tile's window is q0 - window + 1.
     widest = -(-max(window - 1, 0) // KEY_TILE)
     bands = KEY_TILE * jnp.arange(1, widest + 1, dtype=jnp.int32)

@@ -34,7 +34,7 @@ WORK_FIELDS = 8  # padded to a power of two
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["work", "bands", "blocks", "keys", "values", "bias", "order"],
+    data_fields=["work", "bands", "blocks", "keys", "values", "bias", "last_values", "order"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +55,17 @@ class KernelTables:
     - `work`: int32 `[z, i, 8]`, the counts of each query tile (constants above).
     - `bands`: int32 `[z, R]`, distances in keys, ascending, no gaps or repeats, then `NO_BAND` (R = 1 without bands).
     - `blocks`: int32 `[z, i, M]`, key tiles: as many as `work` counts are in order and in no band. None without blocks.
-    - `keys`, `values`: `[z, C, h]`, the keys and values of the columns, gathered. None without columns.
-    - `bias`: bf16 `[z, i, 128 + C' + 64]`, C' being C rounded up to 64: 0 for what is seen and -inf for what is not.
+    - `keys`, `values`: `[z, C, h]`, the keys and values of the columns, gathered, with 0 for what is not finite. None
+      without columns.
+    - `bias`: bf16 `[z, i, 128 + C' + 64]`, C' being C rounded up to 64: 0 for what is seen, -inf for what is not, NaN
+      for a column that is seen and whose key or value is not finite: its rows are NaN, those before it are not.
       The first 128 entries are for the last two whole tiles, for when one of them shares a step with columns: -inf for
       keys that a band cut at key 0 does not hold. The next C' are for the columns: -inf where the query tile sees that
       key elsewhere, or not at all. The last 64 are -inf, for a step whose second half is missing. With neither columns
       nor bands all query tiles share one row: `[1, 1, 256]`.
+    - `last_values`: `[b, 128, k, h]`, the values beside each sequence's last query tile, 0 past its end: a weight of 0
+      would not silence a NaN that the padding holds. Read in place of v where that tile has fewer than 128 valid rows.
+      None without lengths.
     - `order`: int32 `[z · i]`, in which order to take query tiles: the place of each among all heads' tiles, the heads
       one after the other and each one's tiles from the last to the first. None: in that order itself.
     """
@@ -71,6 +76,7 @@ class KernelTables:
     keys: Float[Array, "z C h"] | None
     values: Float[Array, "z C h"] | None
     bias: BFloat16[Array, "z i W"]
+    last_values: Float[Array, "b 128 k h"] | None
     order: Int[Array, " w"] | None
 
 
@@ -100,7 +106,7 @@ def prepare(
         column_tiles = jnp.zeros_like(whole)
         bias = jnp.full((1, 1, KEY_TILE) if bands is None else (*whole.shape, KEY_TILE), -jnp.inf, jnp.bfloat16)
     else:
-        keys, values, column_tiles, bias = _columns(plan, k, v, first, bands, blocks, block_tiles)
+        keys, values, column_tiles, bias = _columns(plan, k, v, limit, first, bands, blocks, block_tiles)
     last = jnp.arange(2 * KEY_TILE, dtype=jnp.int32) < 2 * KEY_TILE - cut[..., None]  # of a cut tile, the keys it holds
     last = jnp.where(last[: bias.shape[0], : bias.shape[1]], 0, -jnp.inf).astype(jnp.bfloat16)
     bias = jnp.concatenate([last, bias, jnp.full((*bias.shape[:2], KEY_TILE), -jnp.inf, jnp.bfloat16)], -1)
@@ -120,7 +126,16 @@ def prepare(
     # Bands make neighbouring query tiles, which are taken side by side, read the same keys; and about as many of them.
     order = _longest_first(work[STEPS]) if bands is None else None
     bands = jnp.zeros((b * n, 1), jnp.int32) if bands is None else bands
-    return KernelTables(jnp.stack(work, -1), bands, blocks, keys, values, bias, order)
+    last_values = None if lengths is None else _last_values(v, limit)
+    return KernelTables(jnp.stack(work, -1), bands, blocks, keys, values, bias, last_values, order)
+
+
+def _last_values(v: Float[Array, "b s k h"], limit: Int[Array, " b"]) -> Float[Array, "b 128 k h"]:
+    """The values of the query tile that a sequence ends in, and 0 past its end."""
+    rows = limit[:, None] // QUERY_TILE * QUERY_TILE + jnp.arange(QUERY_TILE, dtype=jnp.int32)
+    batch = jnp.arange(v.shape[0], dtype=jnp.int32)[:, None]
+    values = v.at[batch, jnp.minimum(rows, v.shape[1] - 1)].get(mode="promise_in_bounds")
+    return jnp.where((rows < limit[:, None])[..., None, None], values, jnp.zeros((), v.dtype))
 
 
 def _longest_first(steps: Int[Array, "z i"]) -> Int[Array, " w"]:
@@ -178,6 +193,7 @@ def _columns(
     plan: SparsePlan,
     k: Float[Array, "b s k h"],
     v: Float[Array, "b s k h"],
+    limit: Int[Array, " b"],
     first: Int[Array, " i"],
     bands: Int[Array, "z R"] | None,
     blocks: Int[Array, "z i M"] | None,
@@ -192,6 +208,8 @@ def _columns(
         columns = jnp.pad(columns, ((0, 0), (0, -width % 8)), constant_values=-1)
         width = columns.shape[1]
     columns, ascending = rule.listed_columns(columns, plan.column_count.reshape(-1), s, clean=plan.clean)
+    # No valid row sees what lies in the padding.
+    columns = jnp.where(columns < jnp.repeat(limit, n, total_repeat_length=b * n)[:, None], columns, -1)
 
     end = jnp.broadcast_to(first, (b * n, first.size))
     if bands is not None:
@@ -207,13 +225,16 @@ def _columns(
         # A lookup for every (query tile, column), too dear to make for heads that have only one of the two.
         tile = columns // KEY_TILE
         visible = lax.cond(mixed, lambda: visible & ~_in_blocks(blocks, block_tiles, tile), lambda: visible)
-    bias = jnp.where(visible, 0, -jnp.inf).astype(jnp.bfloat16)
-    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, -width % KEY_TILE)), constant_values=-jnp.inf)
 
     index = jnp.maximum(columns, 0).reshape(b, kv_heads, n // kv_heads * width)
     batch = jnp.arange(b, dtype=jnp.int32)[:, None, None]
     head = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
     keys, values = (x.at[batch, index, head].get(mode="promise_in_bounds").reshape(b * n, width, h) for x in (k, v))
+    finite = jnp.isfinite(keys), jnp.isfinite(values)
+    whole = (finite[0] & finite[1]).all(-1)[:, None]
+    bias = jnp.where(visible, jnp.where(whole, 0, jnp.nan), -jnp.inf).astype(jnp.bfloat16)
+    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, -width % KEY_TILE)), constant_values=-jnp.inf)
+    keys, values = (jnp.where(a, x, jnp.zeros((), x.dtype)) for a, x in zip(finite, (keys, values), strict=True))
     return keys, values, column_tiles, bias
 
 

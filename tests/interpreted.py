@@ -1,5 +1,7 @@
 """Runs cases of a GPU's kernel in the Mosaic GPU interpreter, with its race detector, in a process of their own.
 
+The padding of keys and values is NaN.
+
     PYTHONPATH=. python tests/interpreted.py hopper [CASE ...]
 
 Without names, all cases. A kernel that forgets an arrival hangs; the caller sets the time limit.
@@ -8,6 +10,7 @@ Without names, all cases. A kernel that forgets an arrival hangs; the caller set
 import sys
 
 import jax
+import jax.numpy as jnp
 from backend_cases import UNDER_TEST, UnderTest
 from helpers import assert_close, assert_lse_close
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -26,8 +29,11 @@ def run(tested: UnderTest, name: str) -> None:
     case, config = tested.interpreted.cases[name]
     *arrays, lengths, q_offset = case.arguments(seed=1)
     options = {"lengths": lengths, "q_offset": q_offset, "scale": case.scale}
+    q, k, v, plan = arrays
+    padding = (jnp.arange(case.s, dtype=jnp.int32) >= lengths[:, None])[..., None, None]
+    k, v = (jnp.where(padding, jnp.nan, x) for x in (k, v))
     out, lse = tested.interpreted.attend(
-        *arrays,
+        *(q, k, v, plan),
         **options,
         return_lse=True,
         config=tested.interpreted.config(**config),

@@ -93,3 +93,9 @@ def test_what_does_not_fit_is_refused():
         decode_attention(q, cache, cache, 0, jnp.asarray([1]), implementation="cudnn")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="lengths"):
         decode_attention(q, cache, cache, 0, jnp.asarray([1, 2]))
+    with pytest.raises(TypeError, match="lengths must be integers"):
+        decode_attention(q, cache, cache, 0, jnp.asarray([1.5]))
+    with pytest.raises(ValueError, match="layer must be less than"):
+        decode_attention(q, cache, cache, 1, jnp.asarray([1]))
+    with pytest.raises(ValueError, match="scale must be a positive"):
+        decode_attention(q, cache, cache, 0, jnp.asarray([1]), scale=float("nan"))

@@ -213,9 +213,14 @@ def test_longrope_is_computed_anew_when_a_sequence_outgrows_its_context(rng):
         ({"lengths": [0]}, "lengths must lie between 1 and 5"),
         ({"lengths": [1, 2]}, r"lengths must have shape \(1,\)"),
         ({"tokens": np.zeros((5,), int)}, "tokens must have shape"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be an integer"),
+        ({"temperature": "x"}, "temperature must be a number"),
+        ({"prefill_chunk": 128.0}, "prefill_chunk must be an integer"),
+        ({"cache_dtype": "banana"}, "fp8 or int8; got 'banana'"),
+        ({"key": 10**30}, "at most 64 bits"),
     ],
 )
 def test_bad_arguments_are_named(model, change, message):
     arguments: dict[str, Any] = {"tokens": np.zeros((1, 5), int), "max_new_tokens": 3} | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         generate(model, arguments.pop("tokens"), **arguments)

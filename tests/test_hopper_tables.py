@@ -109,6 +109,27 @@ def test_columns_inside_the_window_take_no_step():
     assert work[0, 7, hopper_tables.STEPS] == 4
 
 
+def test_what_is_not_finite_spoils_no_row_before_it(rng):
+    """Of columns it stands in the bias, where they are seen; of the padding nothing is read."""
+    q, k, v = random_qkv(rng, 1, 300, 300, 1, 1, 8)
+    k, v = k.at[:, 140, :, 3].set(jnp.nan), v.at[:, 100, :, 5].set(jnp.inf)
+    k, v = (x.at[:, 290:].set(jnp.nan) for x in (k, v))
+    plan = SparsePlan(int32([[[3, 100, 140, 270, 295]]]), int32([[5]]))
+    tables = hopper_tables.prepare(plan, q, k, v, lengths=int32([290]), q_offset=jnp.int32(0))
+    seen, hidden, broken = 0, -np.inf, np.nan
+    found = np.asarray(tables.bias, np.float32)[0, :, 2 * KEY_TILE :][:, :6]
+    expected = [
+        [hidden, hidden, hidden, hidden, hidden, hidden],
+        [seen, broken, hidden, hidden, hidden, hidden],
+        [seen, broken, broken, hidden, hidden, hidden],
+    ]
+    np.testing.assert_array_equal(found, expected)
+    assert np.isfinite(tables.keys).all() and np.isfinite(tables.values).all()
+    np.testing.assert_array_equal(tables.values[0, 2], v[0, 140, 0])
+    np.testing.assert_array_equal(tables.last_values[0, :34], v[0, 256:290])
+    np.testing.assert_array_equal(tables.last_values[0, 34:], np.zeros((94, 1, 8)))
+
+
 def test_the_longest_query_tiles_come_first_where_no_band_makes_neighbours_alike(rng):
     q = k = v = jnp.zeros((1, 4096, 80, 8))
     blocks = jnp.broadcast_to(jnp.arange(64, dtype=jnp.int32), (1, 80, 32, 64))

@@ -20,6 +20,7 @@ from minference_jax import (
     PerTile,
     SharedDensity,
     VerticalSlash,
+    generate,
     make_plan,
     sparse_attention,
 )
@@ -87,12 +88,11 @@ def test_every_family_is_traced_under_every_setting(inputs, pattern):
 def test_models_and_tile_masses_are_traced_under_every_setting(inputs):
     """Numbers of 64 bits are among what they are given: NumPy's own integers."""
     q, k, _ = inputs
-    config = LlamaConfig(61, 16, 24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
     tokens, lengths = np.arange(400).reshape(2, 200), np.array([200, 2**40])
     with contextlib.ExitStack() as stack:
         for name in ("x64", "rank promotion", "leaks"):
             stack.enter_context(SETTINGS[name]())
-        model = Llama.random(config, jax.random.key(0), patterns="vertical-slash:columns=3,slashes=3")
+        model = Llama.random(CONFIG, jax.random.key(0), patterns="vertical-slash:columns=3,slashes=3")
         calls = {
             "logits": lambda: model(tokens, lengths),
             "hidden": lambda: model.hidden_states(tokens, lengths),
@@ -106,6 +106,51 @@ def test_models_and_tile_masses_are_traced_under_every_setting(inputs):
         dtypes = {name: {x.dtype.name for x in jax.tree.leaves(jax.eval_shape(call))} for name, call in calls.items()}
     assert dtypes == {name: {"float32"} for name in calls}
     np.testing.assert_array_equal(check_lengths([7, 2**40], 2), [7, 2**31 - 1])
+
+
+CONFIG = LlamaConfig(61, 16, 24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
+TOKENS = np.arange(280).reshape(2, 140) % 61
+
+
+def replies():
+    """What a small model says, the model made under the caller's settings too."""
+    model = Llama.random(CONFIG, jax.random.key(0), patterns="vertical-slash:columns=3,slashes=3")
+    prompts = [TOKENS[0].tolist(), TOKENS[1, :77].tolist()]
+    answer = generate(model, prompts, max_new_tokens=3, temperature=0.8, top_p=0.9, key=0, cache_dtype="int8")
+    return model.token_log_likelihoods(TOKENS, [140, 77]), np.asarray(answer.sequences())
+
+
+def test_a_model_says_the_same_under_every_setting():
+    expected = replies()
+    with contextlib.ExitStack() as stack:
+        for setting in SETTINGS.values():
+            stack.enter_context(setting())
+        found = replies()
+    assert found[0].dtype == jnp.float32
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+
+
+def test_a_model_inside_shard_map_exported_and_refused_in_words():
+    model = Llama.random(CONFIG, jax.random.key(0), patterns="a-shape:sink=2,window=70")
+    tokens, lengths = jnp.asarray(TOKENS, jnp.int32), jnp.asarray([140, 77], jnp.int32)
+
+    def both(tokens, lengths):
+        cache = model.init_cache(tokens.shape[0], 256)
+        return model.prefill(tokens, lengths, cache)[0], model.token_log_likelihoods(tokens, lengths)
+
+    rows = PartitionSpec("x")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+    traced = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=(rows, rows), out_specs=rows)).trace(tokens, lengths)
+    assert [x.shape for x in traced.out_avals] == [(2, 61), (2, 140)]
+    exported = jax.export.deserialize(jax.export.export(jax.jit(both))(tokens, lengths).serialize())
+    assert [x.shape for x in exported.out_avals] == [(2, 61), (2, 140)]
+
+    symbols = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, t"), jnp.int32)
+    with pytest.raises(ValueError, match="symbolic axes"):
+        jax.export.export(jax.jit(model.token_log_likelihoods))(symbols)
+    explicit = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(explicit), pytest.raises(ValueError, match=r"Explicit axes.*'x'"):
+        model(jax.device_put(tokens, jax.sharding.NamedSharding(explicit, rows)))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

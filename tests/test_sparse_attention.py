@@ -107,6 +107,8 @@ def test_bad_arguments_name_themselves(rng):
         (lambda: sparse_attention(q, k, v, plan, implementation="hopper"), ValueError, "bfloat16 or float16"),
         (lambda: dense_attention(q, k, v, implementation="cudnn"), ValueError, "bfloat16 or float16"),
         (lambda: a_shape_attention(q, k, v, sink=-1, window=64), ValueError, "sink must be >= 0"),
+        (lambda: a_shape_attention(q, k, v, sink=1.5, window=64), TypeError, "sink must be an integer"),
+        (lambda: sparse_attention(q, k, v, "a-shape"), TypeError, "plan must be a SparsePlan, got str"),
         (lambda: vertical_slash_attention(q, k, v, int32([[[1]]]), int32([[[1]]])), ValueError, "columns has shape"),
         (lambda: block_sparse_attention(q, k, v, int32([[[1]]])), ValueError, r"blocks has shape \(1, 1, 1\)"),
     ]

@@ -9,6 +9,7 @@ import typer
 
 from minference_jax.cli.completion import complete_dtype, complete_pattern
 from minference_jax.cli.console import (
+    MAX_BATCH,
     chosen_dtype,
     read_full_text,
     split_names,
@@ -37,7 +38,7 @@ def batch(
     system: Annotated[str, typer.Option(help="System message.")] = "",
     raw: Annotated[bool, typer.Option(help="Continue the prompt itself, without the chat template.")] = False,
     max_new_tokens: Annotated[int, length_option(help="Of a reply, at most.")] = 256,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Prompts at once.")] = 8,
     pattern: Annotated[
         str,
         typer.Option(
@@ -59,7 +60,7 @@ def batch(
     """
     from minference_jax.jobs import PromptTemplate, batch_replies, read_rows
     from minference_jax.jobs.choices import choice_ids
-    from minference_jax.runs.files import check_output_file
+    from minference_jax.jobs.output import check_job_file
     from minference_jax.text.tokenizer import load_tokenizer
 
     # Everything that may be wrong is looked at before the weights are read.
@@ -68,7 +69,7 @@ def batch(
     if raw and system:
         raise usage_error("--raw has no system message")
     with usage("--out"):
-        check_output_file(out)
+        check_job_file(out)
     rows = read_rows(file)
     text = read_full_text(before).replace("{", "{{").replace("}", "}}") + "\n\n" if before else ""
     with usage("--prompt"):

@@ -11,6 +11,7 @@ import typer
 from minference_jax.bench.cases import Case
 from minference_jax.cli.completion import complete_dtype, complete_pattern
 from minference_jax.cli.console import (
+    MAX_BATCH,
     check_picture,
     chosen_dtype,
     print_json,
@@ -46,7 +47,7 @@ def prefill(
         str,
         typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.", autocompletion=complete_dtype),
     ] = "",
-    repeats: Annotated[int, typer.Option(min=1, help="Runs, of which the median is shown.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Runs, of which the median is shown.")] = 3,
     dense_limit: Annotated[
         str, typer.Option(help="Beyond this length dense rows are estimated from one layer, and marked ~.")
     ] = "128K",
@@ -55,7 +56,9 @@ def prefill(
         str, typer.Option(help=f"{MESH_HELP} Then no pieces are timed, and dense rows beyond the limit are left out.")
     ] = "",
     hosts: Annotated[str, typer.Option(help=HOSTS_HELP)] = "",
-    jobs: Annotated[int, typer.Option(min=1, help="Compile so many programs at a time, all before the first run.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, max=1_000, help="Compile so many programs at a time, all before the first run.")
+    ] = 1,
     rows_of: Annotated[
         Path | None,
         typer.Option("--rows", exists=True, dir_okay=False, help="Measure nothing: show what --json printed before."),
@@ -143,8 +146,8 @@ def kernels(
     heads: Annotated[
         list[str] | None, typer.Option(help="Query heads/KV heads/head_dim; may be repeated. Default: 32/8/128.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Turns or runs, of which the median is shown.")] = 5,
+    batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Sequences.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Turns or runs, of which the median is shown.")] = 5,
     dense_limit: Annotated[str, typer.Option(help="Beyond this length dense attention is not timed.")] = "512K",
     implementation: Annotated[
         str, typer.Option(help="What serves the plans, such as hopper, mma or xla. Default: the best for this device.")
@@ -208,7 +211,7 @@ def operator(
     ] = None,
     text: Annotated[str, typer.Option(help="What the model reads; default: the package's excerpt of a novel.")] = "",
     layer: Annotated[int, typer.Option(min=0, help="Of the model.")] = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="Turns, of which the median is shown.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Turns, of which the median is shown.")] = 5,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time sparse attention by pattern as a whole (index, tables and kernel) beside dense attention.

@@ -21,7 +21,9 @@ def compare(
     length: Annotated[
         int | None, length_option(least=64, help="With --task: tokens of a prompt; 1024 by default.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="With --task: how many prompts; 8 by default.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="With --task: how many prompts; 8 by default.")
+    ] = None,
     tokens: Annotated[
         int | None, length_option(least=2, help="How many tokens of the text to compare; 2048 by default.")
     ] = None,
@@ -59,12 +61,14 @@ def compare(
     from minference_jax.compare.page import comparison_page
     from minference_jax.compare.task import run_compare_task
     from minference_jax.eval.samples import check_length
+    from minference_jax.eval.tasks import make_tasks
     from minference_jax.models.config import LlamaConfig
     from minference_jax.runs.files import check_output_file, naming
 
     if report is not None:
         with usage("--report"):
             check_output_file(report)
+    dtype = chosen_dtype(dtype)
     words = read_full_text(text) if text else None
     config = LlamaConfig.from_hf(open_checkpoint(model).config)
     with usage("--pattern"):
@@ -86,6 +90,8 @@ def compare(
     if task:
         with usage("--length"):
             check_length(length or 1024)
+        with usage("--task"):
+            make_tasks([task], text=words)
         return run_compare_task(model, task, text=words, length=length or 1024, samples=samples or 8, **options)
     assert words is not None
     options |= {"fp8_projections": fp8, "max_new_tokens": 64 if max_new_tokens is None else max_new_tokens}

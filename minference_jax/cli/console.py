@@ -45,6 +45,9 @@ def _finite(value: Any) -> Any:
 MAX_TOKENS = 1 << 24
 """Longest prompt or answer that options accept: longer than any, so a larger number is a mistake."""
 
+MAX_BATCH = 1 << 16
+"""Most prompts at once that options accept."""
+
 MAX_TEXT_BYTES = 1 << 30
 """Of a text that a command reads: as much as 200 million tokens, and an end to what has none, such as /dev/zero."""
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from minference_jax.cli.completion import complete_dtype
-from minference_jax.cli.console import chosen_dtype, stdout
+from minference_jax.cli.console import chosen_dtype, stdout, usage
 from minference_jax.cli.progress import progress
 
 
@@ -23,11 +23,16 @@ def convert(
 
     Example: minference-jax convert model.gguf DIR --dtype bfloat16
     """
-    from minference_jax.checkpoints.convert import load_checkpoint, save_checkpoint
+    from minference_jax.checkpoints.convert import load_checkpoint
+    from minference_jax.checkpoints.save import new_directory, write_checkpoint
+    from minference_jax.runs.files import check_output_folder
 
     dtype = chosen_dtype(dtype)
-    with progress("Reading weights") as update:
-        config, params = load_checkpoint(source, dtype=dtype, progress=update)
-    with progress("Writing"):
-        save_checkpoint(config, params, directory, tokenizer_from=source)
+    with usage("DIRECTORY"):
+        check_output_folder(directory)
+    with new_directory(directory) as scratch:  # before the weights are read
+        with progress("Reading weights") as update:
+            config, params = load_checkpoint(source, dtype=dtype, progress=update)
+        with progress("Writing"):
+            write_checkpoint(config, params, scratch, tokenizer_from=source)
     stdout().print(f"{directory}: {sum(p.size for p in params.values()):,} parameters in {dtype}")

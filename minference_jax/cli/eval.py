@@ -10,6 +10,7 @@ import typer
 
 from minference_jax.cli.completion import complete_dtype, complete_methods, complete_tasks
 from minference_jax.cli.console import (
+    MAX_BATCH,
     chosen_dtype,
     read_full_text,
     run_facts,
@@ -54,7 +55,7 @@ def evaluate(
     max_new_tokens: Annotated[int, length_option(help="With --data: of a reply, at most.")] = 64,
     raw: Annotated[bool, typer.Option("--raw", help="With --data: no chat template.")] = False,
     samples: Annotated[int, typer.Option(min=1, max=1_000_000, help="Of each task at each length.")] = 50,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Prompts at once.")] = 8,
     density: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of keys that methods may visit.")] = 0.35,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     dtype: Annotated[

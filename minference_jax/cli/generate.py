@@ -28,6 +28,7 @@ from minference_jax.cli.progress import progress
 from minference_jax.patterns.describe import describe_patterns
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP
+from minference_jax.runs.files import strict_json
 
 WRITING = "Writing the reply"
 
@@ -111,13 +112,19 @@ def generate(
     )
 
     shared = start_mesh(mesh, hosts)
+<<<<<<< HEAD
     import jax
 
     from minference_jax.checkpoints.hf_files import unused_settings
+=======
+    _check_settings(max_new_tokens, temperature, top_p, prefill_chunk, cache, dtype)
+>>>>>>> main
     from minference_jax.models.generate import generate as continue_tokens
-    from minference_jax.models.requests import check_context, check_prompts
+    from minference_jax.models.requests import check_context, check_prompts, random_key
     from minference_jax.text.tokenizer import load_tokenizer
 
+    with usage("--seed"):
+        key = random_key(seed)
     scaling = _json_option("--rope-scaling", rope_scaling) if rope_scaling else None
     variables = dict(map(_variable, template_variable or []))
     config, patterns = check_model(Path(model), pattern, scaling)
@@ -146,7 +153,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
-            key=jax.random.key(seed),
+            key=key,
             eos_token_ids=tokenizer.eos_token_ids,
             cache_dtype=cache,
             prefill_chunk=prefill_chunk,
@@ -166,6 +173,18 @@ def generate(
         print_json({"text": reply, "tokens": sequence, "finish": "eos" if ended else "length", **figures})
     elif stats:
         _print_figures(figures, stderr())
+
+
+def _check_settings(
+    max_new_tokens: int, temperature: float, top_p: float, prefill_chunk: int | None, cache: str, dtype: str
+) -> None:
+    """Ends with status 2 for a setting that `generate` would refuse, which it does once weights are there."""
+    from minference_jax.models.cache import cache_dtype
+    from minference_jax.models.requests import check_numbers
+
+    with usage("settings"):
+        check_numbers(max_new_tokens, temperature, top_p, prefill_chunk)
+        cache_dtype(cache, chosen_dtype(dtype))
 
 
 def check_model(path: Path, pattern: str, rope_scaling: Any = None) -> tuple[Any, Any]:
@@ -217,9 +236,9 @@ def _variable(option: str) -> tuple[str, Any]:
 
 def _json_option(name: str, text: str) -> dict[str, Any]:
     try:
-        value = json_text.loads(text)
-    except ValueError:
-        value = None
+        value = strict_json(text)
+    except ValueError as error:
+        raise usage_error(f"{name} takes a JSON object: {error}; got {text!r}") from None
     if not isinstance(value, dict):
         raise usage_error(f"{name} takes a JSON object, got {text!r}")
     return value
@@ -249,6 +268,7 @@ def _random(
     with usage("--pattern"):
         patterns = pattern if pattern == "auto" else resolve_patterns(pattern, config.num_layers, config.num_heads)
     dtype = chosen_dtype(dtype)
+    _check_settings(max_new_tokens, 0.0, 1.0, prefill_chunk, cache, dtype)
     check_mesh(mesh, config)
     network = Llama.random(config, jax.random.key(0), dtype, patterns, mesh)
     network = network.with_fp8_projections() if fp8 else network

@@ -51,15 +51,15 @@ def summarize(
     Example: minference-jax summarize reviews.jsonl --keywords quality,price,service
     """
     from minference_jax.jobs import read_rows
+    from minference_jax.jobs.output import check_job_file
     from minference_jax.jobs.summarize import summarize as run
-    from minference_jax.runs.files import check_output_file
     from minference_jax.text.tokenizer import load_tokenizer
 
     dtype = chosen_dtype(dtype)
     names = split_names("--keywords", keywords)
     if out is not None:
         with usage("--out"):
-            check_output_file(out)
+            check_job_file(out)
     rows = read_rows(file)
     model = model_or_demo(model)
     _, patterns = check_model(model, pattern)
@@ -80,7 +80,7 @@ def summarize(
 
 def make_reviews(
     out: Annotated[Path, typer.Argument(help="A .jsonl file to write.")],
-    count: Annotated[int, typer.Option(min=1)] = 2_000,
+    count: Annotated[int, typer.Option(min=1, max=10_000_000)] = 2_000,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Write made-up customer reviews in English and Korean, each with its label and what it is about.

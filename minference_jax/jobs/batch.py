@@ -99,7 +99,8 @@ def batch_replies(
             made_by = {"choices": list(choices), "max_new_tokens": limit, "batch": batch}
             file = JobFile(out, _identity(model, tokenizer, prompts) | made_by)
             kept = file.rows
-        runner = _Runner(model, tokenizer, prompts, shared, batch, room, dict(zip(choices, labels, strict=True)))
+        at_once = min(batch, max(map(len, groups)))
+        runner = _Runner(model, tokenizer, prompts, shared, at_once, room, dict(zip(choices, labels, strict=True)))
         replies = {row: Reply(**value) for row, value in kept.items()}
         for group in groups:
             if progress is not None:

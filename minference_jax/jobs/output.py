@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minference_jax.runs.files import differences, naming
+from minference_jax.runs.files import check_output_file, differences, naming
 
 
 class JobFile:
@@ -22,14 +22,13 @@ class JobFile:
     """
 
     def __init__(self, path: str | Path, made_by: Mapping[str, Any]):
+        check_job_file(path)
         self.path = Path(path)
         self.rows: dict[int, dict[str, Any]] = {}
-        beside = self.path.with_name(self.path.name + ".run.json")
+        beside = _beside(self.path)
         settings = json.loads(json.dumps(made_by))
         found = self.path.read_bytes() if self.path.exists() else b""
         if not beside.exists():
-            if found:
-                raise ValueError(f"{self.path} exists, and {beside.name} that says what made it does not: name another")
             _replace(beside, json.dumps(settings) + "\n")
         else:
             _compare(self.path, _settings(beside), settings)
@@ -61,6 +60,18 @@ class JobFile:
     def finish(self) -> None:
         """Brings the lines into the order of the rows. Killed in between, the file is as it was."""
         _replace(self.path, "".join(_line(self.rows[row]) for row in sorted(self.rows)))
+
+
+def check_job_file(path: str | Path) -> None:
+    """Raises `ValueError` unless `path` can be written and holds nothing, or says beside it what made it."""
+    path = Path(path)
+    check_output_file(path)
+    if path.exists() and path.stat().st_size and not _beside(path).exists():
+        raise ValueError(f"{path} exists, and {_beside(path).name} that says what made it does not: name another")
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".run.json")
 
 
 def _line(value: Mapping[str, Any]) -> str:

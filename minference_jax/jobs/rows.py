@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from pathlib import Path
 from typing import Any
+
+from minference_jax.runs.files import strict_json
 
 Row = dict[str, Any]
 """Field name → value. A line of text has the field `text` alone."""
@@ -40,7 +41,7 @@ def read_rows(path: str | Path) -> list[Row]:
 
 def _object(path: Path, number: int, line: str) -> Row:
     try:
-        value = json.loads(line)
+        value = strict_json(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: no JSON ({error})") from None
     if isinstance(value, str):

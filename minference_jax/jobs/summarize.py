@@ -74,7 +74,8 @@ def summarize(
     - `out`: a JSONL file of all replies. Where it exists, what it holds is not asked again, if the same model, rows and
       settings made it. `wait`: where another process works on it, wait until it is done.
 
-    **Raises:** ValueError for no rows, keywords that are empty or not distinct, and a context that holds no text;
+    **Raises:** ValueError for no rows, keywords that are empty or not distinct, and a context that holds no text or is
+    longer than the model's;
     `LockedError` where another process works on `out`.
     """
     if not rows:
@@ -85,6 +86,8 @@ def summarize(
     context = context or model.config.context_length
     if context is None:
         raise ValueError("context must be given: the model does not say how long its own is")
+    if context > (model.config.context_length or context):
+        raise ValueError(f"context {context} is longer than the model's, {model.config.context_length}")
     texts = [_text(row) for row in rows]
     ask = _Asker(model, tokenizer, max_new_tokens, raw, progress)
     room = context - max_new_tokens - max(len(ask.prompt(READ, "", name)) for name in names)

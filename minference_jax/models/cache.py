@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int32
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.layers import map_chunks
 from minference_jax.models.rounding import QUANTIZED, SCALE_DTYPE, quantize_rows, turned
+from pallas_kernels.checks import check_whole
 from pallas_kernels.decode.attention import decode_attention, dequantize
 from pallas_kernels.decode.narrow import moved
 
@@ -53,7 +54,7 @@ class KVCache:
 
         `dtype`: a floating dtype, or float8_e4m3fn or int8 for a quantized cache.
         """
-        if batch <= 0 or length <= 0:
+        if min(check_whole("batch", batch, 0), check_whole("length", length, 0)) == 0:
             raise ValueError(f"a cache needs batch and length of at least 1, got {batch} and {length}")
         shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
         scale = partial(jnp.zeros, shape[:-1], SCALE_DTYPE) if jnp.dtype(dtype).name in QUANTIZED else lambda: None
@@ -203,7 +204,10 @@ def cache_dtype(name: Any, model_dtype: Any) -> jnp.dtype:
     """
     if name is None or name == "model":
         return jnp.dtype(model_dtype)
-    dtype = jnp.dtype(jnp.float8_e4m3fn if name == "fp8" else name)
+    try:
+        dtype = jnp.dtype(jnp.float8_e4m3fn if name == "fp8" else name)
+    except TypeError:
+        raise ValueError(f"a cache is in the model's dtype, fp8 or int8; got {name!r}") from None
     if dtype.name not in QUANTIZED and dtype != jnp.dtype(model_dtype):
         raise ValueError(f"a cache is in the model's dtype ({jnp.dtype(model_dtype)}), fp8 or int8; got {name}")
     return dtype

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 from jaxtyping import Array, Int32
 
 from minference_jax.models import fp8
@@ -67,6 +68,14 @@ def check_tokens(tokens: Any, lengths: Any) -> tuple[Int32[Array, "b t"], Int32[
         raise ValueError(f"tokens must have shape [batch, tokens] without empty axes, got {tokens.shape}")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"tokens must be integers, got {tokens.dtype}")
+    if not all(isinstance(size, int) for size in tokens.shape):
+        raise ValueError(f"tokens has symbolic axes, {tokens.shape}: programs are for one batch and one length")
+    sharding = jax.typeof(tokens).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
+        raise ValueError(
+            f"tokens are divided over Explicit axes of a mesh: {sharding.spec}; call the model in jax.shard_map, or "
+            "put it on a mesh (Llama.on) and pass whole tokens"
+        )
     b, t = tokens.shape
     lengths = jnp.full((b,), t, jnp.int32) if lengths is None else check_lengths(lengths, b)
     return clamped(tokens, *INT32), jnp.clip(lengths, 0, t)
@@ -99,6 +108,8 @@ def check_start(start: Any, tokens: Array, cache: KVCache | None) -> Int32[Array
         if start + t > cache.capacity:
             raise ValueError(f"start {start} and {t} tokens exceed the cache's {cache.capacity} positions")
         return jnp.asarray(start, jnp.int32)
+    if not jnp.issubdtype(jnp.result_type(start), jnp.integer) or jnp.shape(start):
+        raise TypeError(f"start must be an integer scalar, got {start!r}")
     # A slice update would clamp what it writes, and nothing else: positions would not be those of the rows.
     start = jnp.clip(jnp.asarray(start, jnp.int32), 0, cache.capacity - t)
     return start // QUERY_TILE * QUERY_TILE

@@ -28,6 +28,7 @@ from minference_jax.models.rope import LayerRope, layer_rope, turns
 from minference_jax.models.stacked import Layer, StackedLayer
 from minference_jax.models.window import attend_layer, decode_layer, with_sinks
 from minference_jax.parallel.exchange import ONE, Exchange
+from pallas_kernels.tracing import vary_alike
 
 Params = Mapping[str, Array]
 
@@ -213,7 +214,7 @@ def prefill(
     stacked = stacked_layers(params)
     table = exchange.whole(config, params, "embed")
     unspent = None if patterns is None else patterns.begin(tokens.shape[0])
-    carry = (embed(config, table, exchange.own_rows(tokens)), cache, unspent)
+    carry = vary_alike((embed(config, table, exchange.own_rows(tokens)), cache, unspent), lengths)
     inputs = (indices, None if _mixed(config) else stacked, patterns, order)
     (x, cache, _), kept = jax.lax.scan(step, carry, inputs)
     if cache is not None:

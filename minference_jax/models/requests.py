@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from jaxtyping import Array, Int32
 
 from minference_jax.models.config import LlamaConfig
 from minference_jax.planning.buckets import QUERY_TILE
+from pallas_kernels.checks import check_whole
 
 
 def check_prompts(
@@ -88,15 +90,20 @@ def _lengths_of_mask(mask: Any) -> Int32[np.ndarray, " b"]:
 
 
 def check_numbers(max_new_tokens: int, temperature: float, top_p: float, prefill_chunk: int | None) -> None:
-    """Raises `ValueError` for a number that is out of range."""
-    if max_new_tokens < 1:
+    """Raises `ValueError` for a number that is out of range, `TypeError` for what is no such number."""
+    if check_whole("max_new_tokens", max_new_tokens, 0) < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
     if not (temperature >= 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    if prefill_chunk is not None and (prefill_chunk <= 0 or prefill_chunk % QUERY_TILE):
-        raise ValueError(f"prefill_chunk must be a positive multiple of {QUERY_TILE}, got {prefill_chunk}")
+    if prefill_chunk is not None:
+        whole = check_whole("prefill_chunk", prefill_chunk, 0)
+        if whole == 0 or whole % QUERY_TILE:
+            raise ValueError(f"prefill_chunk must be a positive multiple of {QUERY_TILE}, got {whole}")
 
 
 def check_context(config: LlamaConfig, prompt: int, new: int, strict: bool) -> None:
@@ -135,7 +142,10 @@ def padding_id(config: LlamaConfig, given: Any, eos: tuple[int, ...]) -> int:
 def random_key(key: Any) -> Array:
     """A key of `jax.random`; a whole number is its seed."""
     if key is None or (isinstance(key, int | np.integer) and not isinstance(key, bool)):
-        return jax.random.key(int(key or 0))
+        seed = int(key or 0)
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"key must be a seed of at most 64 bits, got {seed}")
+        return jax.random.key(seed)
     if isinstance(key, Array):
         try:
             jax.random.key_data(key)

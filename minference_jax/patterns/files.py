@@ -19,6 +19,7 @@ from minference_jax.patterns.base import Pattern
 from minference_jax.patterns.heads import HeadPatterns
 from minference_jax.patterns.registry import FAMILIES, official_families
 from minference_jax.patterns.vertical_slash import VerticalSlash
+from minference_jax.runs.files import strict_json
 
 FORMAT, VERSION = "minference_jax.patterns", 3
 
@@ -122,7 +123,7 @@ def _read(path: str | Path, parse: Callable[[Any], Any]) -> Any:
     if len(raw) > MAX_FILE_BYTES:
         raise ValueError(f"{path}: larger than {MAX_FILE_BYTES} bytes, so no pattern file")
     try:
-        return parse(json.loads(raw, object_pairs_hook=_unique_keys, parse_constant=_no_constant))
+        return parse(strict_json(raw))
     except RecursionError:
         raise ValueError(f"{path}: not a pattern file: nested too deeply") from None
     except (ValueError, TypeError, OverflowError) as error:
@@ -304,19 +305,6 @@ def _number(value: Any, what: str) -> float:
 def _check_size(layers: int, heads: int) -> None:
     if layers > MAX_LAYERS or heads > MAX_HEADS or layers * heads > MAX_ALL_HEADS:
         raise ValueError(f"{layers} layers of {heads} heads are more than any model has")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in out:
-            raise ValueError(f"the key {_short(key)} occurs twice in one object")
-        out[key] = value
-    return out
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number that patterns can hold")
 
 
 def _short(value: Any) -> str:

@@ -47,7 +47,8 @@ class LayerPatterns:
 
     def layer(self, index: int) -> LayerPatterns:
         """Layer `index`, with leaves `[heads]`."""
-        return jax.tree.map(lambda leaf: leaf[index], self)
+        with jax.debug_infs(False):  # an infinite threshold stands for none
+            return jax.tree.map(lambda leaf: leaf[index], self)
 
     def chosen(self) -> list[tuple[Bool[Array, " n"] | None, Budgets]]:
         """For each family that occurs, which heads follow it, and its budgets; None where all heads do."""
@@ -222,8 +223,7 @@ def layer_patterns(pattern: Pattern | str | Sequence[Pattern | str] | LayerPatte
         return pattern
     own = patterns_of_heads(pattern, heads)
     stacked = {id(p): jax.tree.map(lambda x: jnp.asarray(x)[None], p) for p in own if isinstance(p, PlanBuilder)}
-    with jax.debug_infs(False):  # an infinite threshold stands for none
-        return _arrays((tuple(stacked.get(id(p), p) for p in own),)).layer(0)
+    return _arrays((tuple(stacked.get(id(p), p) for p in own),)).layer(0)
 
 
 def patterns_of_heads(pattern: Pattern | str | Sequence[Pattern | str], heads: int) -> Sequence[Pattern]:
@@ -275,9 +275,11 @@ def _arrays(layers: tuple[tuple[Pattern, ...], ...]) -> LayerPatterns:
         return [[p if _family(p) == family else None for p in layer] for layer in layers]
 
     names = tuple(families[family].name for family in order)
+    with jax.debug_infs(False):  # an infinite threshold stands for none
+        budgets = tuple(type(families[family]).budgets(own(family)) for family in order)
     return LayerPatterns(
         kind=jnp.asarray(np.asarray(kinds, np.int32)),
-        budgets=tuple(type(families[family]).budgets(own(family)) for family in order),
+        budgets=budgets,
         families=names,
         covers=min(p.covers() for p in patterns),
         dense=next((code[family] for family in order if families[family].dense), -1),

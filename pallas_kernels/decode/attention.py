@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.checks import check_lengths, check_scale, check_whole
 from pallas_kernels.decode.narrow import moved
 from pallas_kernels.device import Device
 
@@ -55,7 +56,7 @@ def decode_attention(
 
     - `q`: `[b, n, h]`, the query of each sequence.
     - `k`, `v`: `[layers, b, s, k, h]`, n a multiple of k. In q's dtype, or in float8_e4m3fn or int8 with scales.
-    - `layer`: int32 scalar, may be traced.
+    - `layer`: int32 scalar; a traced one is clamped to the layers there are.
     - `lengths`: int32 `[b]`, keys of each sequence, clamped to [0, s]. A sequence without keys gives zeros. Rows of the
       cache at or past a length may hold any finite numbers.
     - `k_scale`, `v_scale`: `[layers, b, s, k]`, what each row of k and v is to be multiplied with; None in q's dtype.
@@ -69,8 +70,8 @@ def decode_attention(
     **Returns:** `[b, n, h]` in q's dtype, with float32 softmax; with `return_lse` the pair of that and float32
     `[b, n]`, natural logarithm, −inf for a sequence without keys.
 
-    **Raises:** ValueError for shapes and dtypes that do not fit, and for an implementation that cannot serve the call,
-    with the reason.
+    **Raises:** ValueError for shapes, dtypes and numbers that do not fit, and for an implementation that cannot serve
+    the call, with the reason; TypeError for lengths or a layer that are no integers.
 
     Cost: the bytes of the valid keys and values, read once. Source: FlashDecoding, for the split over keys.
     """
@@ -80,12 +81,12 @@ def decode_attention(
         raise ValueError(f"decode_attention: k_scale and v_scale must both have shape {k.shape[:-1]}, or be None")
     if k.dtype != v.dtype or (k_scale is None and k.dtype != q.dtype):
         raise ValueError(f"decode_attention: k is {k.dtype} and v {v.dtype}; without scales both have q's {q.dtype}")
-    if lengths.shape != q.shape[:1]:
-        raise ValueError(f"decode_attention: lengths {lengths.shape} are not one for each row of q {q.shape}")
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    lengths = jnp.clip(lengths, 0, k.shape[2])
-    layer = jnp.asarray(layer, jnp.int32)
-    arguments = (q, k, v, k_scale, v_scale, layer, lengths)
+    factor = check_scale(scale, q)
+    checked = check_lengths(lengths, q.shape[0], k.shape[2])
+    if not isinstance(layer, jax.Array) and check_whole("layer", layer, 0) >= k.shape[0]:
+        raise ValueError(f"layer must be less than the {k.shape[0]} layers of k, got {layer}")
+    layer = jnp.clip(jnp.asarray(layer, jnp.int32), 0, k.shape[0] - 1)
+    arguments = (q, k, v, k_scale, v_scale, layer, checked)
     kernel = partial(_split_attention, scale=factor, interpret=interpret)
     plain = partial(_plain_attention, scale=factor)
     reason = unsupported_reason(q, k)

@@ -34,14 +34,24 @@ class _QueryTile:
     bands: jax.Array
     whole: jax.Array  # band tiles and block tiles
     diagonal: jax.Array
+    rows_valid: jax.Array
 
     @staticmethod
     def of(launch: Launch, refs: Refs, turn: jax.Array) -> _QueryTile:
         """The `turn`-th query tile of this thread block."""
         z, tile = item_of(launch, refs, turn)
         place = split_head(launch, z)
-        fields = (tables.STEPS_NO_BIAS, tables.STEPS, tables.BANDS, tables.TILES, tables.DIAGONAL)
+        fields = (tables.STEPS_NO_BIAS, tables.STEPS, tables.BANDS, tables.TILES, tables.DIAGONAL, tables.ROWS_VALID)
         return _QueryTile(z, tile, *place, *(refs.work[z, tile, field] for field in fields))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Where keys, or values, lie in device memory: all, those of columns, and those a sequence ends with (or None)."""
+
+    all: Any
+    gathered: Any
+    last: Any
 
 
 def load(launch: Launch, refs: Refs, buffers: Buffers) -> None:
@@ -71,8 +81,7 @@ class _Loader:
 
         @pl.when(at.steps > 0)
         def _():
-            # The diagonal is the pair of tiles "first" and "second" of step 0.
-            pair = self._whole_step(at, step0)(jnp.int32(0), (at.diagonal, at.diagonal + KEY_TILE))
+            pair = self._diagonal_step(at, step0)
             pair = lax.fori_loop(jnp.int32(1), at.steps_no_bias, self._whole_step(at, step0), pair)
             lax.fori_loop(at.steps_no_bias, at.steps, self._bias_step(at, step0), pair)
 
@@ -106,6 +115,35 @@ class _Loader:
             target = buffers.q_smem.at[buffer * COMPUTE_WARPGROUPS + w]
             plgpu.copy_gmem_to_smem(self.refs.q.at[at.batch, rows, at.head], target, buffers.q_full.at[buffer])
 
+    def _diagonal_step(self, at: _QueryTile, step0: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Loads step 0. Returns the first keys of the next one, as the loop over whole tiles carries them."""
+
+        def copy(source, smem, full):
+            halves = _half(smem, 0), _half(smem, 1)
+
+            def whole():
+                for index, into in enumerate(halves):
+                    self._whole_tile(at, source.all, into, full, at.diagonal + index * KEY_TILE)
+
+            def last():
+                for index, into in enumerate(halves):
+                    rows = pl.ds(index * KEY_TILE, KEY_TILE)
+                    _copy_rows(
+                        self.launch,
+                        lambda columns, rows=rows: source.last.at[at.batch, rows, at.kv_head, columns],
+                        into,
+                        full,
+                    )
+
+            if source.last is None:
+                whole()
+            else:
+                pl.when(at.rows_valid == QUERY_TILE)(whole)
+                pl.when(at.rows_valid < QUERY_TILE)(last)
+
+        self._fill(self.slot(step0), step0, copy)
+        return self._pair_at(at, jnp.int32(1))
+
     def _whole_step(self, at: _QueryTile, step0: jax.Array) -> Callable[[Any, Any], Any]:
         """The body of a loop over steps of two whole key tiles, whose first keys are the carry."""
 
@@ -115,9 +153,9 @@ class _Loader:
             ahead = self._pair_at(at, step + 1)
             total = step0 + step
 
-            def copy(source, _, smem, full):
-                self._whole_tile(at, source, _half(smem, 0), full, first)
-                self._whole_tile(at, source, _half(smem, 1), full, second)
+            def copy(source, smem, full):
+                self._whole_tile(at, source.all, _half(smem, 0), full, first)
+                self._whole_tile(at, source.all, _half(smem, 1), full, second)
 
             self._fill(self.slot(total), total, copy)
             return ahead
@@ -134,22 +172,22 @@ class _Loader:
             # Of the first half, among the columns' tiles; -2 and -1 are the last whole tiles, the carry.
             place = 2 * step - 2 - at.whole
 
-            def copy(source, gathered, smem, full):
+            def copy(source, smem, full):
                 for index, start in ((0, first), (1, second)):
                     into = _half(smem, index)
-                    if gathered is None:
-                        # A missing second half may hold any keys: the bias hides them.
-                        self._whole_tile(at, source, into, full, start)
+                    if source.gathered is None:
+                        # The bias hides the keys of a missing second half, but not a NaN: those of the first are seen.
+                        self._whole_tile(at, source.all, into, full, jnp.where(place + index < 0, start, first))
                         continue
 
                     @pl.when(place + index < 0)
                     def _(into=into, start=start):
-                        self._whole_tile(at, source, into, full, start)
+                        self._whole_tile(at, source.all, into, full, start)
 
                     @pl.when(place + index >= 0)
                     def _(into=into, index=index):
                         rows = pl.ds((place + index) * KEY_TILE, KEY_TILE)
-                        _copy_rows(launch, lambda columns: gathered.at[at.z, rows, columns], into, full)
+                        _copy_rows(launch, lambda columns: source.gathered.at[at.z, rows, columns], into, full)
 
             slot = self.slot(total)
             self._fill(slot, total, copy)
@@ -162,19 +200,19 @@ class _Loader:
 
         return body
 
-    def _fill(self, slot: jax.Array, total: jax.Array, copy: Callable[[Any, Any, Any, Any], None]) -> None:
+    def _fill(self, slot: jax.Array, total: jax.Array, copy: Callable[[_Source, Any, Any], None]) -> None:
         """Loads the keys and then the values of one step: waits until a buffer is free, then has `copy` fill it."""
         refs, buffers = self.refs, self.buffers
-        for source, gathered, smem, free, full in (
-            (refs.k, refs.keys, buffers.k_smem, buffers.k_free, buffers.k_full),
-            (refs.v, refs.values, buffers.v_smem, buffers.v_free, buffers.v_full),
+        for source, smem, free, full in (
+            (_Source(refs.k, refs.keys, None), buffers.k_smem, buffers.k_free, buffers.k_full),
+            (_Source(refs.v, refs.values, refs.last_values), buffers.v_smem, buffers.v_free, buffers.v_full),
         ):
             # The first `stages` steps find their buffers as the thread block started with them: free.
             @pl.when(total >= self.launch.config.stages)
             def _(free=free):
                 plgpu.barrier_wait(free.at[slot])
 
-            copy(source, gathered, smem.at[slot], full.at[slot])
+            copy(source, smem.at[slot], full.at[slot])
 
     def _pair_at(self, at: _QueryTile, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First keys of the two whole tiles of a step after the diagonal."""

@@ -95,7 +95,8 @@ def mma_attention(
     **Returns:** the output in q's dtype, zero at rows at or past a sequence's length; and with `return_lse` the
     log-sum-exp (natural logarithm, float32 `[b, t, n]`, −inf where the output is zero), without it None.
 
-    Padding rows of k and v may hold any finite values. Differentiable in q, k and v: the backward pass is
+    Padding rows of k and v may hold anything. Values inside a sequence have to be finite: what is not reaches all rows
+    of its query tile, besides those that see it. Differentiable in q, k and v: the backward pass is
     `xla.backward.attention_backward` over the same plan.
 
     **Raises:** ValueError for what the kernel can't serve (see `unsupported_reason`), a configuration that needs more

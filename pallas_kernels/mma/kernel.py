@@ -53,7 +53,7 @@ class Rows:
         plain, _, end = steps.ends
         loader.fetch_queries()
         for step in range(stages - 1):
-            loader.fetch(jnp.int32(step), steps.position(jnp.int32(step)))
+            loader.fetch(jnp.int32(step), steps.position(jnp.int32(step)), diagonal=True)
         loader.wait_queries()
         queries = self.queries()
 
@@ -62,7 +62,7 @@ class Rows:
                 start, m, total, *accs = carry
                 slot = lax.rem(step, jnp.int32(stages))
                 loader.wait(slot)
-                loader.fetch(step + (stages - 1), start)
+                loader.fetch(step + (stages - 1), start, diagonal=kind == "masked")
                 start = steps.position(step + stages)  # read the lists one step ahead of their use
                 s = self.scores(queries, slot)
                 if kind == "masked":

@@ -142,10 +142,10 @@ class Loader:
         elif self.launch.config.queries_in_registers:
             copies.wait_groups(self.launch.config.stages - 2)
 
-    def fetch(self, step: jax.Array, start: jax.Array) -> None:
+    def fetch(self, step: jax.Array, start: jax.Array, *, diagonal: bool = False) -> None:
         """Starts the copies of a step, if there is one: keys, values and where it needs one its bias.
 
-        **Arguments:** `start`: its first key, as `Steps.position`.
+        **Arguments:** `start`: its first key, as `Steps.position`; `diagonal`: whether it may be one of the diagonal.
         """
         steps, refs, launch = self.steps, self.steps.refs, self.launch
         plain, whole, end = steps.ends
@@ -154,10 +154,22 @@ class Loader:
         rows = pl.ds(start, launch.config.step_keys)
         buffers = [views(smem, launch)[0].at[slot] for smem in (self.k_smem, self.v_smem)]
 
+        def copy_values():
+            self._copy(refs.v.at[steps.sequence, rows, steps.kv_head], buffers[1], full)
+
+        def copy_last_values():
+            inside = pl.ds(start - steps.counts[tables.DIAGONAL], launch.config.step_keys)
+            self._copy(refs.last_values.at[steps.sequence, inside, steps.kv_head], buffers[1], full)
+
         @pl.when(step < whole)
         def _():
-            for source, smem in zip((refs.k, refs.v), buffers, strict=True):
-                self._copy(source.at[steps.sequence, rows, steps.kv_head], smem, full)
+            self._copy(refs.k.at[steps.sequence, rows, steps.kv_head], buffers[0], full)
+            if not diagonal or refs.last_values is None:
+                copy_values()
+                return
+            last = (step < steps.masked) & (steps.counts[tables.ROWS_VALID] < QUERY_TILE)
+            pl.when(last)(copy_last_values)
+            pl.when(~last)(copy_values)
 
         if refs.keys is not None:
 
