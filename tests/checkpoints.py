@@ -54,8 +54,14 @@ def hf_shapes(config):
         layer |= {"post_self_attn_layernorm.weight": (d,), "post_mlp_layernorm.weight": (d,)}
     if family == "gemma3_text":
         layer |= {"pre_feedforward_layernorm.weight": (d,), "post_feedforward_layernorm.weight": (d,)}
-    layer |= _mlp_shapes(config, family, d, f)
-    shapes = {f"model.layers.{i}.{k}": v for i in range(config["num_hidden_layers"]) for k, v in layer.items()}
+    if family in ("olmo2", "olmo3"):
+        del layer["input_layernorm.weight"]
+        layer |= {"self_attn.q_norm.weight": (q,), "self_attn.k_norm.weight": (kv,)}
+        layer |= {"post_feedforward_layernorm.weight": (d,)}
+    layers = [layer | _mlp_shapes(config, family, d, f)] * config["num_hidden_layers"]
+    if family == "glm4_moe":
+        layers[0] = layer | _mlp_shapes(config, "llama", d, f)
+    shapes = {f"model.layers.{i}.{k}": v for i, layer in enumerate(layers) for k, v in layer.items()}
     shapes |= {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (v, d)
@@ -74,11 +80,16 @@ def _mlp_shapes(config, family, d, f):
             "mlp.experts.down_proj": (e, f, d),
             "mlp.experts.down_proj_bias": (e, d),
         }
-    if family == "qwen3_moe":
-        e, w = config["num_experts"], config["moe_intermediate_size"]
+    if family in ("qwen3_moe", "glm4_moe"):
+        e = config["num_experts" if family == "qwen3_moe" else "n_routed_experts"]
+        w = config["moe_intermediate_size"]
         projections = {"gate_proj": (w, d), "up_proj": (w, d), "down_proj": (d, w)}
         shapes = {f"mlp.experts.{i}.{name}.weight": shape for i in range(e) for name, shape in projections.items()}
-        return {"mlp.gate.weight": (e, d)} | shapes
+        shapes = {"mlp.gate.weight": (e, d)} | shapes
+        if family == "glm4_moe":
+            shapes |= {"mlp.gate.e_score_correction_bias": (e,)}
+            shapes |= {f"mlp.shared_experts.{name}.weight": shape for name, shape in projections.items()}
+        return shapes
     if family in ("phi3", "glm4"):
         return {"mlp.gate_up_proj.weight": (2 * f, d), "mlp.down_proj.weight": (d, f)}
     projections = {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}

@@ -33,6 +33,7 @@ def interleave(rows, heads):
     return np.stack([first, second], axis=2).reshape(rows.shape)
 
 
+_OLMO = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
 _NAMES_OF = {
     "seed_oss": {"post_attention_layernorm": "post_attention_norm"},
     "gpt_oss": {
@@ -47,8 +48,23 @@ _NAMES_OF = {
         "post_feedforward_layernorm": "post_ffw_norm",
     },
     "qwen3_moe": {"mlp.gate.": "ffn_gate_inp."},
+    "glm4_moe": {
+        "post_attention_layernorm": "post_attention_norm",
+        "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+        "mlp.gate.": "ffn_gate_inp.",
+        **{f"mlp.shared_experts.{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")},
+    },
+    "olmo2": _OLMO,
+    "olmo3": _OLMO,
 }
-ARCHITECTURES = {"ministral3": "mistral3", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3", "gpt_oss": "gpt-oss"}
+ARCHITECTURES = {
+    "ministral3": "mistral3",
+    "qwen3_moe": "qwen3moe",
+    "gemma3_text": "gemma3",
+    "gpt_oss": "gpt-oss",
+    "olmo3": "olmo2",
+    "glm4_moe": "glm4moe",
+}
 _INTERLEAVED = ("llama", "ministral3", "smollm3", "granite")
 
 

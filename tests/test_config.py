@@ -114,7 +114,7 @@ def test_everything_unsupported_is_reported_at_once():
         ({"num_key_value_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
         ({"head_dim": 5}, "must be even"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor"),
-        ({"partial_rotary_factor": 0.5}, "phi3 and glm4 only"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         (
             {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
             "short_factor must hold 4 numbers",
@@ -128,8 +128,7 @@ def test_unusable_values_are_named(change, message):
 
 def test_windows_are_of_the_layers_that_transformers_gives_them():
     mistral = LLAMA | {"model_type": "mistral", "max_position_embeddings": 1000, "num_key_value_heads": 4}
-    for window in (1000, None):
-        assert LlamaConfig.from_hf(mistral | {"sliding_window": window}).layer_kinds == ()
+    assert LlamaConfig.from_hf(mistral | {"sliding_window": None}).layer_kinds == ()
     config = LlamaConfig.from_hf(mistral | {"sliding_window": 999})
     assert (config.sliding_window, config.layer_kinds) == (999, (LayerKind(window=True),) * 3)
     qwen = LLAMA | {"model_type": "qwen2", "sliding_window": 16, "num_key_value_heads": 4}

@@ -1,6 +1,7 @@
 """The table of families: configs there and back, mutated ones, unsupported models by name, weights in MXFP4."""
 
 import json
+import re
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,8 +13,8 @@ from safetensors.numpy import save_file
 from variants import FAMILIES, VARIANTS
 
 from minference_jax.checkpoints import mxfp4
-from minference_jax.checkpoints.convert import load_checkpoint
-from minference_jax.models import LlamaConfig
+from minference_jax.checkpoints.convert import load_checkpoint, open_checkpoint
+from minference_jax.models import LlamaConfig, families
 from minference_jax.models.config import LayerKind
 
 
@@ -30,9 +31,6 @@ def test_layers_have_kinds():
     local = LayerKind(window=True, rope="local")
     assert gemma3.layer_kinds == (local, LayerKind(), local) and gemma3.sliding_window == 37
     assert gemma3.local_rope is not None and (gemma3.rope.factor, gemma3.local_rope.kind) == (8.0, "default")
-    # A window that hides nothing leaves the second RoPE where it was.
-    wide = LlamaConfig.from_hf(VARIANTS["gemma3"] | {"sliding_window": 512})
-    assert [kind.rope for kind in wide.layer_kinds] == ["local", "main", "local"] and not wide.windowed
 
 
 def test_the_text_model_of_a_model_of_pictures_and_text():
@@ -54,7 +52,7 @@ MUTATED = [
     ("gqa4", "rope_theta", [1], "rope_theta must be a number"),
     ("gqa4", "rope_scaling", "yarn", "rope_scaling must be a dictionary"),
     ("gqa4", "rope_scaling", {"rope_type": ["yarn"]}, "rope_type"),
-    ("gqa4", "rope_parameters", {"full_attention": {"rope_theta": 1e4}}, "layer type"),
+    ("gqa4", "rope_parameters", {"full_attention": {"rope_theta": 1e4}}, "one RoPE for all layers; got full_"),
     ("gqa4", "attention_bias", 3, "attention_bias must be true or false"),
     ("gqa4", "eos_token_id", ["</s>"], "eos_token_id must be a token's number"),
     ("gqa4", "quantization_config", {"quant_method": "mxfp4"}, "mxfp4 .a quantized checkpoint"),
@@ -67,7 +65,7 @@ MUTATED = [
     ("ministral3", "rope_scaling", {"rope_type": "yarn", "factor": 2.0}, "llama_4_scaling_beta must be"),
     ("granite", "logits_scaling", 0, "logits_scaling must be positive"),
     ("granite", "residual_multiplier", None, "residual_multiplier is missing"),
-    ("glm4", "partial_rotary_factor", 1.5, "partial_rotary_factor in"),
+    ("glm4", "partial_rotary_factor", 1.5, "partial_rotary_factor must be in"),
     ("qwen3_moe", "num_experts_per_tok", 7, "7 experts serve a token"),
     ("qwen3_moe", "num_experts", None, "num_experts is missing"),
     ("qwen3_moe", "norm_topk_prob", 1, "norm_topk_prob must be true or false"),
@@ -88,13 +86,46 @@ def test_a_mutated_config_gives_an_error_that_names_the_key(name, key, value, me
         LlamaConfig.from_hf(VARIANTS[name] | {key: value})
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_moe", "deepseek_v4", "gemma4", "whisper", "bert", "llava"])
-def test_an_unsupported_model_is_named_whatever_its_files_are(tmp_path, capsys, name):
+# What may lie beside the config.json of a model that is not supported.
+BESIDE = (
+    {},
+    {"model.safetensors": "junk", "pytorch_model.bin": "junk"},
+    {"generation_config.json": "[1", "tokenizer.json": "{"},
+    {"adapter_config.json": "{}", "params.json": "{}"},
+    {"model.gguf": "GGUF", "model.safetensors.index.json": "[]"},
+)
+
+
+def test_every_unsupported_model_is_named_whatever_its_files_are(tmp_path):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    names = [name for name in CONFIG_MAPPING if name not in (*families.FAMILIES, *families.WRAPPERS)]
+    assert len(names) > 500
+    for place, files in enumerate(BESIDE):
+        directory = tmp_path / str(place)
+        directory.mkdir()
+        for file, text in files.items():
+            (directory / file).write_text(text)
+        for name in names[place :: len(BESIDE)]:
+            content = {"model_type": name, "vocab_size": "?", "text_config": {"model_type": "llama"}}
+            (directory / "config.json").write_text(json.dumps(content))
+            with pytest.raises(ValueError, match=rf"^[^\n]*model_type '{re.escape(name)}' is not supported[^\n]*$"):
+                open_checkpoint(directory)
+
+
+def test_inspect_prints_a_config_to_be_read(capsys):
+    status, out, _ = run(capsys, "inspect", "glm-4.5-air")
+    assert status == 0 and "experts (number 128, chosen 8" in out and "46 layers" not in out
+    status, out, _ = run(capsys, "inspect", "gemma-3-270m")
+    assert "15 layers: window True, rope local; 3 layers: plain" in out and "traits" in out
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "whisper", None, ["llama"]])
+def test_inspect_says_so_in_one_sentence(tmp_path, capsys, name):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": name, "vocab_size": "?", "text_config": []}))
     (tmp_path / "model.safetensors").write_bytes(b"junk")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"junk")
-    status, _, news = run(capsys, "inspect", tmp_path)
-    assert status == 1 and f"model_type '{name}' is not supported" in news and "Traceback" not in news
+    status, out, news = run(capsys, "inspect", tmp_path)
+    assert status == 1 and not out and f"model_type {name!r} is not supported" in news and "Traceback" not in news
 
 
 def as_mxfp4(numbers, powers):

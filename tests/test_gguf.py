@@ -20,6 +20,7 @@ _MULTIPLIERS = {
     "residual_multiplier": 0.4,
     "logits_scaling": 1.7,
 }
+_OLMO3 = ["sliding_attention", "full_attention", "sliding_attention"]
 _EXPERTS = [("add_expert_count", 3), ("add_expert_used_count", 2)]
 FAMILIES = {
     "llama": ({"attention_bias": True, "mlp_bias": True}, []),
@@ -69,6 +70,36 @@ FAMILIES = {
             "rope_scaling": _YARN | {"truncate": False},
         },
         [*_EXPERTS, *_YARN_KEYS, ("add_sliding_window", 128), ("add_expert_feed_forward_length", 5)],
+    ),
+    "glm4_moe": (
+        {
+            "attention_bias": True,
+            "partial_rotary_factor": 0.5,
+            "n_routed_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 7,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": 1.7,
+            "first_k_dense_replace": 1,
+        },
+        [
+            *_EXPERTS,
+            ("add_expert_feed_forward_length", 7),
+            ("add_expert_shared_count", 1),
+            ("add_expert_weights_scale", 1.7),
+            ("add_expert_weights_norm", True),
+            ("add_leading_dense_block_count", 1),
+            ("add_rope_dimension_count", 2),
+        ],
+    ),
+    "olmo2": ({}, []),
+    "olmo3": (
+        {"num_hidden_layers": 3, "sliding_window": 64, "layer_types": _OLMO3, "rope_scaling": _YARN},
+        [
+            ("add_sliding_window", 64),
+            ("add_sliding_window_pattern", [kind == "sliding_attention" for kind in _OLMO3]),
+            *_YARN_KEYS,
+        ],
     ),
     "glm4": ({"attention_bias": True, "partial_rotary_factor": 0.5}, [("add_rope_dimension_count", 2)]),
 }

@@ -124,12 +124,17 @@ def test_commands_take_a_mesh(tmp_path, capsys):
         assert run_command(capsys, *command, *options)[0] == 2
 
 
-@pytest.mark.parametrize("axis", ["heads", "rows"])
-def test_windows_experts_and_sinks_on_two_devices(rng, axis):
-    """Of gpt-oss: sinks lie with the heads, each expert's width over all devices."""
-    config = LlamaConfig.from_hf(VARIANTS["gpt_oss"])
+@pytest.mark.parametrize(
+    ("name", "axis"), [("gpt_oss", "heads"), ("gpt_oss", "rows"), ("olmo3", "heads"), ("glm4_moe", "heads")]
+)
+def test_what_lies_with_the_heads_on_two_devices(rng, name, axis):
+    """gpt-oss: its sinks, and each expert's width over all devices. OLMo 3: the norm over all heads of q.
+
+    GLM-4.5: layers of two kinds."""
+    config = LlamaConfig.from_hf(VARIANTS[name])
     params = Llama.random(config, jax.random.key(0)).params()
-    params["layers.sinks"] = jax.numpy.asarray(rng.standard_normal(params["layers.sinks"].shape), "float32")
+    for own in {"layers.sinks", "layers.wide_q_norm", "layers.wide_k_norm"} & params.keys():
+        params[own] = jax.numpy.asarray(rng.standard_normal(params[own].shape), "float32")
     one = Llama.from_params(config, params)
     two = one.on(make_mesh(**({"heads": 2} if axis == "heads" else {"rows": 2, "heads": 1})))
     tokens = rng.integers(0, config.vocab_size, (1, 300))

@@ -33,7 +33,7 @@ NEW_LAYOUT = {
     "phi3_longrope",
     "phi3_partial_rotary",
     "qwen3_tied_yarn",
-    *("ministral3", "gemma3", "gpt_oss", "qwen3_moe"),
+    *("ministral3", "gemma3", "gpt_oss", "qwen3_moe", "glm4_moe", "olmo2"),
 }
 IN_SHARDS = {"tied", "phi3_longrope"}
 

@@ -109,7 +109,7 @@ def test_partial_rotation_passes_the_rest_and_keeps_the_dtype(rng):
     "fields, message",
     [
         ({"kind": "spiral"}, "must be one of"),
-        ({"theta": 0.0}, "must be > 0"),
+        ({"theta": 0.0}, "rope_theta must be finite and positive"),
         ({"kind": "yarn", "factor": 2.0}, "needs original_max_position_embeddings"),
         ({"kind": "longrope", "original_max_position_embeddings": 8}, "needs short_factor"),
     ],

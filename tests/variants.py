@@ -101,6 +101,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=32.0, beta_slow=1.0, truncate=False
         ),
     },
+    "olmo2": {"model_type": "olmo2", "head_dim": 16},
+    "olmo3": {
+        "model_type": "olmo3",
+        "num_hidden_layers": 4,
+        "sliding_window": 40,
+        "rope_theta": 5e5,
+        "rope_scaling": _rope("yarn", factor=4.0, original_max_position_embeddings=64, attention_factor=1.2),
+    },
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "partial_rotary_factor": 0.5,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "n_shared_experts": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.7,
+        "first_k_dense_replace": 1,
+    },
     "glm4": {"model_type": "glm4", "head_dim": 16, "partial_rotary_factor": 0.5, "attention_bias": True},
 }
 """Of the other families: what differs from `_SMALL`."""

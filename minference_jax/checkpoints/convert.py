@@ -27,7 +27,7 @@ from minference_jax.checkpoints.hub import local_checkpoint
 from minference_jax.checkpoints.save import save_checkpoint as save_checkpoint
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.hf_config import text_config
-from minference_jax.models.params import param_shapes
+from minference_jax.models.params import IN_FLOAT32, param_shapes
 from minference_jax.parallel.mesh import fitted
 from minference_jax.parallel.specs import param_specs
 
@@ -172,6 +172,7 @@ class _SliceReader:
         dtype: np.dtype,
         pool: ThreadPoolExecutor,
     ):
+        dtype = dtype_of(row.path, dtype)
         self._files, self._row, self._aliases, self._dtype, self._pool = files, row, aliases, dtype, pool
         self._layout, self._shape = names.Layout.of(row, config), param_shapes(config)[row.path]
         self._places = list(names.places(row, config))
@@ -205,6 +206,11 @@ class _SliceReader:
         return out
 
 
+def dtype_of(path: str, dtype: np.dtype) -> np.dtype:
+    """The dtype of a parameter in a model of this one."""
+    return np.dtype(np.float32) if path.removeprefix("layers.") in IN_FLOAT32 else dtype
+
+
 def _without(tensor: np.ndarray, added: float) -> np.ndarray:
     return tensor - tensor.dtype.type(added) if added else tensor
 
@@ -213,6 +219,7 @@ class _GroupReader:
     """Fills the stacked host arrays of the parameters that share a file tensor, one of its tensors at a time."""
 
     def __init__(self, files: TensorFiles, config: LlamaConfig, rows: list[names.Row], aliases, dtype: np.dtype):
+        dtype = dtype_of(rows[0].path, dtype)  # those that share a tensor share it
         self._files, self._rows, self._aliases, self._dtype = files, rows, aliases, dtype
         self._layouts = [names.Layout.of(row, config) for row in rows]
         shapes = param_shapes(config)
@@ -258,7 +265,7 @@ def _check_names(files: TensorFiles, config: LlamaConfig, groups, aliases: Mappi
     troubles = {
         "missing": [name for name in expected if name not in files.shapes],
         "unexpected": [
-            name for name in files.shapes if name not in known and not names.IGNORED[files.format].fullmatch(name)
+            name for name in files.shapes if name not in known and not names.is_ignored(config, files.format, name)
         ],
         "wrongly shaped": [
             f"{name} {files.shapes[name]} instead of {shape}"

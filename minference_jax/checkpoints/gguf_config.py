@@ -22,8 +22,10 @@ ARCHITECTURES = {
     "seed_oss": "seed_oss",
     "granite": "granite",
     "glm4": "glm4",
+    "glm4moe": "glm4_moe",
     "gemma3": "gemma3_text",
     "gpt-oss": "gpt_oss",
+    "olmo2": "olmo3",
 }
 # What some architectures' files say beside the common keys: key → config.json's.
 _NUMBERS = {
@@ -73,6 +75,8 @@ def _hf_config(file: GGUFFile | SplitGGUF) -> dict[str, Any]:
     if family not in ARCHITECTURES:
         raise ValueError(f"GGUF architecture {family!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     name = ARCHITECTURES[family]
+    if name == "olmo3" and f"{family}.attention.sliding_window" not in metadata:
+        name = "olmo2"
     takes_experts = FAMILIES[name].experts is not None
     if metadata.get(f"{family}.expert_count", 0) and not takes_experts:
         raise ValueError(f"mixtures of experts of architecture {family!r} are not supported")
@@ -118,6 +122,9 @@ def _hf_config(file: GGUFFile | SplitGGUF) -> dict[str, Any]:
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
     }
     config |= _biases(file) | _by_family(name, config, get)
+    slides = metadata.get(f"{family}.attention.sliding_window_pattern")
+    if FAMILIES[name].window == "types" and isinstance(slides, np.ndarray | list):
+        config["layer_types"] = ["sliding_attention" if slide else "full_attention" for slide in slides]
     config["rope_scaling"] = _rope_scaling(file, config, get)
     if config["rope_scaling"] and "original_max_position_embeddings" in config["rope_scaling"]:
         config["original_max_position_embeddings"] = config["rope_scaling"]["original_max_position_embeddings"]
@@ -127,7 +134,8 @@ def _hf_config(file: GGUFFile | SplitGGUF) -> dict[str, Any]:
 def _biases(file: GGUFFile | SplitGGUF) -> dict[str, bool]:
     """The switches of biases, by the tensors of the first layer."""
     tensors = {"attention_bias": "attn_q", "attention_out_bias": "attn_output", "mlp_bias": "ffn_up"}
-    return {key: f"blk.0.{tensor}.bias" in file.tensors for key, tensor in tensors.items()}
+    found = {key: f"blk.0.{tensor}.bias" in file.tensors for key, tensor in tensors.items()}
+    return found | {"use_qk_norm": "blk.0.attn_q_norm.weight" in file.tensors}
 
 
 def _by_family(name: str, config: dict[str, Any], get: Any) -> dict[str, Any]:
@@ -138,6 +146,11 @@ def _by_family(name: str, config: dict[str, Any], get: Any) -> dict[str, Any]:
         counts["width"] = get("expert_feed_forward_length", config["intermediate_size"])
         found |= {key: counts[field] for field, key in (FAMILIES[name].experts or {}).items() if field in counts}
         found["norm_topk_prob"] = get("expert_weights_norm", True)
+    if name == "glm4_moe":
+        found |= {"n_shared_experts": get("expert_shared_count", 0)}
+        found |= {"first_k_dense_replace": get("leading_dense_block_count", 0)}
+        found |= {"routed_scaling_factor": _shortest(get("expert_weights_scale", 1.0))}
+        found |= {"num_hidden_layers": config["num_hidden_layers"] - get("nextn_predict_layers", 0)}
     if name == "gemma3_text":
         whole = config["num_hidden_layers"] == _GEMMA3_27B_LAYERS
         scalar = config["hidden_size"] // config["num_attention_heads"] if whole else config["head_dim"]

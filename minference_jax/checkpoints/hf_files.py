@@ -15,6 +15,7 @@ from minference_jax.checkpoints.gguf_split import first_part
 from minference_jax.checkpoints.names import own_names
 from minference_jax.extras import naming_extra
 from minference_jax.models.config import LlamaConfig
+from minference_jax.models.hf_config import model_type
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
@@ -57,20 +58,46 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+# Settings of generation_config.json that change even the most likely continuation → the values that do not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "num_beams", "guidance_scale"), (1, None)),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens"), (0, None)),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"), ([], {}, None)),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "stop_strings", "penalty_alpha"), ([], None)),
+}
+
+
+def unused_settings(directory: Path) -> dict[str, Any]:
+    """What generation_config.json asks for, and generation here does not do, even where it takes the likeliest token.
+
+    How to sample is not among it: callers say that.
+    """
+    path = directory / "generation_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    return {key: settings[key] for key, neutral in _NEUTRAL.items() if settings.get(key) not in neutral}
+
+
 def read_hf_config(directory: Path) -> dict[str, Any]:
     """config.json, with the end-of-sequence ids of generation_config.json where there is one.
 
+    Nothing else of generation_config.json is read: callers say how to sample, and `unused_settings` what is left out.
     Raises `ValueError` naming the directory, and the format it is in if it is one that we know and do not read.
     """
+    config = _read_config_json(directory)
+    generation = directory / "generation_config.json"
+    if generation.exists() and (eos := read_json(generation).get("eos_token_id")) is not None:
+        if not all(type(token) is int for token in (eos if isinstance(eos, list) else [eos])):
+            raise ValueError(f"{generation}: eos_token_id must be a token's number or a list of them, got {eos!r:.200}")
+        config["eos_token_id"] = eos  # chat models add their end of turn only here
+    return config
+
+
+def _read_config_json(directory: Path) -> dict[str, Any]:
     if not (directory / "config.json").exists():
         for pattern, what in _FOREIGN.items():
             if any(directory.glob(pattern)):
                 raise ValueError(f"{directory} holds {what}")
-    config = read_json(directory / "config.json")
-    generation = directory / "generation_config.json"
-    if generation.exists() and (eos := read_json(generation).get("eos_token_id")) is not None:
-        config["eos_token_id"] = eos  # chat models add their end of turn only here
-    return config
+    return read_json(directory / "config.json")
 
 
 def find_gguf(path: Path) -> Path | None:
@@ -104,6 +131,11 @@ class HFFiles:
 
     def __init__(self, directory: Path):
         self.path = directory
+        config = _read_config_json(directory)
+        try:
+            model_type(config)  # said before anything that is wrong with another file
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from None
         self.config = read_hf_config(directory)
         check_config(directory, self.config)
         self.shapes: dict[str, tuple[int, ...]] = {}

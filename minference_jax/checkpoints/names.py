@@ -2,8 +2,8 @@
 
 Layouts are written as `"(n h) d -> d n h"`: the axes of the file's tensor, then ours; parentheses merge axes.
 Axis letters: v vocabulary, d hidden, f MLP width, n query heads, k key-value heads, h head dimension, e experts,
-w their width; `p r` are h split as pairs and 2 (`(r p)`: the two halves that Hugging Face rotates, `(p r)`: the
-neighbours that GGUF's llama rotates). An axis `r` that ours lacks alternates between parameters.
+w their width, u that of shared ones; `p r` are h split as pairs and 2 (`(r p)`: the two halves that Hugging Face
+rotates, `(p r)`: the neighbours that GGUF's llama rotates). An axis `r` that ours lacks alternates between parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.params import param_shapes
+from minference_jax.models.params import layers_with, param_shapes
 
 ArrayT = TypeVar("ArrayT", bound=Any)  # a NumPy or a JAX array
 Index = tuple[slice, ...]
@@ -32,7 +32,7 @@ class Row:
     - `hf`, `gguf`: names in the two formats, within the layer; `{expert}` stands for an expert's number.
     - `layout`: axes in the file and ours, see the module's docstring; `gguf_layout`: in a GGUF file, where another.
     - `fused`: the row groups of a file tensor that holds several parameters; `part` is this parameter's place in it.
-    - `added`: what the file has added to our numbers.
+    - `added`: what the file has added to our numbers. `first`: the first layer that has it.
     """
 
     path: str
@@ -43,6 +43,7 @@ class Row:
     part: int = 0
     gguf_layout: str = ""
     added: float = 0.0
+    first: int = 0
 
     @property
     def axes(self) -> int:
@@ -68,6 +69,8 @@ _ROWS = (
     Row("layers.bo", "self_attn.o_proj.bias", "attn_output.bias", "d -> d"),
     Row("layers.q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight", "h -> h"),
     Row("layers.k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight", "h -> h"),
+    Row("layers.wide_q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight", "(n h) -> n h"),
+    Row("layers.wide_k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight", "(k h) -> k h"),
     Row("layers.w_gate", "mlp.gate_proj.weight", "ffn_gate.weight", "f d -> d f"),
     Row("layers.w_up", "mlp.up_proj.weight", "ffn_up.weight", "f d -> d f"),
     Row("layers.w_down", "mlp.down_proj.weight", "ffn_down.weight", "d f -> f d"),
@@ -87,6 +90,10 @@ _GATE_UP_ROWS = (
     Row("layers.w_up", "mlp.gate_up_proj.weight", "ffn_up.weight", "f d -> d f", _GATE_UP, 1),
 )
 _NORM_OF_MLP = Row("layers.mlp_norm", "post_attention_layernorm.weight", "post_attention_norm.weight", "d -> d")
+_OLMO_ROWS = (
+    Row("layers.post_attn_norm", "post_attention_layernorm.weight", "post_attention_norm.weight", "d -> d"),
+    Row("layers.post_mlp_norm", "post_feedforward_layernorm.weight", "post_ffw_norm.weight", "d -> d"),
+)
 
 
 def _expert(projection: str, hf: str, kind: str, layout: str, gguf_layout: str, part: int = 0) -> Row:
@@ -96,20 +103,31 @@ def _expert(projection: str, hf: str, kind: str, layout: str, gguf_layout: str, 
     return Row(path, f"mlp.experts.{hf}", gguf, layout, part=part, gguf_layout=gguf_layout)
 
 
+_EXPERT_ROWS = (
+    Row("layers.router", "mlp.gate.weight", "ffn_gate_inp.weight", "e d -> d e"),
+    _expert("gate", "{expert}.gate_proj.weight", "weight", "w d -> d w", "e w d -> e d w"),
+    _expert("up", "{expert}.up_proj.weight", "weight", "w d -> d w", "e w d -> e d w"),
+    _expert("down", "{expert}.down_proj.weight", "weight", "d w -> w d", "e d w -> e w d"),
+)
+
 _FAMILY_ROWS: dict[str, tuple[Row, ...]] = {
     "phi3": (*_QKV_ROWS, *_GATE_UP_ROWS),
     "glm4": _GATE_UP_ROWS,
     "seed_oss": (_NORM_OF_MLP,),
+    "olmo2": _OLMO_ROWS,
+    "olmo3": _OLMO_ROWS,
     "gemma3_text": (
         Row("layers.mlp_norm", "pre_feedforward_layernorm.weight", "ffn_norm.weight", "d -> d"),
-        Row("layers.post_attn_norm", "post_attention_layernorm.weight", "post_attention_norm.weight", "d -> d"),
-        Row("layers.post_mlp_norm", "post_feedforward_layernorm.weight", "post_ffw_norm.weight", "d -> d"),
+        *_OLMO_ROWS,
     ),
-    "qwen3_moe": (
-        Row("layers.router", "mlp.gate.weight", "ffn_gate_inp.weight", "e d -> d e"),
-        _expert("gate", "{expert}.gate_proj.weight", "weight", "w d -> d w", "e w d -> e d w"),
-        _expert("up", "{expert}.up_proj.weight", "weight", "w d -> d w", "e w d -> e d w"),
-        _expert("down", "{expert}.down_proj.weight", "weight", "d w -> w d", "e d w -> e w d"),
+    "qwen3_moe": _EXPERT_ROWS,
+    "glm4_moe": (
+        *_EXPERT_ROWS,
+        _NORM_OF_MLP,
+        Row("layers.choice_bias", "mlp.gate.e_score_correction_bias", "exp_probs_b.bias", "e -> e"),
+        Row("layers.shared_gate", "mlp.shared_experts.gate_proj.weight", "ffn_gate_shexp.weight", "u d -> d u"),
+        Row("layers.shared_up", "mlp.shared_experts.up_proj.weight", "ffn_up_shexp.weight", "u d -> d u"),
+        Row("layers.shared_down", "mlp.shared_experts.down_proj.weight", "ffn_down_shexp.weight", "d u -> u d"),
     ),
     "gpt_oss": (
         _NORM_OF_MLP,
@@ -143,6 +161,15 @@ IGNORED = {
     ),
     "gguf": re.compile(r"(blk\.\d+\.)?(rope_(freqs|factors_long|factors_short)|attn_rot_embd)\.weight"),
 }
+
+
+def is_ignored(config: LlamaConfig, file_format: str, name: str) -> bool:
+    """Whether a file's tensor is none of the model's: `IGNORED`, or of a layer after the last, which predicts ahead."""
+    layer = re.match(r"(?:model\.layers|blk)\.(\d+)\.", name)
+    ahead = config.model_type == "glm4_moe" and layer is not None and int(layer[1]) >= config.num_layers
+    return ahead or IGNORED[file_format].fullmatch(name) is not None
+
+
 PREFIXES = ("model.", "", "language_model.model.", "model.language_model.", "language_model.")
 """What may stand before the names of a Hugging Face model's layers: of the base model alone, or of a larger one's text
 part. Our rows spell out the first."""
@@ -152,6 +179,9 @@ def table(config: LlamaConfig, file_format: str) -> dict[str, Row]:
     """Path → row of every parameter of `config`, with layouts as in `file_format` ("hf" or "gguf")."""
     rows = {row.path: row for row in (*_ROWS, *_FAMILY_ROWS.get(config.model_type, ()))}
     rows = {path: rows[path] for path in param_shapes(config)}
+    for path, row in rows.items():
+        if row.axes and (start := layers_with(config, path.removeprefix("layers.")).start):
+            rows[path] = replace(row, first=start)
     if file_format == "gguf":
         rows = {path: _in_gguf(row, config) for path, row in rows.items()}
     return rows
@@ -178,13 +208,15 @@ def file_name(row: Row, file_format: str, place: Place) -> str:
     if not place:
         return name
     name = name.replace("{expert}", str(place[-1]))
-    return f"model.layers.{place[0]}.{name}" if file_format == "hf" else f"blk.{place[0]}.{name}"
+    layer = place[0] + row.first
+    return f"model.layers.{layer}.{name}" if file_format == "hf" else f"blk.{layer}.{name}"
 
 
 def places(row: Row, config: LlamaConfig) -> Iterator[Place]:
     """The tensors of the file that the row stands for."""
     experts = config.traits.experts
-    counts = (config.num_layers, experts.number if experts else 0)[: row.axes]
+    layers = len(layers_with(config, row.path.removeprefix("layers.")))
+    counts = (layers, experts.number if experts else 0)[: row.axes]
     return itertools.product(*map(range, counts))
 
 
@@ -220,7 +252,8 @@ class Layout:
         sizes = {"n": n, "k": k, "h": h, "p": h // 2, "r": 2}
         sizes |= {"v": config.vocab_size, "d": config.hidden_size, "f": config.intermediate_size}
         if config.traits.experts is not None:
-            sizes |= {"e": config.traits.experts.number, "w": config.traits.experts.width}
+            experts = config.traits.experts
+            sizes |= {"e": experts.number, "w": experts.width, "u": experts.shared * experts.width}
 
         def shape_of(side: str) -> tuple[int, ...]:
             groups = re.findall(r"\(([\w ]+)\)|(\w)", side)

@@ -112,7 +112,13 @@ def generate(
     )
 
     shared = start_mesh(mesh, hosts)
+<<<<<<< HEAD
+    import jax
+
+    from minference_jax.checkpoints.hf_files import unused_settings
+=======
     _check_settings(max_new_tokens, temperature, top_p, prefill_chunk, cache, dtype)
+>>>>>>> main
     from minference_jax.models.generate import generate as continue_tokens
     from minference_jax.models.requests import check_context, check_prompts, random_key
     from minference_jax.text.tokenizer import load_tokenizer
@@ -124,6 +130,8 @@ def generate(
     config, patterns = check_model(Path(model), pattern, scaling)
     check_mesh(shared, config)
     with _plain_warnings():
+        if unused := unused_settings(Path(model)):
+            warnings.warn(f"generation_config.json asks for {unused}, which is not done here", stacklevel=1)
         tokenizer = load_tokenizer(model)
         ids = tokenizer.encode(text) if raw else _chat(tokenizer, text, system, reply_prefix, template, variables)
         check_prompts([ids], None, config.vocab_size)

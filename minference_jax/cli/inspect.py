@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,7 +68,10 @@ def inspect(
             where = f" on {mesh}" if mesh else ""
             found = {f"longest prompt in tokens, by GPU, of {model}{where}": _memory(config, mesh)}
         else:
-            found |= {"config": dataclasses.asdict(config), "parameters": _parameters(config)}
+            found |= {
+                "config": dataclasses.asdict(config) if json else _readable(config),
+                "parameters": _parameters(config),
+            }
     if patterns is not None:
         loaded = load_patterns(patterns, heads=heads, layers=layers)
         found["patterns"] = _patterns(loaded)
@@ -88,15 +92,42 @@ def inspect(
         console.print(_table(heading, content) if isinstance(content, dict) else f"{heading}: {content}")
 
 
+def _readable(config: Any) -> dict[str, Any]:
+    """The fields of a config, one a line: of nested ones what is not the default, of layers how many are of a kind."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == "layer_kinds":
+            value = "; ".join(f"{count} layers: {_changes(kind)}" for kind, count in Counter(value).most_common())
+        elif dataclasses.is_dataclass(value):
+            value = _changes(value)
+        if value not in (None, "", ()):
+            found[field.name] = value
+    return found
+
+
+def _changes(value: Any) -> str:
+    """The fields of a dataclass that are not its defaults."""
+    pairs = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    changed = [
+        f"{field.name} ({_changes(x)})" if dataclasses.is_dataclass(x) else f"{field.name} {x}"
+        for field, x in pairs
+        if x != field.default
+    ]
+    return ", ".join(changed) or "plain"
+
+
 def _parameters(config: Any) -> dict[str, int]:
     """Numbers in each group, by what they do; the total last."""
     from minference_jax.models.params import param_shapes
 
-    groups = {"embed": "embedding", "lm_head": "head", "w_gate": "MLP", "w_up": "MLP", "w_down": "MLP"}
+    groups = {"embed": "embedding", "lm_head": "head"}
+    groups |= dict.fromkeys(("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down"), "MLP")
     sizes: Counter[str] = Counter()
     for name, shape in param_shapes(config).items():
         leaf = name.removeprefix("layers.")
-        sizes[groups.get(leaf, "norms" if leaf.endswith("norm") else "attention")] += math.prod(shape)
+        kind = "norms" if leaf.endswith("norm") else "experts" if re.search("expert|router", leaf) else "attention"
+        sizes[groups.get(leaf, kind)] += math.prod(shape)
     return {**sizes, "all": sum(sizes.values())}
 
 

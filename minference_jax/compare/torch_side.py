@@ -78,6 +78,9 @@ def create_model(job):
                 parameter.copy_(0.2 * noise)
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(job["model"], max_shard_size=job["max_shard_size"])
     if job["keep_config"]:
         (Path(job["model"]) / "config.json").write_text(json.dumps(job["config"], indent=2))

@@ -13,9 +13,11 @@ from jaxtyping import Array, Float, Int32
 from minference_jax.models import forward
 from minference_jax.models.checks import check_tokens
 from minference_jax.models.config import LlamaConfig
+from minference_jax.models.dual_chunk import chunks_for
 from minference_jax.models.layers import finish_layer, map_chunks
 from minference_jax.models.llama import Llama
 from minference_jax.models.rope import layer_rope
+from minference_jax.models.stacked import Layer, StackedLayer
 from minference_jax.models.window import attend_layer
 from pallas_kernels.tracing import under_own_settings
 
@@ -28,11 +30,13 @@ def capture_qkv(
     Layers run one by one, with dense attention whatever the model's patterns are, as each is asked for: only one
     layer's arrays exist at a time unless the caller keeps them. One program serves all layers. Rows of padding hold
     what the padding tokens gave; attention never lets them reach a valid row. Raises `ValueError` for a model on a
-    mesh.
+    mesh, and for prompts that dual chunk attention is for.
     """
     if model.mesh is not None:
         raise ValueError("model is on a mesh; single layers are captured on one device: model.on(None)")
     tokens, lengths = check_tokens(tokens, lengths)
+    if (chunks := chunks_for(model.config, tokens.shape[1])) is not None:
+        raise ValueError(f"beyond {chunks.chunk_size:,} tokens this model has dual chunk attention, which is dense")
     return _layers(model.config, model.params(), tokens, lengths)
 
 
@@ -46,8 +50,10 @@ def _layers(config: LlamaConfig, params: forward.Params, tokens: Array, lengths:
         del q, k, v
 
 
-def _layer(params: forward.Params, index: Array) -> dict[str, Array]:
+def _layer(params: forward.Params, index: Array) -> Layer:
     stacked = forward.stacked_layers(params)
+    if len({len(value) for value in stacked.values()}) > 1:  # layers of two kinds
+        return StackedLayer(stacked, index)
     return {name: jax.lax.dynamic_index_in_dim(value, index, keepdims=False) for name, value in stacked.items()}
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int32
 from minference_jax.models import fp8
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.params import param_shapes
+from minference_jax.models.params import IN_FLOAT32, param_shapes
 from minference_jax.patterns.heads import HeadPatterns
 from minference_jax.patterns.resolve import resolve_patterns
 from pallas_kernels.checks import clamped
@@ -52,7 +52,8 @@ def check_params(config: LlamaConfig, params: Mapping[str, Array]) -> None:
         for name, shape in expected.items()
         if name in params and tuple(params[name].shape) != shape
     ]
-    others = (name for name in params if name not in narrow and not name.endswith("_scale"))
+    exact = [f"layers.{name}" for name in IN_FLOAT32]
+    others = (name for name in params if name not in narrow and name not in exact and not name.endswith("_scale"))
     dtypes = sorted({jnp.dtype(params[name].dtype).name for name in others})
     if len(dtypes) > 1 or not set(dtypes) <= set(_FLOATS):
         problems.append(f"dtypes must be one of {', '.join(_FLOATS)} for all, got {', '.join(dtypes)}")

@@ -72,6 +72,8 @@ class LlamaConfig:
             raise ValueError(f"layer_kinds has {len(self.layer_kinds)} entries for {self.num_layers} layers")
         if self.windowed and (self.sliding_window is None or self.sliding_window <= 0):
             raise ValueError(f"sliding_window must be a positive integer, got {self.sliding_window!r}")
+        if self.traits.dual_chunk is not None and self.rope.depends_on_length:
+            raise ValueError(f"dual chunk attention has RoPE of one kind for all lengths, not {self.rope.kind!r}")
         if self.local_rope is None and any(kind.rope == "local" for kind in self.layer_kinds):
             raise ValueError("layer_kinds name a local RoPE, but local_rope is None")
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from minference_jax.models import fp8
-from minference_jax.models.config import LlamaConfig
+from minference_jax.models.config import Experts, LlamaConfig
 from minference_jax.models.stacked import Layer, entry
 
 CLAMP, SLOPE = 7.0, 1.702
@@ -39,14 +39,7 @@ def mixture(config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"]) -> Floa
     experts = config.traits.experts
     assert experts is not None
     rows = x.reshape(-1, x.shape[-1])
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    scores = jnp.dot(rows, layer["router"], precision=precision)
-    scores = (scores + layer["b_router"] if experts.bias else scores).astype(jnp.float32)
-    best, number = jax.lax.top_k(scores, experts.chosen)
-    # A softmax of the chosen ones is a softmax of all, divided by the sum of theirs.
-    every = best if experts.normalized else scores
-    weights = jnp.exp(best - jax.nn.logsumexp(every, axis=-1, keepdims=True))
-
+    weights, number = (by_sigmoid if experts.scoring == "sigmoid" else by_softmax)(experts, layer, rows)
     flat = number.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     sizes = jnp.zeros((experts.number,), jnp.int32).at[flat].add(1)
@@ -54,6 +47,39 @@ def mixture(config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"]) -> Floa
     place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
     served = out[place].reshape(*number.shape, -1).astype(jnp.float32)
     return jnp.sum(served * weights[..., None], axis=1).astype(x.dtype).reshape(x.shape)
+
+
+def by_softmax(
+    experts: Experts, layer: Layer, rows: Float[Array, "m d"]
+) -> tuple[Float[Array, "m c"], Int32[Array, "m c"]]:
+    """The weights of the chosen experts, float32, and their numbers."""
+    precision = jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
+    scores = jnp.dot(rows, layer["router"], precision=precision)
+    scores = (scores + layer["b_router"] if experts.bias else scores).astype(jnp.float32)
+    best, number = jax.lax.top_k(scores, experts.chosen)
+    # A softmax of the chosen ones is a softmax of all, divided by the sum of theirs.
+    every = best if experts.normalized else scores
+    return jnp.exp(best - jax.nn.logsumexp(every, axis=-1, keepdims=True)), number
+
+
+def by_sigmoid(
+    experts: Experts, layer: Layer, rows: Float[Array, "m d"]
+) -> tuple[Float[Array, "m c"], Int32[Array, "m c"]]:
+    """The same of a router whose numbers do not compete: scored, chosen with a bias, and weighted in float32."""
+    wide, router = rows.astype(jnp.float32), layer["router"].astype(jnp.float32)
+    scores = jax.nn.sigmoid(jnp.dot(wide, router, precision=jax.lax.Precision.HIGHEST))
+    choice = scores + layer["choice_bias"].astype(jnp.float32)
+    if experts.groups > 1:
+        grouped = choice.reshape(len(rows), experts.groups, -1)
+        of_group = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+        kept = jax.lax.top_k(of_group, experts.top_groups)[1]
+        chosen = jnp.any(kept[:, :, None] == jnp.arange(experts.groups, dtype=jnp.int32), axis=1)
+        choice = jnp.where(chosen[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
+    number = jax.lax.top_k(choice, experts.chosen)[1]
+    weights = jnp.take_along_axis(scores, number, axis=-1)
+    if experts.normalized:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return weights * experts.scale, number
 
 
 def _in_blocks(

@@ -9,12 +9,15 @@ from minference_jax.models.traits import Experts, Family, Number, Traits
 
 _BOTH, _MLP = {"attention_bias": ("qkv_bias", "o_bias")}, {"mlp_bias": ("mlp_bias",)}
 _BOS_EOS = {"bos_token_id": 1, "eos_token_id": 2}
+_KV_HEADS = ("num_key_value_heads",)
 _QWEN = {
     "max_position_embeddings": 32768,
     "sliding_window": 4096,
     "max_window_layers": 28,
     "num_key_value_heads": 32,
 }
+_OLMO = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 50279, "pad_token_id": 1}
+_OLMO_TRAITS = Traits(wide_qk_norm=True, pre_norms=False, post_norms=True, norm_offset=0.0)
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", {"max_position_embeddings": 2048, **_BOS_EOS}, biases=_BOTH | _MLP),
@@ -45,10 +48,13 @@ FAMILIES: dict[str, Family] = {
             "llama_4_scaling_beta": 0.1,
         },
     ),
-    "qwen2": Family("Qwen2ForCausalLM", _QWEN, Traits(qkv_bias=True), window="from", switch=True),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", _QWEN, _KV_HEADS, Traits(qkv_bias=True), window="from", switch=True, dual_chunk=True
+    ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         {**_QWEN, "head_dim": 128},
+        _KV_HEADS,
         Traits(qk_norm=True),
         biases=_BOTH,
         window="from",
@@ -65,7 +71,7 @@ FAMILIES: dict[str, Family] = {
             "moe_intermediate_size": 768,
             "norm_topk_prob": False,
         },
-        Traits(qk_norm=True),
+        traits=Traits(qk_norm=True),
         biases=_BOTH,
         experts={
             "number": "num_experts",
@@ -89,6 +95,7 @@ FAMILIES: dict[str, Family] = {
         },
         window="all",
         partial_rotary=True,
+        rope_kinds=("default", "longrope"),
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
@@ -102,6 +109,7 @@ FAMILIES: dict[str, Family] = {
             "eos_token_id": 128001,
             "pad_token_id": 128004,
         },
+        _KV_HEADS,
         biases=_BOTH | _MLP,
         window="no_rope",
         switch=True,
@@ -117,6 +125,7 @@ FAMILIES: dict[str, Family] = {
             "eos_token_id": 2,
             "pad_token_id": 1,
         },
+        (*_KV_HEADS, "head_dim"),
         biases={"attention_bias": ("qkv_bias",), "attention_out_bias": ("o_bias",)} | _MLP,
     ),
     "granite": Family(
@@ -149,8 +158,40 @@ FAMILIES: dict[str, Family] = {
             "eos_token_id": [151329, 151336, 151338],
             "pad_token_id": 151329,
         },
-        Traits(post_norms=True, neighbours=True),
+        traits=Traits(post_norms=True, neighbours=True),
         biases={"attention_bias": ("qkv_bias",)},
+        partial_rotary=True,
+    ),
+    "glm4_moe": Family(
+        "Glm4MoeForCausalLM",
+        {
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "partial_rotary_factor": 0.5,
+            "n_routed_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 1408,
+            "norm_topk_prob": True,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.0,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+        },
+        traits=Traits(experts=Experts(scoring="sigmoid")),
+        biases={"attention_bias": ("qkv_bias",), "use_qk_norm": ("qk_norm",)},
+        experts={
+            "number": "n_routed_experts",
+            "chosen": "num_experts_per_tok",
+            "width": "moe_intermediate_size",
+            "normalized": "norm_topk_prob",
+            "groups": "n_group",
+            "top_groups": "topk_group",
+            "scale": "routed_scaling_factor",
+            "shared": "n_shared_experts",
+            "first": "first_k_dense_replace",
+        },
         partial_rotary=True,
     ),
     "gemma3_text": Family(
@@ -171,7 +212,7 @@ FAMILIES: dict[str, Family] = {
             "eos_token_id": 1,
             "pad_token_id": 0,
         },
-        Traits(qk_norm=True, post_norms=True, norm_offset=1.0, activation="gelu_tanh"),
+        traits=Traits(qk_norm=True, post_norms=True, norm_offset=1.0, activation="gelu_tanh"),
         biases=_BOTH,
         numbers={
             "embed_scale": Number("hidden_size", 0.5),
@@ -180,8 +221,18 @@ FAMILIES: dict[str, Family] = {
         },
         window="types",
         pattern="sliding_window_pattern",
-        local_rope=True,
-        only={"use_bidirectional_attention": False},
+        local_rope="rope_local_base_freq",
+        only={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
+    ),
+    "olmo2": Family("Olmo2ForCausalLM", {**_OLMO, "rope_theta": 10_000.0}, traits=_OLMO_TRAITS, biases=_BOTH),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        {**_OLMO, "rope_theta": 500_000.0, "sliding_window": 4096},
+        traits=_OLMO_TRAITS,
+        biases=_BOTH,
+        window="types",
+        pattern=4,
+        local_rope="rope_parameters",
     ),
     "gpt_oss": Family(
         "GptOssForCausalLM",
@@ -196,7 +247,7 @@ FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 4,
             "attention_bias": True,
         },
-        Traits(
+        traits=Traits(
             norm_offset=0.0,
             activation="clamped_swiglu",
             sinks=True,

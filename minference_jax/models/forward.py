@@ -21,10 +21,11 @@ from jaxtyping import Array, Float, Int32
 import pallas_kernels
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
+from minference_jax.models.dual_chunk import chunks_for, dual_chunk_attention, places
 from minference_jax.models.layers import finish_layer, map_chunks, norm, project_qkv
 from minference_jax.models.part_attention import attend_to_cache
 from minference_jax.models.rope import LayerRope, layer_rope, turns
-from minference_jax.models.stacked import Layer
+from minference_jax.models.stacked import Layer, StackedLayer
 from minference_jax.models.window import attend_layer, decode_layer, with_sinks
 from minference_jax.parallel.exchange import ONE, Exchange
 from pallas_kernels.tracing import vary_alike
@@ -42,6 +43,11 @@ LOGIT_CHUNK = 256
 def stacked_layers(params: Params) -> Layer:
     """The parameters that have a leading layer axis, without their `layers.` prefix."""
     return {name.removeprefix("layers."): value for name, value in params.items() if name.startswith("layers.")}
+
+
+def _mixed(config: LlamaConfig) -> bool:
+    """Whether some layers have parameters that others have not, so that a scan cannot slice them all."""
+    return config.traits.experts is not None and config.traits.experts.first > 0
 
 
 def embed(
@@ -161,14 +167,21 @@ def prefill(
     t = tokens.shape[1]
     q_offset = jnp.int32(0) if start is None else start
     seen = jnp.minimum(lengths, q_offset + t)
-    positions = q_offset + exchange.positions(t)
+    chunks = chunks_for(config, t if cache is None else cache.capacity)
+    if chunks is not None and (patterns is not None or exchange.zigzag is not None):
+        what = "sparse patterns" if patterns is not None else "a mesh with rows"
+        raise ValueError(
+            f"{what} cannot be combined with dual chunk attention, which this model has where there is room for more "
+            f"than {chunks.chunk_size:,} tokens: use dense attention (and a mesh of heads), or shorter prompts"
+        )
+    positions = places(chunks, q_offset + exchange.positions(t))
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, Any]:
         x, cache, unspent = carry
         index, layer, layer_patterns, order = inputs
         if unspent is not None:
             layer_patterns = dataclasses.replace(layer_patterns, unspent=unspent)
-        layer = exchange.whole_layer(config, layer)
+        layer = exchange.whole_layer(config, StackedLayer(stacked, index) if layer is None else layer)
         qkv = layer_qkv(config, layer, x, layer_rope(config, rope_lengths, index), positions, chunk)
         q, k, v = (exchange.to_heads(in_order(y, order), t) for y in qkv)
         if cache is not None and order is not None:
@@ -181,6 +194,12 @@ def prefill(
         served = partial(attend, **options, exchange=exchange, sinks=sinks)
 
         def whole() -> tuple[Array, Any, Array | None]:
+            if chunks is not None:
+                options = {"start": q_offset[None], "lengths": seen, "whole": rope_lengths}
+                if start is None or cache is None:
+                    return dual_chunk_attention(config, q, k, v, **options), None, None
+                kv = cache.read(index, q.dtype)
+                return dual_chunk_attention(config, q, *kv, **options, turn=cache.queries), None, None
             if start is None or cache is None:
                 return served(q, k, v, layer_patterns, lengths=seen, q_offset=0)
             return attend_to_cache(served, q, cache, index, layer_patterns, start=start, lengths=lengths)
@@ -192,10 +211,12 @@ def prefill(
         return (x, cache, unspent), {"nothing": None, "info": info, "hidden": x}[keep]
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
+    stacked = stacked_layers(params)
     table = exchange.whole(config, params, "embed")
     unspent = None if patterns is None else patterns.begin(tokens.shape[0])
     carry = vary_alike((embed(config, table, exchange.own_rows(tokens)), cache, unspent), lengths)
-    (x, cache, _), kept = jax.lax.scan(step, carry, (indices, stacked_layers(params), patterns, order))
+    inputs = (indices, None if _mixed(config) else stacked, patterns, order)
+    (x, cache, _), kept = jax.lax.scan(step, carry, inputs)
     if cache is not None:
         written = jax.lax.dynamic_update_slice(cache.tokens, tokens, (jnp.int32(0), q_offset))
         cache = dataclasses.replace(cache, tokens=written, lengths=seen)
@@ -228,16 +249,22 @@ def decode(
     cache is full writes nothing.
     """
     rows, positions = jnp.arange(tokens.shape[0], dtype=jnp.int32), cache.lengths
+    chunks = chunks_for(config, cache.capacity)
     stacked = stacked_layers(params)
 
     def step(carry: tuple, index: Array) -> tuple[tuple, None]:
         x, cache = carry
         layer = exchange.layer(config, stacked, index)
         rope = layer_rope(config, positions + 1, index)
-        q, k, v = project_qkv(config, layer, x, turns(config, rope, positions[:, None]))
+        q, k, v = project_qkv(config, layer, x, turns(config, rope, places(chunks, positions)[:, None]))
         cache = cache.append(index, positions, k[:, 0], v[:, 0])
-        out = decode_layer(config, index, q[:, 0], cache, positions + 1, layer.get("sinks"))
-        return (finish_layer(config, layer, x, out[:, None]), cache), None
+        if chunks is None:
+            out = decode_layer(config, index, q[:, 0], cache, positions + 1, layer.get("sinks"))[:, None]
+        else:
+            options = {"start": positions, "lengths": positions + 1, "whole": positions + 1}
+            kv = cache.read(index, q.dtype)
+            out = dual_chunk_attention(config, q, *kv, **options, turn=cache.queries)
+        return (finish_layer(config, layer, x, out), cache), None
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
     carry = (embed(config, params, tokens[:, None], exchange), cache)

@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from minference_jax.models.families import FAMILIES, WRAPPERS
-from minference_jax.models.rope_config import RopeConfig, rope_from_hf, rope_to_hf
-from minference_jax.models.traits import Experts, Family, LayerKind, Number, Traits
+from minference_jax.models.hf_checks import ACTIVATIONS, Get, malformed, unsupported
+from minference_jax.models.rope_config import TOP_LEVEL, RopeConfig, rope_from_hf, rope_to_hf
+from minference_jax.models.traits import DualChunk, Experts, Family, LayerKind, Number, Traits
 
 # A key that a config.json leaves out means its family's default in transformers, not an error.
 _COMMON_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "bos_token_id": None, "eos_token_id": None}
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_INTEGERS = (
-    *("num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings"),
-    *("sliding_window", "max_window_layers", "sliding_window_pattern", "no_rope_layer_interval"),
-)
-_NUMBERS = ("rms_norm_eps", "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
-_SWITCHES = ("tie_word_embeddings", "use_sliding_window")
-_ACTIVATIONS = {"silu": ("silu", "swish"), "clamped_swiglu": ("silu",), "gelu_tanh": ("gelu_pytorch_tanh",)}
 _TYPES = {"full_attention": False, "sliding_attention": True}
-_MOST_LAYERS = 100_000
-
-Get = Callable[..., Any]
-"""`get(key, otherwise=None)`: the value of a key, its family's default, or `otherwise`. null is no value."""
 
 
 def read_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `LlamaConfig`. Raises `ValueError` naming all that is missing, malformed or unsupported."""
-    config = text_config(config)
-    name = config.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(f"model_type {name!r} is not supported; supported: {', '.join((*FAMILIES, *WRAPPERS))}")
+    name, config = model_type(config), text_config(config)
     family = FAMILIES[name]
     if family.experts and "num_experts" in family.experts.values() and "num_local_experts" in config:
         config = {"num_experts": config["num_local_experts"]} | dict(config)  # transformers knows it by both names
@@ -43,8 +29,10 @@ def read_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         value = config.get(key, defaults.get(key))
         return otherwise if value is None else value
 
-    problems = _malformed(family, get) or _unsupported(family, get)
+    problems = malformed(config, family, get) or unsupported(family, get)
     values: dict[str, Any] = {}
+    if not problems and get("head_dim") is None and get("hidden_size") % get("num_attention_heads"):
+        problems.append(f"hidden_size {get('hidden_size')} is no multiple of {get('num_attention_heads')} heads")
     if not problems:
         try:
             values = _ropes(name, config, family, get)
@@ -54,7 +42,7 @@ def read_hf(config: Mapping[str, Any]) -> dict[str, Any]:
             problems.append(str(error))
     if problems:
         raise ValueError(f"this {name} config cannot be used: " + "; ".join(problems))
-    heads = get("num_attention_heads")
+    heads, pad = get("num_attention_heads"), _ids(get("pad_token_id"), 1)
     return values | {
         "vocab_size": get("vocab_size"),
         "hidden_size": get("hidden_size"),
@@ -68,9 +56,17 @@ def read_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": get("max_position_embeddings"),
         "bos_token_id": _ids(config.get("bos_token_id", defaults["bos_token_id"]), 1),
         "eos_token_ids": _ids(config.get("eos_token_id", defaults["eos_token_id"])),
-        "pad_token_id": _ids(get("pad_token_id"), 1),
+        "pad_token_id": pad if pad is None or pad < get("vocab_size") else None,  # a default of larger models
         "model_type": name,
     }
+
+
+def model_type(config: Mapping[str, Any]) -> str:
+    """The family of a config. Raises `ValueError` naming one that is not supported."""
+    name = text_config(config).get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(f"model_type {name!r} is not supported; supported: {', '.join((*FAMILIES, *WRAPPERS))}")
+    return name
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -84,65 +80,12 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"model_type": WRAPPERS[kind]} | dict(inner) | tokens | quantized
 
 
-def _malformed(family: Family, get: Get) -> list[str]:
-    """Which values are missing, of the wrong type, out of range or not finite."""
-    multipliers = [number.key for number in family.numbers.values() if not number.in_rope]
-    named = [*multipliers, *(family.experts or {}).values(), family.pattern, "no_rope_layer_interval"]
-    required = (*_SIZES, "rms_norm_eps", "max_position_embeddings", *(key for key in named if key in family.defaults))
-    problems = [f"{name} is missing" for name in required if get(name) is None]
-    counts = [key for field, key in (family.experts or {}).items() if field != "normalized"]
-    for name in (*_SIZES, *_INTEGERS, *counts):
-        value = get(name)
-        if value is not None and (type(value) is not int or not 0 < value < 2**63):
-            if name == "sliding_window" and family.window == "none":
-                continue
-            if name == "max_window_layers" and value == 0 and type(value) is int:
-                continue
-            problems.append(f"{name} must be a positive integer, got {value!r}")
-    for name in (*_NUMBERS, *multipliers):
-        value = get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            problems.append(f"{name} must be a number, got {value!r}")
-        elif value is not None and not math.isfinite(value):
-            problems.append(f"{name} must be finite, got {value}")
-        elif value is not None and name in multipliers and value <= 0:
-            problems.append(f"{name} must be positive, got {value}")
-    switches = [key for field, key in (family.experts or {}).items() if field == "normalized"]
-    for name in (*_SWITCHES, *family.biases, *switches):
-        if not isinstance(get(name, False), bool):
-            problems.append(f"{name} must be true or false, got {get(name)!r}")
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = get(name)
-        many = value if isinstance(value, list | tuple) and name != "pad_token_id" else [value]
-        if value is not None and not all(type(x) is int for x in many):
-            problems.append(f"{name} must be a token's number, got {value!r}")
-    return problems
-
-
-def _unsupported(family: Family, get: Get) -> list[str]:
-    """What this config asks for that the model does not do."""
-    problems = []
-    name = "hidden_activation" if family.traits.activation == "gelu_tanh" else "hidden_act"
-    known = _ACTIVATIONS[family.traits.activation]
-    if get(name, known[0]) not in known:
-        problems.append(f"{name} {get(name)!r} (only {', '.join(known)})")
-    problems += [f"{key} {get(key)!r} (only {only!r})" for key, only in family.only.items() if get(key, only) != only]
-    for key in ("quantization_config", "quantization", "compression_config"):
-        if found := get(key):
-            method = found.get("quant_method", found.get("mode", "")) if isinstance(found, Mapping) else found
-            if method not in family.quantized:
-                problems.append(f"{key} {method} (a quantized checkpoint; only unquantized weights, or GGUF files)")
-            break
-    if get("num_hidden_layers") > _MOST_LAYERS:  # before anything loops over the layers of a hostile config
-        problems.append(f"num_hidden_layers {get('num_hidden_layers'):,} (at most {_MOST_LAYERS:,})")
-    return problems
-
-
 def _ropes(name: str, config: Mapping[str, Any], family: Family, get: Get) -> dict[str, Any]:
     """`rope`, and `local_rope` where the family has one."""
 
     def read(scaling: Mapping[str, Any]) -> RopeConfig:
-        return rope_from_hf(scaling, get, partial=family.partial_rotary, old_names=name == "phi3")
+        top = {key: config[key] for key in TOP_LEVEL if key in config}
+        return rope_from_hf(dict(family.defaults) | top, scaling, get, family, old_names=name == "phi3")
 
     if not family.local_rope:
         return {"rope": read(_scaling(config, family))}
@@ -152,55 +95,54 @@ def _ropes(name: str, config: Mapping[str, Any], family: Family, get: Get) -> di
     full = _mapping("rope_parameters", kinds.get("full_attention"))
     local = _mapping("rope_parameters", kinds.get("sliding_attention"))
     full |= _mapping("rope_scaling", config.get("rope_scaling"))
-    return {"rope": read(full), "local_rope": read({"rope_theta": get("rope_local_base_freq")} | local)}
+    base = get("rope_local_base_freq", family.defaults["rope_theta"])
+    return {"rope": read(full), "local_rope": read({"rope_theta": base} | local)}
 
 
 def _scaling(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """The settings of the model's RoPE beside those at top level."""
-    for key in ("rope_scaling", "rope_parameters"):
-        if scaling := config.get(key):
-            return _mapping(key, scaling)
-    return dict(family.rope)
+    found = [_mapping(key, config.get(key)) for key in ("rope_scaling", "rope_parameters")]
+    return found[0] or found[1] or dict(family.rope)
 
 
 def _mapping(name: str, value: Any, nested: bool = False) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be a dictionary, got {value!r}")
+        raise ValueError(f"{name} must be a dictionary, got {value!r:.200}")
     found = dict(value or {})
-    if not nested and any(isinstance(inner, Mapping) for inner in found.values()):
-        raise ValueError(f"{name} that differ by layer type are not supported")
+    if not nested and (inner := [key for key, x in found.items() if key in _TYPES or isinstance(x, Mapping)]):
+        raise ValueError(f"{name} must hold numbers, one RoPE for all layers; got {', '.join(map(str, inner))}")
     return found
 
 
 def _layers(config: Mapping[str, Any], family: Family, get: Get) -> dict[str, Any]:
     """`sliding_window` and `layer_kinds`."""
-    if family.window == "none":
-        return {}
-    layers, window = get("num_hidden_layers"), get("sliding_window")
+    layers = get("num_hidden_layers")
+    # Where the switch is off, the windows of Qwen's and SmolLM3's models are forgotten.
+    off = family.window == "none" or (family.switch and not get("use_sliding_window", False))
+    window = None if off else get("sliding_window")
     turned = _turned(config, get, layers) if family.window == "no_rope" else [True] * layers
     slides = [False] * layers
-    types = config.get("layer_types")
-    if types is not None and family.window in ("from", "types", "no_rope"):
-        slides = _slides(types, layers)
-    elif family.switch and not get("use_sliding_window", False):
-        pass
-    elif family.window == "all":
-        slides = [True] * layers
-    elif family.window == "from":
-        slides = [i >= get("max_window_layers", layers) for i in range(layers)]
-    elif family.window == "no_rope":
-        slides = [not turn for turn in turned]
-    elif family.window == "types":
+    if family.window == "types":
         every = get(family.pattern) if isinstance(family.pattern, str) else family.pattern
         slides = [(i + 1) % every != 0 for i in range(layers)]
-    local = [slide and family.local_rope for slide in slides]
-    # A window as long as the model's context hides nothing. Where the switch is off, Qwen's models forget theirs.
-    off = family.window == "from" and not get("use_sliding_window", False)
-    if window is None or window >= get("max_position_embeddings") or off:
-        slides = [False] * layers
+    elif window is not None and family.window == "from":
+        slides = [i >= get("max_window_layers", layers) for i in range(layers)]
+    elif window is not None and family.window == "no_rope":
+        slides = [not turn for turn in turned]
+    elif window is not None:
+        slides = [True] * layers
+    if (types := config.get("layer_types")) is not None:
+        named = _slides(types, layers)
+        if family.window in ("none", "all") and named != slides:
+            raise ValueError(
+                f"layer_types {types!r:.200}: the family's layers are alike, and sliding_window is {window}"
+            )
+        slides = named
+    if any(slides) and window is None:
+        raise ValueError(f"layers have a sliding window, and sliding_window is {get('sliding_window')} or switched off")
     kinds = tuple(
-        LayerKind(window=slide, rope="local" if own else "main" if turn else "none")
-        for slide, own, turn in zip(slides, local, turned, strict=True)
+        LayerKind(window=slide, rope="local" if slide and family.local_rope else "main" if turn else "none")
+        for slide, turn in zip(slides, turned, strict=True)
     )
     if set(kinds) <= {LayerKind()}:
         return {}
@@ -212,7 +154,7 @@ def _turned(config: Mapping[str, Any], get: Get, layers: int) -> list[bool]:
     flags = config.get("no_rope_layers")
     if flags is None:
         return [(i + 1) % get("no_rope_layer_interval") != 0 for i in range(layers)]
-    if not isinstance(flags, list) or len(flags) < layers or not all(flag in (0, 1) for flag in flags):
+    if not isinstance(flags, list) or len(flags) < layers or not all(type(x) is int and x in (0, 1) for x in flags):
         raise ValueError(f"no_rope_layers must hold 0 or 1 for each of {layers} layers, got {flags!r:.200}")
     return [bool(flag) for flag in flags[:layers]]
 
@@ -241,9 +183,35 @@ def _traits(config: Mapping[str, Any], family: Family, get: Get) -> Traits:
         changes["experts"] = dataclasses.replace(
             family.traits.experts or Experts(), **{field: get(key) for field, key in family.experts.items()}
         )
-        if changes["experts"].chosen > changes["experts"].number:
-            raise ValueError(f"{changes['experts'].chosen} experts serve a token, but there are fewer")
+        _check_experts(changes["experts"], get("num_hidden_layers"))
+    if family.dual_chunk:
+        changes["dual_chunk"] = _dual_chunk(config)
     return dataclasses.replace(family.traits, **changes)
+
+
+def _check_experts(experts: Experts, layers: int) -> None:
+    if experts.number % experts.groups or experts.top_groups > experts.groups:
+        raise ValueError(
+            f"{experts.number} experts in {experts.groups} groups, of which {experts.top_groups} are chosen"
+        )
+    if experts.chosen > experts.number // experts.groups * experts.top_groups:
+        raise ValueError(f"{experts.chosen} experts serve a token, but there are fewer")
+    if experts.first >= layers:
+        raise ValueError(f"the first {experts.first} of {layers} layers have no experts: none has")
+
+
+def _dual_chunk(config: Mapping[str, Any]) -> DualChunk | None:
+    found = _mapping("dual_chunk_attention_config", config.get("dual_chunk_attention_config"))
+    if not found:
+        return None
+    keys = {"chunk_size": "chunk_size", "local_size": "local_size", "trained": "original_max_position_embeddings"}
+    values = {field: found.get(key) for field, key in keys.items()}
+    for field, value in values.items():
+        if not (type(value) is int and 0 < value < 2**31) and not (field == "trained" and value in (None, 0)):
+            raise ValueError(f"dual_chunk_attention_config: {keys[field]} must be a positive integer, got {value!r}")
+    if config.get("use_sliding_window"):
+        raise ValueError("dual_chunk_attention_config and use_sliding_window are not supported together")
+    return DualChunk(found["chunk_size"], found["local_size"], values["trained"] or None)
 
 
 def _rope_number(config: Mapping[str, Any], family: Family, key: str) -> float:
@@ -287,17 +255,25 @@ def write_hf(config: Any) -> dict[str, Any]:
         "rope_scaling": _rope_scaling(config, family),
     }
     activation = "hidden_activation" if traits.activation == "gelu_tanh" else "hidden_act"
-    result[activation] = _ACTIVATIONS[traits.activation][0]
+    result[activation] = ACTIVATIONS[traits.activation][0]
     result |= {key: any(getattr(traits, name) for name in names) for key, names in family.biases.items()}
     for trait, number in family.numbers.items():
         if not number.in_rope and getattr(traits, trait) is not None:
             result[number.key] = _key_value(getattr(traits, trait), number)
     if family.experts is not None and traits.experts is not None:
         result |= {key: getattr(traits.experts, field) for field, key in family.experts.items()}
+    if traits.dual_chunk is not None:
+        chunks = traits.dual_chunk
+        sizes = {"chunk_size": chunks.chunk_size, "local_size": chunks.local_size}
+        result["dual_chunk_attention_config"] = sizes | {"original_max_position_embeddings": chunks.trained or 0}
     if family.partial_rotary:
         result["partial_rotary_factor"] = config.rope.partial_rotary_factor
-    if family.local_rope and config.local_rope is not None:
+    if family.local_rope == "rope_local_base_freq" and config.local_rope is not None:
         result["rope_local_base_freq"] = config.local_rope.theta
+    elif family.local_rope and config.local_rope is not None:
+        local = {"rope_type": "default", "rope_theta": config.local_rope.theta}
+        full = {"rope_theta": config.rope.theta} | (result.pop("rope_scaling") or {"rope_type": "default"})
+        result["rope_parameters"] = {"full_attention": full, "sliding_attention": local}
     if config.model_type == "phi3":
         original = config.rope.original_max_position_embeddings or config.max_position_embeddings
         result["original_max_position_embeddings"] = original

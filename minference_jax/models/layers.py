@@ -17,6 +17,7 @@ from minference_jax.models.config import LlamaConfig
 from minference_jax.models.experts import gated, mixture
 from minference_jax.models.rope import Turns, apply_rope
 from minference_jax.models.stacked import Layer, StackedLayer
+from minference_jax.parallel.mesh import HEADS
 
 
 def matmul(equation: str, x: Array, weight: Array) -> Array:
@@ -56,17 +57,30 @@ def norm(config: LlamaConfig, x: Float[Array, "*rows d"], weight: Float[Array, "
     return rms_norm(x, weight, config.rms_norm_eps, config.traits.norm_offset)
 
 
+def wide_norm(config: LlamaConfig, x: Float[Array, "b t n h"], weight: Float[Array, "n h"], heads: int) -> Array:
+    """The model's RMSNorm over all heads of a row at once. A device of a mesh may have some of the `heads` only."""
+    if x.shape[2] == heads:
+        return norm(config, x.reshape(*x.shape[:2], -1), weight.reshape(-1)).reshape(x.shape)
+    y = x.astype(jnp.float32)
+    squares = jax.lax.psum(jnp.sum(jnp.square(y), axis=(2, 3), keepdims=True), HEADS)
+    y = y * jax.lax.rsqrt(squares / (heads * x.shape[3]) + config.rms_norm_eps)
+    return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+
 def project_qkv(
     config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], turns: Turns
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]:
     """Normalised input → queries and keys after RoPE, and values."""
     traits = config.traits
-    x = norm(config, x, layer["attn_norm"])
+    x = norm(config, x, layer["attn_norm"]) if traits.pre_norms else x
     q, k, v = project(layer, ("wq", "wk", "wv"), x)
     if traits.qkv_bias:
         q, k, v = q + layer["bq"], k + layer["bk"], v + layer["bv"]
     if traits.qk_norm:
         q, k = norm(config, q, layer["q_norm"]), norm(config, k, layer["k_norm"])
+    if traits.wide_qk_norm:
+        q = wide_norm(config, q, layer["wide_q_norm"], config.num_heads)
+        k = wide_norm(config, k, layer["wide_k_norm"], config.num_kv_heads)
     q = apply_rope(q, turns.cos, turns.sin, turns.queries, traits.neighbours)
     return q, apply_rope(k, turns.cos, turns.sin, neighbours=traits.neighbours), v
 
@@ -79,9 +93,33 @@ def finish_layer(
     out = project(layer, ("wo",), attended)[0]
     out = out + layer["bo"] if traits.o_bias else out
     x = x + _added(config, out, layer["post_attn_norm"] if traits.post_norms else None)
-    rows = norm(config, x, layer["mlp_norm"])
-    out = mlp(config, layer, rows) if traits.experts is None else mixture(config, layer, rows)
+    rows = norm(config, x, layer["mlp_norm"]) if traits.pre_norms else x
+    out = _mlp_or_experts(config, layer, rows)
     return x + _added(config, out, layer["post_mlp_norm"] if traits.post_norms else None)
+
+
+def _mlp_or_experts(config: LlamaConfig, layer: Layer, rows: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    experts = config.traits.experts
+    if experts is None:
+        return mlp(config, layer, rows)
+    if not experts.first:
+        return experts_and_shared(config, layer, rows)
+    assert isinstance(layer, StackedLayer)  # of whose parameters each layer has a part
+    first = jnp.int32(experts.first)
+
+    def served() -> Array:
+        return experts_and_shared(config, layer.at(-experts.first).of_experts(), rows)
+
+    return jax.lax.cond(layer.index < first, lambda: mlp(config, layer, rows), served)
+
+
+def experts_and_shared(config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """The chosen experts, and the MLP that serves every token where there is one."""
+    out = mixture(config, layer, x)
+    if config.traits.experts is None or not config.traits.experts.shared:
+        return out
+    gate, up = project(layer, ("shared_gate", "shared_up"), x)
+    return out + project(layer, ("shared_down",), gated(config, gate, up))[0]
 
 
 def _added(config: LlamaConfig, out: Array, post_norm: Array | None) -> Array:

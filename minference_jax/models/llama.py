@@ -31,6 +31,7 @@ from minference_jax.models.checks import (
     check_tokens,
 )
 from minference_jax.models.config import LlamaConfig
+from minference_jax.models.dual_chunk import chunks_for
 from minference_jax.models.params import param_shapes as param_shapes
 from minference_jax.models.parts import prefill_parts
 from minference_jax.models.random_weights import random_params
@@ -350,10 +351,14 @@ class Llama(nnx.Module):
             rows_at_once = tokens.shape[1] if start is not None and tokens.size <= forward.PART else forward.CHUNK
         if rows_at_once <= 0:
             raise ValueError(f"rows_at_once must be positive, got {rows_at_once}")
+        extent = tokens.shape[1] if cache is None else cache.capacity
+        patterns = self.patterns_for(tokens.shape[1], None if start is None else extent)
+        if self.auto and chunks_for(self.config, extent) is not None:
+            patterns = None
         result = programs.prefill_program(self.fp8_projections, self.embed[...], tokens, lengths, rope_lengths, start)(
             self.config,
             self.params(),
-            self.patterns_for(tokens.shape[1], None if start is None or cache is None else cache.capacity),
+            patterns,
             *self.exchange.place(self.config, (tokens, lengths, rope_lengths)),
             cache,
             self.exchange.place(self.config, start),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.params import BIASES, layer_shapes, param_shapes
+from minference_jax.models.params import BIASES, IN_FLOAT32, layer_shapes, layers_with, param_shapes
 
 
 @partial(jax.jit, static_argnums=(0, 2))
@@ -27,7 +27,7 @@ def random_params(config: LlamaConfig, key: Array, dtype: str) -> dict[str, Arra
             if name.endswith("norm"):
                 params[name] = jnp.full(shape, 1 - (config.traits.norm_offset or 0), dtype)
             elif name in BIASES:
-                params[name] = jnp.zeros(shape, dtype)
+                params[name] = jnp.zeros(shape, jnp.float32 if name in IN_FLOAT32 else dtype)
             else:
                 inputs = {"embed": shape[-1], "wo": config.num_heads * config.head_dim}.get(name, shape[0])
                 inputs = shape[1] if name.startswith("expert_") else inputs
@@ -40,4 +40,4 @@ def random_params(config: LlamaConfig, key: Array, dtype: str) -> dict[str, Arra
         outer, {name: shape for name, shape in param_shapes(config).items() if not name.startswith("layers.")}
     )
     layers = jax.lax.map(lambda key: draw(key, layer_shapes(config)), jax.random.split(inner, config.num_layers))
-    return params | {f"layers.{name}": value for name, value in layers.items()}
+    return params | {f"layers.{name}": value[: len(layers_with(config, name))] for name, value in layers.items()}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
+
+from minference_jax.models.traits import Family
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
@@ -47,16 +48,31 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if self.kind not in get_args(RopeKind):
             raise ValueError(f"rope kind must be one of {get_args(RopeKind)}, got {self.kind!r}")
-        numbers = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        numbers += [*(self.short_factor or ()), *(self.long_factor or ())]
-        if not all(math.isfinite(x) for x in numbers if isinstance(x, int | float)):
-            raise ValueError(f"rope: every number must be finite, got {self}")
-        if not self.theta > 0 or not self.factor > 0 or not 0 < self.partial_rotary_factor <= 1:
-            raise ValueError(f"rope: theta and factor must be > 0 and partial_rotary_factor in (0, 1], got {self}")
+        positive = ["theta", "factor", "partial_rotary_factor"]
+        positive += {"yarn": ["beta_fast", "beta_slow"], "llama3": ["low_freq_factor", "high_freq_factor"]}.get(
+            self.kind, []
+        )
+        lists = ("short_factor", "long_factor") if self.kind == "longrope" else ()
+        values = [(name, getattr(self, name)) for name in positive]
+        values += [(name, value) for name in lists for value in getattr(self, name) or ()]
+        for name, value in values:
+            if not _SMALLEST < value < _LARGEST:
+                label = "rope_theta" if name == "theta" else f"rope {name}"
+                raise ValueError(f"{label} must be finite and positive, in float32 too, got {value}")
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            if (value := getattr(self, name)) is not None and not -_LARGEST < value < _LARGEST:
+                raise ValueError(f"rope {name} must be finite, got {value}")
+        if self.partial_rotary_factor > 1:
+            raise ValueError(f"rope: partial_rotary_factor must be in (0, 1], got {self.partial_rotary_factor}")
         if self.kind in ("dynamic", "llama3", "yarn", "longrope") and not self.original_max_position_embeddings:
             raise ValueError(f"rope kind {self.kind!r} needs original_max_position_embeddings")
         if self.kind == "longrope" and (self.short_factor is None or self.long_factor is None):
             raise ValueError("rope kind 'longrope' needs short_factor and long_factor")
+        if self.kind == "yarn" and self.theta == 1:
+            raise ValueError("rope kind 'yarn' divides by log theta: theta must not be 1")
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            low, high = self.low_freq_factor, self.high_freq_factor
+            raise ValueError(f"rope: low_freq_factor must be below high_freq_factor, got {low} and {high}")
 
     @property
     def depends_on_length(self) -> bool:
@@ -64,43 +80,56 @@ class RopeConfig:
         return self.kind in ("dynamic", "longrope")
 
 
-def rope_from_hf(scaling: Mapping[str, Any], get: Callable[..., Any], *, partial: bool, old_names: bool) -> RopeConfig:
+TOP_LEVEL = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+"""What a config.json may say of RoPE outside its RoPE dictionary."""
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+}
+_MAY_BE_NULL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+_SMALLEST, _LARGEST = 1e-30, 1e30  # float32 computes with these
+
+
+def rope_from_hf(
+    top: dict[str, Any], scaling: Mapping[str, Any], get: Callable[..., Any], family: Family, *, old_names: bool
+) -> RopeConfig:
     """The RoPE of a flat `rope_parameters` or `rope_scaling` dictionary.
 
-    `get(name, otherwise=None)` reads a top-level key or its family's default. `partial`: whether the family may rotate
-    a part of each head; `old_names`: whether "su" and "yarn" mean LongRoPE, as in early Phi-3 checkpoints. Raises
-    `ValueError` for what is unknown, missing or of the wrong type.
+    `top` holds `TOP_LEVEL`, where there, and the family's defaults; `get(name)` reads any key. `old_names`: whether
+    "su" and "yarn" mean LongRoPE, as in early Phi-3 checkpoints. Raises `ValueError` for what is unknown, missing, or
+    of the wrong type or range.
     """
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if old_names and kind in ("su", "yarn"):
         kind = "longrope"
-    if kind not in get_args(RopeKind):
-        raise ValueError(f"rope_type {kind!r} is not supported; supported: {', '.join(get_args(RopeKind))}")
-    share = _number(scaling, "partial_rotary_factor", get("partial_rotary_factor", 1.0))
-    if not partial and share != 1.0:
-        raise ValueError(f"partial_rotary_factor {share} is supported for phi3 and glm4 only")
+    known = family.rope_kinds or get_args(RopeKind)
+    if kind not in known:
+        raise ValueError(f"rope_type {kind!r} is not supported; supported: {', '.join(known)}")
+    values: dict[str, Any] = {"kind": kind}
+    values["theta"] = _number(top | dict(scaling), "rope_theta", 10_000.0)
+    values["partial_rotary_factor"] = share = _number(top | dict(scaling), "partial_rotary_factor", 1.0)
+    if not family.partial_rotary and share != 1.0:
+        raise ValueError(f"partial_rotary_factor {share} is not supported for this family")
     length = get("max_position_embeddings")
-    # Precedence as in transformers: the top-level key, then the one inside the scaling, then the model's length.
-    original = get("original_max_position_embeddings", scaling.get("original_max_position_embeddings", length))
-    if type(original) is not int or original <= 0:
-        raise ValueError(f"original_max_position_embeddings must be a positive integer, got {original!r}")
-    values: dict[str, Any] = {"kind": kind, "theta": _number(scaling, "rope_theta", get("rope_theta", 10_000.0))}
-    values["partial_rotary_factor"] = share
     if kind == "dynamic":
         values["original_max_position_embeddings"] = length
     elif kind in ("llama3", "yarn", "longrope"):
+        # Precedence as in transformers: the top-level key, then the one inside the scaling, then the model's length.
+        original = scaling.get("original_max_position_embeddings", length)
+        original = top.get("original_max_position_embeddings", original)
+        if type(original) is not int or not 0 < original < 2**31:
+            raise ValueError(f"original_max_position_embeddings must be a positive integer, got {original!r}")
         values["original_max_position_embeddings"] = original
-    if kind in ("yarn", "longrope") and scaling.get("factor") is None:
-        values["factor"] = length / original
-    required = {"linear": ("factor",), "dynamic": ("factor",), "longrope": ("short_factor", "long_factor")}
-    required["llama3"] = ("factor", "low_freq_factor", "high_freq_factor")
-    missing = [name for name in required.get(kind, ()) if scaling.get(name) is None]
-    if missing:
+        if kind != "llama3" and scaling.get("factor") is None:
+            values["factor"] = length / original
+    if missing := [name for name in _REQUIRED.get(kind, ()) if name not in scaling]:
         raise ValueError(f"rope_type {kind!r} lacks {', '.join(missing)}")
     if kind != "default":
-        known = {field.name for field in dataclasses.fields(RopeConfig)} - set(values)
-        for name in known & set(scaling):
-            if scaling[name] is not None:
+        for name in {field.name for field in dataclasses.fields(RopeConfig)} - set(values):
+            if name in scaling and not (scaling[name] is None and name in _MAY_BE_NULL):
                 values[name] = _value(scaling, name)
     return RopeConfig(**values)
 
@@ -108,8 +137,8 @@ def rope_from_hf(scaling: Mapping[str, Any], get: Callable[..., Any], *, partial
 def _value(scaling: Mapping[str, Any], name: str) -> Any:
     value = scaling[name]
     if name in ("short_factor", "long_factor"):
-        if not isinstance(value, list | tuple) or not all(isinstance(x, int | float) for x in value):
-            raise ValueError(f"rope {name} must be a list of numbers, got {value!r}")
+        if not isinstance(value, list | tuple) or not all(type(x) in (int, float) for x in value):
+            raise ValueError(f"rope {name} must be a list of numbers, got {value!r:.200}")
         return tuple(float(x) for x in value)
     if name == "truncate":
         if not isinstance(value, bool):
@@ -118,9 +147,8 @@ def _value(scaling: Mapping[str, Any], name: str) -> Any:
     return _number(scaling, name, None)
 
 
-def _number(scaling: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    value = scaling.get(name)
-    value = otherwise if value is None else value
+def _number(values: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    value = values.get(name, otherwise)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"rope {name} must be a number, got {value!r}")
     return value

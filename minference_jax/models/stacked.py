@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,16 @@ class StackedLayer(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self.stacked)
+
+    def at(self, offset: int) -> Self:
+        """The view of another layer: of parameters that only some layers have."""
+        moved = copy.copy(self)
+        moved.index = self.index + offset
+        return moved
+
+    def of_experts(self) -> Layer:
+        """The experts' parameters, as a loop may read them."""
+        return self
 
     def entry(self, name: str, index: Int32[Array, ""]) -> Array:
         """`self[name][index]`, read from the stack without the slice of the layer."""

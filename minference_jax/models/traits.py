@@ -16,6 +16,11 @@ class Experts:
     - `number`, `chosen`: experts, and how many serve a token. `width`: of one expert.
     - `normalized`: the chosen experts' weights are divided by their sum, as if the softmax were over them alone.
     - `bias`: router and experts have biases (gpt-oss).
+    - `scoring`: the router's numbers become a softmax, or each a sigmoid. With "sigmoid" (GLM-4.5), a bias of each
+      expert counts in the choice and not in the weight; of `groups` of experts only the best `top_groups` (by their two
+      best) can be chosen; and the chosen ones' sum is multiplied by `scale`.
+    - `shared`: how many experts' widths an MLP has that serves every token besides. `first`: layers before this one
+      have an MLP instead of experts.
     """
 
     number: int = 0
@@ -23,14 +28,44 @@ class Experts:
     width: int = 0
     normalized: bool = False
     bias: bool = False
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
+    shared: int = 0
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class DualChunk:
+    """Positions of prompts beyond `chunk_size` tokens (`models.dual_chunk`).
+
+    - `chunk_size`: the longest distance that RoPE sees. `local_size`: how many nearest keys keep their true one.
+    - `trained`: the length from which on scores grow with that of the prompt; None: they do not.
+    """
+
+    chunk_size: int
+    local_size: int
+    trained: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.local_size < self.chunk_size:
+            raise ValueError(f"dual chunk attention needs 0 < local_size < chunk_size, got {self}")
+
+    @property
+    def stride(self) -> int:
+        """Tokens of a chunk."""
+        return self.chunk_size - self.local_size
 
 
 @dataclass(frozen=True)
 class Traits:
     """What a model does differently from Llama. Each field is one switch, and Llama's value its default.
 
-    - `qkv_bias`, `o_bias`, `mlp_bias`: biases of the projections. `qk_norm`: RMSNorm on the heads of q and k.
-    - `post_norms`: RMSNorm on the output of attention and of the MLP, before each is added.
+    - `qkv_bias`, `o_bias`, `mlp_bias`: biases of the projections.
+    - `qk_norm`: RMSNorm on each head of q and k. `wide_qk_norm`: on all heads of a token's q, and of its k, as one.
+    - `pre_norms`: RMSNorm on the input of attention and of the MLP. `post_norms`: on their outputs, before these are
+      added.
     - `norm_offset`: norms multiply by this plus their weight, in float32 (Gemma: 1, gpt-oss: 0). None: they round to
       the model's dtype before they multiply by their weight.
     - `activation`: of the MLP's gate. `neighbours`: RoPE turns neighbouring dimensions (GLM-4), not the two halves.
@@ -38,13 +73,15 @@ class Traits:
     - `attention_scale`: of the scores; None for 1/√head_dim. `logit_cap`: c in c·tanh(logits/c); None for no cap.
     - `query_growth`: queries at position p are multiplied by 1 + this · log(1 + ⌊p / trained length⌋) (Ministral 3).
     - `sinks`: each head has a score without a key, which takes its share of the softmax (gpt-oss).
-    - `experts`: None for one MLP.
+    - `experts`: None for one MLP. `dual_chunk`: None where long prompts have plain positions.
     """
 
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
     norm_offset: float | None = None
     activation: Activation = "silu"
@@ -57,6 +94,7 @@ class Traits:
     query_growth: float = 0.0
     sinks: bool = False
     experts: Experts | None = None
+    dual_chunk: DualChunk | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +122,8 @@ class Number:
 class Family:
     """How a family's config.json is read.
 
-    - `architecture`: the class that transformers names. `defaults`: of keys that a config.json leaves out.
+    - `architecture`: the class that transformers names. `defaults`: of keys that a config.json leaves out. `nullable`:
+      which of these keys may be null, which then means what it means where there is no default.
     - `traits`: those that every model of the family has.
     - `biases`: key → the traits that it sets. Keys that a family ignores are not there.
     - `numbers`: trait → the key that holds it. `experts`: field of `Experts` → the key that holds it.
@@ -93,12 +132,15 @@ class Family:
       `use_sliding_window` says so.
     - `pattern`: with "types" and no `layer_types`, every so manieth layer is not sliding; a key, or its value.
     - `partial_rotary`: whether a part of each head may be rotated. `rope`: where a config.json has none.
-    - `local_rope`: layers with a window have a RoPE of their own (Gemma 3).
-    - `only`: key → the one value that is supported. `quantized`: methods whose checkpoints are read.
+    - `rope_kinds`: the supported ones, where not all are. `local_rope`: layers with a window have a RoPE of their own,
+      whose base is this key, or in this dictionary.
+    - `dual_chunk`: whether `dual_chunk_attention_config` is read. `only`: key → the one value that is supported.
+      `quantized`: methods whose checkpoints are read.
     """
 
     architecture: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    nullable: tuple[str, ...] = ()
     traits: Traits = Traits()
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     numbers: Mapping[str, Number] = field(default_factory=dict)
@@ -108,6 +150,8 @@ class Family:
     pattern: int | str = 0
     partial_rotary: bool = False
     rope: Mapping[str, Any] = field(default_factory=dict)
-    local_rope: bool = False
+    rope_kinds: tuple[str, ...] = ()
+    local_rope: Literal["", "rope_local_base_freq", "rope_parameters"] = ""
+    dual_chunk: bool = False
     only: Mapping[str, Any] = field(default_factory=dict)
     quantized: tuple[str, ...] = ()

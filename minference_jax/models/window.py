@@ -97,10 +97,9 @@ def attend_layer(
     a window the information is all ones. `own`: which rows of a window's output to keep, as `whole` does. `sinks`: see
     `with_sinks`; `whole` has its own.
     """
-    if config.sliding_window is None:
-        return whole()
-
     window = config.sliding_window
+    if window is None or window >= (qkv[0].shape[1] if start is None or cache is None else cache.capacity):
+        return whole()  # no window hides anything
 
     def windowed() -> tuple[Array, Any, Array | None]:
         if start is None or cache is None:
@@ -127,7 +126,11 @@ def decode_layer(
     def windowed() -> tuple[Array, Array]:
         return decode_window(config, q, cache, layer, lengths)
 
-    found: Any = _choose(config, layer, windowed, lambda: cache.attend(layer, q, lengths))
+    def whole() -> tuple[Array, Array]:
+        return cache.attend(layer, q, lengths)
+
+    hides = config.sliding_window is not None and config.sliding_window < cache.capacity
+    found: Any = _choose(config, layer, windowed, whole) if hides else whole()
     return with_sinks(found[0], found[1], sinks)
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int32
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.stacked import Layer, StackedLayer
 from minference_jax.parallel.mesh import HEADS, ROWS
-from minference_jax.parallel.sharded_layer import ShardedLayer, gather
+from minference_jax.parallel.sharded_layer import GatheredLayer, ShardedLayer, gather
 from minference_jax.parallel.specs import ALL, is_fp8, param_axes, place, specs_of
 from minference_jax.zigzag import Zigzag
 from pallas_kernels.sizes import QUERY_TILE
@@ -163,6 +163,8 @@ class Exchange:
         if self.mesh is None or self.size == 1:
             return layer
         axes = param_axes(config, self.mesh, "wq_scale" in layer)
+        if isinstance(layer, StackedLayer):
+            return GatheredLayer(layer.stacked, layer.index, axes)
         return {
             name: value if name == "sinks" else gather(value, axes[f"layers.{name}"][1:])
             for name, value in layer.items()

@@ -16,7 +16,8 @@ from minference_jax.models.layers import project
 from minference_jax.models.stacked import Layer, StackedLayer
 from minference_jax.parallel.mesh import ROWS
 
-INTO_HEADS, OUT_OF_HEADS, OUT_OF_MLP = ("wq", "wk", "wv"), ("wo",), ("w_down",)
+INTO_HEADS, OUT_OF_HEADS = ("wq", "wk", "wv"), ("wo",)
+OUT_OF_MLP = (("w_down",), ("shared_down",))
 
 
 def gather(x: Array, axes: tuple[tuple[str, ...], ...]) -> Array:
@@ -24,6 +25,26 @@ def gather(x: Array, axes: tuple[tuple[str, ...], ...]) -> Array:
     for axis, names in enumerate(axes):
         x = jax.lax.all_gather(x, names, axis=axis, tiled=True) if names else x
     return x
+
+
+class GatheredLayer(StackedLayer):
+    """One layer of stacked slices, each parameter gathered when it is asked for; what lies with the heads stays cut."""
+
+    def __init__(self, stacked: Layer, index: Int32[Array, ""], axes: Mapping[str, tuple[tuple[str, ...], ...]]):
+        super().__init__(stacked, index)
+        self.axes = axes
+
+    def __getitem__(self, name: str) -> Array:
+        value = super().__getitem__(name)
+        return value if name == "sinks" else gather(value, self.axes[f"layers.{name}"][1:])
+
+    def of_experts(self) -> Layer:
+        """Gathered before the loop: each device's is as long as its rows make it, and devices gather together."""
+        experts = ("expert_", "b_expert_", "router", "b_router", "choice_bias", "shared_")
+        return {name: self[name] for name in self.stacked if name.startswith(experts)}
+
+    def serves(self, names: tuple[str, ...], x: Float[Array, "b t *in"]) -> bool:
+        return False
 
 
 class ShardedLayer(StackedLayer):
@@ -50,7 +71,7 @@ class ShardedLayer(StackedLayer):
             size = self.stacked["wo"].shape[-2 if "wo_scale" not in self.stacked else -1]
             x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(ROWS) * size, size, axis=-1)
         outs = project(own, names, x)
-        if names in (OUT_OF_HEADS, OUT_OF_MLP) and cut:
+        if names in (OUT_OF_HEADS, *OUT_OF_MLP) and cut:
             return [jax.lax.psum(out.astype(jnp.float32), cut).astype(out.dtype) for out in outs]
         if names == INTO_HEADS and ROWS in cut:
             return [jax.lax.all_gather(out, ROWS, axis=-1, tiled=True) for out in outs]

@@ -66,6 +66,6 @@ def _choose(config_key: _Same, patterns_key: _Same, rows: int, keys: int, device
     config, patterns = config_key.value, patterns_key.value
     heads = [pattern for layer in patterns.layers for pattern in layer]
     times = predicted(heads, config.num_heads, config.head_dim, rows, keys, device)
-    return AttentionChoice(
-        times.dense_ms <= MARGIN * times.sparse_ms, times.dense_ms, times.sparse_ms, device, times.source
-    )
+    chunks = config.traits.dual_chunk
+    dense = times.dense_ms <= MARGIN * times.sparse_ms or (chunks is not None and keys > chunks.chunk_size)
+    return AttentionChoice(dense, times.dense_ms, times.sparse_ms, device, times.source)

@@ -179,7 +179,7 @@ def _activations(
     sent = own * (n + 2 * k) * h * size if mesh.size > 1 else 0
     index = index_bytes(patterns, rows, keys, batch * n // heads, size)
     attention = batch * (stream + 2 * queries + keys_and_values + sent) + max(
-        index, batch * _window_bytes(config, rows) // heads
+        index, batch * _window_bytes(config, rows, keys) // heads
     )
     at_once = own if rows < keys and batch * rows <= PART else min(own, CHUNK)
     mlp = batch * (stream + own * n * h * size + at_once * _mlp_row(config, size))
@@ -188,9 +188,9 @@ def _activations(
     return max(max(attention, mlp) + _weights(stacked, size, fp8_projections), table)
 
 
-def _window_bytes(config: LlamaConfig, rows: int) -> int:
+def _window_bytes(config: LlamaConfig, rows: int, keys: int) -> int:
     """Bytes of the scores of one block of queries in a layer with a window, in float32, and what becomes of them."""
-    if config.sliding_window is None:
+    if config.sliding_window is None or config.sliding_window >= keys:
         return 0
     block = min(rows, max(BLOCK, config.sliding_window))
     return 3 * 4 * config.num_heads * block * min(rows, block + config.sliding_window)
@@ -202,7 +202,8 @@ def _mlp_row(config: LlamaConfig, size: int) -> int:
     if experts is None:
         return 3 * config.intermediate_size * size
     copies = 3 * experts.chosen * config.hidden_size * size  # sorted rows, their results, and those in rows' order
-    return copies + 8 * experts.number
+    mlp = 3 * max(config.intermediate_size if experts.first else 0, experts.shared * experts.width) * size
+    return copies + 8 * experts.number + mlp
 
 
 def longest_prompt(config: LlamaConfig, available: float, **options: Any) -> int:

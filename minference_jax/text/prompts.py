@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
+from minference_jax.models.dual_chunk import outgrows
 from minference_jax.models.llama import Llama
 from minference_jax.models.parts import prefill_parts
 from minference_jax.planning.buckets import QUERY_TILE, bucket_length
@@ -38,10 +39,12 @@ class PromptRunner:
     ) -> tuple[Array, KVCache, int]:
         """Last-token logits, the cache with room for `new` more tokens, and how many tokens came from `cache`."""
         start = 0 if cache is None else shared_prefix(self._model.config, prompts, sizes, cache)
-        rows = bucket_length(int(sizes.max()) - start)
-        chunk = min(self._chunk or rows, rows)
-        rows = -(-rows // chunk) * chunk
-        capacity = start + rows + new
+        rows, chunk = self._rows(sizes, start)
+        config, capacity = self._model.config, start + rows + new
+        if cache is not None and start and outgrows(config, cache.capacity, bucket_length(capacity)):
+            start = 0
+            rows, chunk = self._rows(sizes, start)
+            capacity = rows + new
         if cache is not None and ((start == 0 and cache.capacity < capacity) or cache.lengths.shape != sizes.shape):
             # Nothing of it is used: a new one takes its place, rather than a copy of it.
             kind = cache.k.dtype if self._cache_dtype is None else self._cache_dtype
@@ -54,6 +57,12 @@ class PromptRunner:
             cache = cache if cache.capacity >= capacity else cache.grown(bucket_length(capacity))
         logits, cache = self._run(prompts, sizes, cache, start, rows, chunk)
         return logits, cache, start * len(sizes)
+
+    def _rows(self, sizes: np.ndarray, start: int) -> tuple[int, int]:
+        """Rows to process from `start` on, with their padding, and how many at once."""
+        rows = bucket_length(int(sizes.max()) - start)
+        chunk = min(self._chunk or rows, rows)
+        return -(-rows // chunk) * chunk, chunk
 
     def again(self, cache: KVCache, token: np.ndarray, finished: np.ndarray) -> tuple[Array, KVCache]:
         """Processes everything in the cache, and one token more, with the RoPE of the new lengths."""
