@@ -106,7 +106,7 @@ def make_plan(
 def _plan(
     q: Array, k: Array, heads: LayerPatterns, lengths: Array, q_offset: Array, *, scale: float, axis_name: Any
 ) -> SparsePlan:
-    q, k, heads, where = vary_alike((q, k, heads, Where(lengths, q_offset, scale, axis_name)))
+    q, k, heads, where = vary_alike((q, k, heads, Where(lengths, q_offset, scale, axis_name, heads.unspent)))
     plans = [(chosen, budgets.index(q, k, where)) for chosen, budgets in heads.chosen()]
     for _, plan in plans:
         plan.validate(q.shape[0], q.shape[2], q.shape[1])
@@ -243,9 +243,10 @@ def sparse_attention(
     heads = layer_patterns(pattern, q.shape[2])
     remark = _if_slower(pattern, q, k) if return_info and implementation is None else ""
     settings: Any = (check_scale(scale, q), implementation, return_lse, return_info, remark, axis_name, zigzag)
-    out, info = _attend(q, k, v, heads, lengths, offset, *settings)
+    out, info, left = _attend(q, k, v, heads, lengths, offset, *settings)
     found = out if return_lse else (out,)
     found = (*found, info) if return_info else found
+    found = found if left is None else (*found, left)
     return found if len(found) > 1 else found[0]
 
 
@@ -281,7 +282,7 @@ def _attend(
     remark: str,
     axis_name: str | None,
     zigzag: Zigzag | None,
-) -> tuple[Any, AttentionInfo | None]:
+) -> tuple[Any, AttentionInfo | None, Array | None]:
     b, n = q.shape[0], q.shape[2]
     where: dict[str, Any] = {"lengths": lengths, "q_offset": q_offset, "scale": scale}
     everything = jnp.ones((b, n), jnp.float32)
@@ -303,28 +304,32 @@ def _attend(
         choice = choose_implementation(q, k, v, None, implementation=dense_name)
         out: Any = rows(dense_kernel, q, k, v, None, q_offset)
         reason = f"the budgets cover all {k.shape[1]} keys: dense attention; {choice.reason}"
-        return out, AttentionInfo(everything, everything, choice.name, reason) if return_info else None
+        info = AttentionInfo(everything, everything, choice.name, reason) if return_info else None
+        return out, info, heads.unspent
 
-    def sparse() -> tuple[Any, Array, Array]:
+    def sparse() -> tuple[Any, Array, Array, Array | None]:
         plan = make_plan(q, k, heads, **where, axis_name=axis_name)
         out = rows(sparse_kernel, q, k, v, plan, q_offset)
-        if not return_info:
-            return out, everything, everything
+        if not return_info and heads.unspent is None:
+            return out, everything, everything, None
         density = plan.density(q.shape[1], k.shape[1], q_offset=q_offset, lengths=lengths)
+        left = heads.left(density, axis_name)
+        if not return_info:
+            return out, everything, everything, left
         arrays = (q, k, plan, kv_limit(lengths, b, k.shape[1]), q_offset)
         held = by_device(estimated_recall, arrays, RECALL_AXES, PER_HEAD, scale=scale)
-        return out, density, held
+        return out, density, held, left
 
-    def dense() -> tuple[Any, Array, Array]:
-        return rows(dense_kernel, q, k, v, None, q_offset), everything, everything
+    def dense() -> tuple[Any, Array, Array, Array | None]:
+        return rows(dense_kernel, q, k, v, None, q_offset), everything, everything, heads.unspent
 
     all_dense = heads.all_dense()
     if all_dense is not None and axis_name is not None:  # of the layer's heads, wherever they are
         all_dense = jax.lax.pmin(all_dense.astype(jnp.int32), axis_name) == 1
     # One scanned program serves all layers; those without a sparse head skip the index.
-    out, density, held = sparse() if all_dense is None else jax.lax.cond(all_dense, dense, sparse)
+    out, density, held, left = sparse() if all_dense is None else jax.lax.cond(all_dense, dense, sparse)
     if not return_info:
-        return out, None
+        return out, None, left
     plan_shape = jax.eval_shape(lambda: make_plan(q, k, heads, **where, axis_name=axis_name))
     choice = choose_implementation(q, k, v, plan_shape, implementation=implementation)
-    return out, AttentionInfo(density, held, choice.name, choice.reason + remark)
+    return out, AttentionInfo(density, held, choice.name, choice.reason + remark), left

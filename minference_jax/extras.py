@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 EXTRA_OF = {
     "flax": "models",
+    "huggingface_hub": "models",
     "safetensors": "models",
     "tokenizers": "models",
     "transformers": "models",
@@ -19,6 +20,7 @@ EXTRA_OF = {
     "typer": "cli",
     "matplotlib": "plots",
     "rapidfuzz": "eval",
+    "lm_eval": "harness",
     "torch": "torch",
 }
 """Packages that are not in the core, and the extra that brings each."""
@@ -33,8 +35,9 @@ def naming_extra(purpose: str = "this") -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        extra = EXTRA_OF.get(error.name or "")
+        package = (error.name or "").partition(".")[0]
+        extra = EXTRA_OF.get(package)
         if extra is None:
             raise
-        text = f"{purpose} needs {error.name}: pip install 'minference-jax[{extra}]'"
+        text = f"{purpose} needs {package}: pip install 'minference-jax[{extra}]'"
         raise ModuleNotFoundError(text, name=error.name) from error

@@ -127,8 +127,8 @@ def test_labels_have_the_probabilities_of_their_tokens(model):
 def test_the_cache_that_labels_are_scored_on_stays(model):
     cache = model.init_cache(1, 256)
     logits, cache = model.prefill(jnp.asarray([[5, 6, 7]]), None, cache)
-    first = choice_log_probabilities(model, logits, cache, [[1, 2], [3, 4]])
-    np.testing.assert_array_equal(first, choice_log_probabilities(model, logits, cache, [[1, 2], [3, 4]]))
+    first = choice_log_probabilities(model, logits, cache, [[[1, 2], [3, 4]]])
+    np.testing.assert_array_equal(first, choice_log_probabilities(model, logits, cache, [[[1, 2], [3, 4]]]))
     np.testing.assert_allclose(np.exp(first).sum(), 1, rtol=1e-6)
 
 

@@ -33,13 +33,13 @@ def model(tmp_path_factory):
 
 def test_generate_prints_the_text_and_nothing_else(model, capsys):
     status, text, news = run(capsys, "generate", model, "Hello", "--max-new-tokens", 6)
-    assert (status, news) == (0, "")
+    assert (status, news) == (0, "The reply is cut at 6 tokens (--max-new-tokens).\n")
     status, out, _ = run(capsys, "generate", model, "Hello", "--max-new-tokens", 6, "--json")
     found = json.loads(out)
     assert status == 0
     assert found["text"] == text.removesuffix("\n")
     assert found["prompt_tokens"] == len("<u>Hello<a>")
-    assert found["generated_tokens"] == len(found["tokens"]) <= 6
+    assert found["generated_tokens"] == len(found["tokens"]) == 6 and found["finish"] == "length"
     assert found["density"] == 1.0
 
 
@@ -113,10 +113,11 @@ def test_inspect_counts_patterns(capsys, tmp_path):
         (("MODEL", "-", "--file", "-"), "standard input"),
         (("MODEL", "a", "--max-new-tokens", "0"), "max-new-tokens"),
         (("MODEL", "a", "--no-such-option"), "--no-such-option"),
-        (("MODEL", "a", "--dtype", "int8"), "dtype must be one of"),
+        (("MODEL", "a", "--dtype", "int8"), "--dtype must be one of float32"),
+        (("MODEL", "a", "--cache", "int4"), "--cache must be model, fp8 or int8"),
+        (("MODEL", "a", "--prefill-chunk", "1G"), "'1G' is no length"),
         (("MODEL", "a", "--top-p", "-1"), "top_p must be in (0, 1]"),
         (("MODEL", "a", "--prefill-chunk", "130"), "multiple of 128"),
-        (("MODEL", "a", "--cache", "int4"), "fp8 or int8"),
         (("MODEL", "a", "--seed", "1" + "0" * 30), "at most 64 bits"),
         (("MODEL", "a", "--rope-scaling", '{"factor": 2, "factor": 4}'), "'factor' occurs twice"),
         (("MODEL", "a", "--pattern", "diagonal"), "neither a file nor a pattern"),

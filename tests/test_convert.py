@@ -326,7 +326,7 @@ def test_broken_directories_give_one_error_that_names_the_place(tmp_path, case):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere", "does not exist .checkpoints are local"),
+        ("nowhere", "does not exist"),
         ("weights.bin", "pickles"),
         ("weights.safetensors", "give the directory"),
         ("notes.txt", "neither a GGUF file nor a checkpoint directory"),

@@ -31,7 +31,9 @@ def test_eval_writes_results_and_report_and_goes_on(tiny, tmp_path, capsys):
     "changed, status, message",
     [
         (["--tasks", "nothing"], 2, "no task is named 'nothing'"),
-        (["--lengths", "1024,x"], 2, "--lengths must be whole numbers"),
+        (["--lengths", "1024,x"], 2, "--lengths must be lengths with commas"),
+        (["--data", "mine.jsonl"], 2, "--data needs --template and --answer"),
+        (["--choices", "a,b"], 2, "with --data only"),
         (["--methods", "best"], 2, "'best' is neither a file nor a pattern"),
         (["--methods", "searched:dense"], 2, "no budgets to scale"),
     ],

@@ -55,11 +55,13 @@ def test_replies_are_scored_up_to_their_end():
 def test_a_task_scores_as_pytorch_does(tmp_path, capsys):
     """The command, on random weights with a real tokenizer: replies and scores of both sides are the same."""
     model = tiny_with_tokenizer(tmp_path / "model")
-    options = ["--model", str(model), "--torch-python", str(torch_python()), "--json"]
+    page = tmp_path / "page.html"
+    options = ["--model", str(model), "--torch-python", str(torch_python()), "--json", "--report", str(page)]
     assert main(["compare", "--task", "needle-magic-raw", "--length", "200", "--samples", "2", *options]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {field.name for field in dataclasses.fields(TaskComparison)}
     assert found["scores_ours"] == found["scores_torch"] and found["same_replies"] == 1.0
+    assert "100 % of 2 replies are the same" in page.read_text()
     assert found["replies_ours"] == found["replies_torch"] and all(found["replies_ours"])
     assert found["comparison"]["argmax_agreement"] > 0.99
 

@@ -275,8 +275,9 @@ def test_the_report_has_averages_tasks_and_plots(tmp_path):
     part = [r for r in results_of_two_methods() if (r.method, r.task) != ("window", "needle-magic-raw")]
     assert "| window | 0.250 | — | 7.77 [" in markdown(part)  # no average over other tasks than dense attention's
     page = (tmp_path / "report.html").read_text()
-    assert "Tiny &lt;model&gt;" in page and page.count("<svg") == 3
+    assert "Tiny &lt;model&gt;" in page and page.count("<svg") == 5
     write_report(results_of_two_methods(), tmp_path / "again", "Tiny <model>")
     assert (tmp_path / "again" / "report.html").read_text() == page
     names = {path.name for path in written}
-    assert names == {"report.md", "report.html", "needle.svg", "score-niah.svg", "perplexity.svg"}
+    pictures = ("needle", "score-niah", "perplexity", "difference", "difference-likelihood")
+    assert names == {"report.md", "report.html", *(f"{name}.svg" for name in pictures)}

@@ -1,5 +1,6 @@
 """Every generator against a sample written by hand, right and wrong answers, exact lengths, readers of local files."""
 
+import itertools
 import json
 import random
 import re
@@ -86,6 +87,14 @@ def test_right_answers_score_one_and_wrong_ones_zero(tokenizer, questions, name)
     assert again == one.sample(WordTokenizer(), 1024, 2, 5) and other.tokens != again.tokens
 
 
+@pytest.mark.parametrize("name", ["needle-magic-raw", "passkey", "kv"])
+@pytest.mark.parametrize("count", [2, 4, 6, 10])
+def test_few_samples_have_depths_all_over_the_text(tokenizer, name, count):
+    depths = sorted(task(name).sample(tokenizer, 400, index, 0).about["depth"] for index in range(count))
+    assert depths[0] == 0.05 and depths[-1] == 0.95 and len(set(depths)) == count
+    assert max(b - a for a, b in itertools.pairwise(depths)) <= 1.8 / count
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("needle")])
 @pytest.mark.parametrize("length", [255, 777])
 def test_needle_prompts_have_exactly_the_length(tokenizer, name, length):
@@ -96,12 +105,14 @@ def test_needle_prompts_have_exactly_the_length(tokenizer, name, length):
 
 
 def test_the_needle_written_out(tokenizer):
-    sample = task("needle-magic-raw").sample(tokenizer, 100, 1, 0)
+    sample = task("needle-magic-raw").sample(tokenizer, 100, 7, 0)
     (answer,) = sample.answers
-    fact, text = f"One of the special magic numbers for lantern is: {answer}.", text_of(tokenizer, sample)
+    text = text_of(tokenizer, sample)
+    word = text.split()[-2]
+    fact = f"One of the special magic numbers for {word} is: {answer}."
     before, after = text.split(fact)
     assert before.count("sentence") == 1 and sample.about == {"depth": 0.15}
-    assert after.endswith("\n\nOne of the special magic numbers for lantern is:")
+    assert after.endswith(f"\n\nOne of the special magic numbers for {word} is:")
     chat = text_of(tokenizer, task("needle-magic-prefix").sample(tokenizer, 150, 1, 0))
     assert chat.startswith("<user>") and chat.endswith(" is:") and "<assistant>One of the special magic" in chat
     assert len(answer) == 7 and answer.isdigit()
@@ -118,7 +129,7 @@ def test_the_pass_key_written_out(tokenizer):
 
 
 def test_key_values_written_out(tokenizer):
-    sample = task("kv").sample(tokenizer, 400, 9, 0)
+    sample = task("kv").sample(tokenizer, 400, 1, 0)
     text, (value,) = text_of(tokenizer, sample), sample.answers
     body, question = text.split("\n\n")
     pairs = json.loads(body)
@@ -271,10 +282,29 @@ def test_infinitebench_is_read_truncated_in_the_middle_and_scored(tmp_path, toke
     task = read_infinitebench(key)
     assert "x {input} y\n\nKey?" in text_of(tokenizer, task.sample(tokenizer, 500, 0, 0))
     assert task.score(" 71432. The", ("71432",)) == 1 and task.score(" 7143", ("71432",)) == 0
-    with pytest.raises(ValueError, match="no task of InfiniteBench"):
-        read_infinitebench(tmp_path / "novel.jsonl")
+    with pytest.raises(ValueError, match="neither content nor name tell a task of InfiniteBench"):
+        read_infinitebench(lines(tmp_path / "novel.jsonl", {"context": "x", "input": "Why?", "answer": "so"}))
     with pytest.raises(ValueError, match="line 1: KeyError"):
         read_infinitebench(lines(tmp_path / "kv_retrieval.jsonl", {"context": "x"}))
+
+
+def test_what_a_file_of_infinitebench_holds_tells_its_task(tmp_path):
+    book, code = "It was a dark night. " * 600, "def f(x):\n    return x\n\n" * 9
+    contents = {
+        "passkey": ("The grass is green.", "What is the pass key?", []),
+        "number_string": ("The grass is green.", "What is the sequence of digits?", []),
+        "kv_retrieval": ('JSON data:\n{"a": "b"}', 'Key: "a"\nThe value associated with the specified key is: ', []),
+        "longdialogue_qa_eng": ("$$MASK$$: Hello.", "Who is $$MASK$$?", []),
+        "math_find": ("[1, -2, 3.5]", "The largest number of the list is: ", []),
+        "code_debug": (code, "Which function has an error?", ["f", "g"]),
+        "longbook_choice_eng": (book, "Who came?", ["Ann", "Bob"]),
+        "longbook_sum_eng": (book, "", []),
+        "longbook_qa_eng": (book, "Who came?", []),
+        "longbook_qa_chn": (book, "谁来了？", []),
+    }
+    for name, (context, question, options) in contents.items():
+        record = {"context": context, "input": question, "answer": options[:1] or "x", "options": options}
+        assert read_infinitebench(lines(tmp_path / "any.jsonl", record)).name == f"infinitebench-{name}"
 
 
 def test_longbench_is_read_and_scored(tmp_path, tokenizer):
@@ -288,6 +318,10 @@ def test_longbench_is_read_and_scored(tmp_path, tokenizer):
     assert [one.name for one in both] == ["longbench-hotpotqa", "longbench-hotpotqa_e"]
     with pytest.raises(ValueError, match="another file is named longbench-hotpotqa too"):
         make_tasks(["longbench"], files=[*files, files[0]])
+    named = [record | {"dataset": name} for name in ("qasper", "musique")]
+    assert read_longbench(lines(tmp_path / "any.jsonl", named[0])).name == "longbench-qasper"
+    with pytest.raises(ValueError, match="several data sets: qasper, musique"):
+        read_longbench(lines(tmp_path / "any.jsonl", *named))
     classes = ["Animal", "City", "City of birth"]
     record = {"context": "Examples.", "input": "Type of Rome?", "answers": ["City of birth"], "all_classes": classes}
     task = read_longbench(lines(tmp_path / "trec.jsonl", record))

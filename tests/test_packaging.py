@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # Each layer imports from those after it only.
 LAYERS = (
     ("cli", "__main__"),
-    ("demo", "eval", "bench", "compare", "search", "viz"),
+    ("demo", "eval", "bench", "compare", "search", "viz", "jobs"),
     ("checkpoints", "text", "planning", "models", "parallel"),
     ("attention",),
     ("patterns",),

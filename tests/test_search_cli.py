@@ -1,6 +1,7 @@
 """`minference-jax search` and the pictures of `inspect`, on a random model of bytes."""
 
 import json
+import signal
 
 import pytest
 from checkpoints import write_byte_model
@@ -8,8 +9,10 @@ from helpers import run_command as run
 
 from minference_jax import load_patterns
 from minference_jax.cli.search import _target
+from minference_jax.cli.stopping import Stopped
 from minference_jax.patterns import AShape
 from minference_jax.search import Latency
+from minference_jax.search.measure import LayerMeter
 
 TOKENS = ("--tokens", 256, "--target", "0.6", "--query-tiles", 2)
 CANDIDATE = ("--candidate", "a-shape:sink=16,window=512")
@@ -29,13 +32,13 @@ def test_search_writes_patterns_and_verifies_them(folder, capsys):
     out = folder / "patterns.json"
     texts = ("--text", folder / "a.txt", folder / "b.txt", "--out", out)  # as a shell expands *.txt
     arguments = ("search", "--model", folder / "model", *texts, *TOKENS, *CANDIDATE)
-    status, table, news = run(capsys, *arguments, "--verify", folder / "b.txt")
+    status, table, news = run(capsys, *arguments, "--verify", folder / "b.txt", "--plot", folder / "a.svg")
     assert status == 0
     patterns = load_patterns(out, heads=3, layers=2)
     assert f"{out}: 6 a-shape" in table
     assert "| searched | " in table and " GiB at most" in table
     assert "b.txt, 256 tokens" in table
-    assert "layer 2 of 2" in news
+    assert "layer 2 of 2" in news and (folder / "a.svg").read_text().count("<image") >= 4
     assert all(isinstance(p, AShape) for layer in patterns for p in layer)
     status, found, _ = run(capsys, *arguments, "--json")
     found = json.loads(found)["search"]
@@ -109,3 +112,22 @@ def test_mistakes_are_one_line(folder, capsys, monkeypatch, arguments, status, m
     assert news.startswith("error: ")
     assert news.count("\n") == 1
     assert message in news
+
+
+def test_a_stopped_search_says_what_is_kept_and_goes_on(folder, capsys, monkeypatch):
+    out = folder / "stopped.json"
+    arguments = ("search", "--model", folder / "model", "--text", folder / "a.txt", "--out", out, *TOKENS, *CANDIDATE)
+    measure, layers = LayerMeter.measure, []
+
+    def stops_at_the_second(self, *of_layer):
+        layers.append(of_layer)
+        if len(layers) == 2:
+            raise Stopped(signal.SIGINT)
+        return measure(self, *of_layer)
+
+    monkeypatch.setattr(LayerMeter, "measure", stops_at_the_second)
+    status, _, news = run(capsys, *arguments)
+    kept = f"what is done is in {out}.partial, and the same command goes on there"
+    assert status == 130 and f"error: interrupted: Searching layers, 1 of 2; {kept}\n" in news
+    status, _, news = run(capsys, *arguments)
+    assert status == 0 and "resuming: 1 layers kept\n" in news and "layer 2 of 2" in news and len(layers) == 3

@@ -23,6 +23,7 @@ from minference_jax.checkpoints import names
 from minference_jax.checkpoints.gguf_config import hf_config
 from minference_jax.checkpoints.gguf_split import open_gguf
 from minference_jax.checkpoints.hf_files import HFFiles, check_config, find_gguf, pickle_refusal
+from minference_jax.checkpoints.hub import local_checkpoint
 from minference_jax.checkpoints.save import save_checkpoint as save_checkpoint
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.hf_config import text_config
@@ -63,13 +64,12 @@ class GGUFFiles:
 
 
 def open_checkpoint(path: str | Path) -> TensorFiles:
-    """Opens a checkpoint and reads its headers: a Hugging Face directory, a .gguf file, or a directory with one.
+    """Opens a checkpoint and reads its headers: a Hugging Face directory, a .gguf file, a directory with one, or
+    the name of a model in the local cache of the Hugging Face hub ("org/name").
 
     Raises `ValueError` with one message that names the file, whatever is wrong with it.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist (checkpoints are local: nothing is downloaded)")
+    path = local_checkpoint(path)
     if gguf := find_gguf(path):
         return GGUFFiles(gguf)
     if path.is_dir():

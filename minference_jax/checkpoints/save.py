@@ -16,6 +16,7 @@ from jaxtyping import Array
 from minference_jax.checkpoints import names
 from minference_jax.checkpoints.gguf_split import open_gguf
 from minference_jax.checkpoints.hf_files import find_gguf
+from minference_jax.checkpoints.hub import local_checkpoint
 from minference_jax.extras import naming_extra
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.params import param_shapes
@@ -79,7 +80,7 @@ def write_checkpoint(
 
 def copy_tokenizer(source: str | Path, directory: Path) -> None:
     """Puts the tokenizer of a checkpoint (directory or GGUF file) into a directory, as Hugging Face's files."""
-    source = Path(source)
+    source = local_checkpoint(source)
     if gguf := find_gguf(source):
         for name, content in tokenizer_files(open_gguf(gguf).metadata).items():
             (directory / name).write_text(content, encoding="utf-8")

@@ -1,7 +1,7 @@
 """The program: commands, exit statuses, errors.
 
 Exit status: 0 done; 1 the run failed, or a comparison was outside its tolerance; 2 the command line is wrong; 130
-interrupted. An error is one line, `error: …`, on standard error; `--debug` shows where it came from.
+interrupted; 143 terminated. An error is one line, `error: …`, on standard error; `--debug` shows where it came from.
 """
 
 from __future__ import annotations
@@ -13,8 +13,22 @@ from typing import Annotated
 
 import typer
 
-from minference_jax.cli import batch, bench, compare, convert, demo, eval, fetch, generate, inspect, search, summarize
+from minference_jax.cli import (
+    advise,
+    batch,
+    bench,
+    compare,
+    convert,
+    demo,
+    eval,
+    fetch,
+    generate,
+    inspect,
+    search,
+    summarize,
+)
 from minference_jax.cli.console import enable_compile_cache, use_most_of_the_gpu
+from minference_jax.cli.stopping import Stopped, stoppable, words
 
 # Typer exports this class's children only.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # pyright: ignore[reportAssignmentType]
@@ -23,7 +37,6 @@ app = typer.Typer(
     name="minference-jax",
     help="MInference for JAX: long prompts with dynamic sparse attention.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -33,6 +46,7 @@ app.command("fetch-demo-model")(fetch.fetch_demo_model)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("compare")(compare.compare)
+app.command("advise")(advise.advise)
 app.add_typer(bench.app, name="bench")
 app.command("search")(search.search)
 app.command("eval")(eval.evaluate)
@@ -64,14 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit status; `arguments` defaults to those of the process."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        status = app(arguments, prog_name="minference-jax", standalone_mode=False)
+        with stoppable():
+            status = app(arguments, prog_name="minference-jax", standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except _UsageError as error:
         message = getattr(error, "format_message", lambda: str(error))()
         return _fail(f"{message} (see minference-jax --help)" if message else "", status=2)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", status=130)
+    except (Stopped, KeyboardInterrupt, typer.Abort) as error:
+        return _fail(*words(error))
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone: nothing to say, and nowhere to say it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

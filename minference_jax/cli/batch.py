@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from minference_jax.cli.completion import complete_dtype, complete_pattern
 from minference_jax.cli.console import (
     MAX_BATCH,
-    MAX_TOKENS,
-    progress,
+    chosen_dtype,
     read_full_text,
     split_names,
     stderr,
@@ -19,6 +19,8 @@ from minference_jax.cli.console import (
     usage_error,
 )
 from minference_jax.cli.generate import check_model, load_model
+from minference_jax.cli.lengths import length_option
+from minference_jax.cli.progress import progress
 from minference_jax.patterns.text import PATTERN_HELP
 
 
@@ -35,12 +37,19 @@ def batch(
     ] = "",
     system: Annotated[str, typer.Option(help="System message.")] = "",
     raw: Annotated[bool, typer.Option(help="Continue the prompt itself, without the chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS)] = 256,
+    max_new_tokens: Annotated[int, length_option(help="Of a reply, at most.")] = 256,
     batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Prompts at once.")] = 8,
     pattern: Annotated[
-        str, typer.Option(help=f"How heads attend in prefill: {PATTERN_HELP} auto is sparse where that pays.")
+        str,
+        typer.Option(
+            help=f"How heads attend in prefill: {PATTERN_HELP} auto is sparse where that pays.",
+            autocompletion=complete_pattern,
+        ),
     ] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.", autocompletion=complete_dtype),
+    ] = "",
     fp8: Annotated[bool, typer.Option("--fp8", help="Projections in FP8: faster on Hopper GPUs.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Where another process uses --out, wait for it.")] = False,
 ) -> None:
@@ -55,6 +64,7 @@ def batch(
     from minference_jax.text.tokenizer import load_tokenizer
 
     # Everything that may be wrong is looked at before the weights are read.
+    dtype = chosen_dtype(dtype)
     labels = split_names("--choices", choices) if choices else []
     if raw and system:
         raise usage_error("--raw has no system message")
@@ -72,7 +82,7 @@ def batch(
         with usage("--choices"):
             choice_ids(tokenizer, labels)
     network = load_model(model, patterns, dtype, fp8)
-    with progress(f"{len(rows):,} rows") as update:
+    with progress("Replying to rows", keeps=str(out), unit="rows") as update:
         replies = batch_replies(
             network,
             tokenizer,

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from minference_jax.bench.cases import Case
+from minference_jax.cli.completion import complete_dtype, complete_pattern
 from minference_jax.cli.console import (
     MAX_BATCH,
-    MAX_TOKENS,
     check_picture,
-    dtype_or_default,
+    chosen_dtype,
     print_json,
     read_full_text,
     stderr,
@@ -21,6 +21,7 @@ from minference_jax.cli.console import (
     usage,
     usage_error,
 )
+from minference_jax.cli.lengths import parse_length, parse_lengths
 from minference_jax.cli.mesh import HOSTS_HELP, MESH_HELP, check_mesh, start_mesh
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP, is_pattern_text, parse_pattern
@@ -39,8 +40,13 @@ def prefill(
     methods: Annotated[
         str, typer.Option(help="Any of dense, a-shape, minference, minference-fp8, auto, auto-fp8.")
     ] = "dense,a-shape,minference",
-    pattern: Annotated[str, typer.Option(help=f"What minference means: {PATTERN_HELP}")] = "",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
+    pattern: Annotated[
+        str, typer.Option(help=f"What minference means: {PATTERN_HELP}", autocompletion=complete_pattern)
+    ] = "",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.", autocompletion=complete_dtype),
+    ] = "",
     repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Runs, of which the median is shown.")] = 3,
     dense_limit: Annotated[
         str, typer.Option(help="Beyond this length dense rows are estimated from one layer, and marked ~.")
@@ -66,6 +72,8 @@ def prefill(
 
     Compiled programs are kept (see JAX_COMPILATION_CACHE_DIR in the README): the compile column says which ones came
     from there, and what tracing and loading them took.
+
+    Example: minference-jax bench prefill --random-weights llama-3-8b --lengths 8K,128K
     """
     if [model is not None, bool(random_weights), rows_of is not None].count(True) != 1:
         raise usage_error("give a model, --random-weights or --rows")
@@ -83,7 +91,7 @@ def prefill(
             bench.plot(bench.from_json(before), plot, title=before.get("model", ""))
         return
     chosen = _methods(methods)
-    sizes = [parse_length(text) for text in lengths.split(",")]
+    sizes = parse_lengths("--lengths", lengths)
     limit = parse_length(dense_limit)
     if is_pattern_text(pattern):
         with usage("--pattern"):
@@ -158,6 +166,8 @@ def kernels(
     A figure is shown only for an output whose sampled rows agree with an exact computation. Sparse and dense attention
     take turns of a quarter of a second, as a GPU at its power limit slows down within that time; compare the figures of
     one run.
+
+    Example: minference-jax bench kernels --lengths 8K,32K --pattern a-shape
     """
     from minference_jax.bench import kernels as bench
 
@@ -171,7 +181,7 @@ def kernels(
             find_backend(implementation, sparse=True)
     if plot is not None:
         check_picture("--plot", plot)
-    sizes = [parse_length(text) for text in lengths.split(",")]
+    sizes = parse_lengths("--lengths", lengths)
     rows, limit = [], parse_length(dense_limit)
     options: dict[str, Any] = {"repeats": repeats, "implementation": implementation or None}
     for row in bench.bench_kernels(sizes, cases, layouts, peers=peers, dense_limit=limit, **options):
@@ -204,13 +214,16 @@ def operator(
     repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Turns, of which the median is shown.")] = 5,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Time sparse attention by pattern as a whole (index, tables and kernel) beside dense attention."""
+    """Time sparse attention by pattern as a whole (index, tables and kernel) beside dense attention.
+
+    Example: minference-jax bench operator --pattern vertical-slash:columns=64 --lengths 8K
+    """
     from minference_jax.bench import kernels as bench
     from minference_jax.bench import operator as whole
 
     with usage("--pattern"):
         chosen = [parse_pattern(name) for name in patterns]
-    sizes = [parse_length(size) for size in lengths.split(",")]
+    sizes = parse_lengths("--lengths", lengths)
     rows = []
     if model is None:
         with usage("--heads"):
@@ -241,18 +254,6 @@ def _captured(path: Path, text: str, layer: int, sizes: list[int]) -> Any:
     network = _network(path, "", "")
     for size in sizes:
         yield f"{path.name}, layer {layer}", captured(network, jnp.asarray([ids[:size]], jnp.int32), layer)
-
-
-def parse_length(text: str) -> int:
-    """A number of tokens: `8192`, `8K` or `1M`. Raises a usage error for anything else."""
-    number, factor = text.strip(), 1
-    if number[-1:].upper() in ("K", "M"):
-        number, factor = number[:-1], 1 << (10 if number[-1:].upper() == "K" else 20)
-    if not number.isdecimal() or int(number) == 0:
-        raise usage_error(f"{text!r} is no length; write 8192, 8K or 1M")
-    if int(number) * factor > MAX_TOKENS:
-        raise usage_error(f"{text!r} is more than {MAX_TOKENS:,} tokens")
-    return int(number) * factor
 
 
 def _rows(path: Path) -> Any:
@@ -287,7 +288,7 @@ def _network(model: Path | None, random_weights: str, dtype: str, mesh: Any = No
     from minference_jax.checkpoints.presets import known_config
     from minference_jax.models.llama import Llama
 
-    dtype = dtype_or_default(dtype)
+    dtype = chosen_dtype(dtype)
     if model is not None:
         return Llama.from_pretrained(model, dtype=dtype, mesh=mesh)
     config = known_config(random_weights)

@@ -1,28 +1,20 @@
-"""What the commands share: progress on standard error, clean standard output, reading files, the compile cache."""
+"""What the commands share: clean standard output, reading files, wrong usage, the compile cache."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
+import platform
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
-Update = Callable[[int, int], None]
 
 
 def stdout() -> Console:
@@ -48,23 +40,6 @@ def _finite(value: Any) -> Any:
     if hasattr(value, "item") and not isinstance(value, str):  # NumPy's and JAX's scalars
         value = value.item()
     return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value
-
-
-@contextlib.contextmanager
-def progress(label: str, *, show: bool = True) -> Iterator[Update]:
-    """A bar on standard error, as `update(done, total)`; a spinner until the first call. Silent without a terminal."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = stderr()
-    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as bars:
-        task = bars.add_task(label, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 MAX_TOKENS = 1 << 24
@@ -100,13 +75,31 @@ def read_full_text(name: str) -> str:
     return text
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of weights and activations."""
+
+
+def chosen_dtype(text: str) -> str:
+    """The value of `--dtype`, or without one float32 on a CPU and bfloat16 elsewhere. Ends with status 2 for others."""
+    if text and text not in DTYPES:
+        raise usage_error(f"--dtype must be one of {', '.join(DTYPES)}, got {text!r}")
+    if text:
+        return text
+    import jax
+
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def check_picture(option: str, path: Path) -> None:
     """Ends the program with status 2 unless a picture can be written to `path`."""
     from minference_jax.runs.files import check_output_file
-    from minference_jax.viz.figure import check_path
+    from minference_jax.viz.figure import check_path, has_matplotlib
+    from minference_jax.viz.page import NO_PICTURES
 
     with usage(option):
         check_output_file(check_path(path))
+    if not has_matplotlib():
+        raise usage_error(f"{option}: {NO_PICTURES}")
 
 
 def usage_error(message: str) -> typer.BadParameter:
@@ -123,21 +116,36 @@ def usage(option: str) -> Iterator[None]:
         raise usage_error(f"{option}: {error}") from None
 
 
-def dtype_or_default(dtype: str) -> str:
-    """The value of --dtype, or without one what models have here by default. Another word ends with status 2."""
-    import jax
-
-    if dtype not in ("", "float32", "bfloat16", "float16"):
-        raise usage_error(f"--dtype: dtype must be one of float32, bfloat16 or float16, got {dtype!r}")
-    return dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-
-
 def split_names(option: str, text: str) -> list[str]:
     """Names at the commas, each once. At least one, and none empty, or the command line is wrong."""
     names = [name.strip() for name in text.split(",")]
     if not all(names):
         raise usage_error(f"{option} must be names with commas, got {text!r}")
     return list(dict.fromkeys(names))
+
+
+def command_line() -> str:
+    """How the program was called, for the files that it writes."""
+    return shlex.join(["minference-jax", *sys.argv[1:]])
+
+
+def run_facts(model: Path) -> dict[str, Any]:
+    """What a report says of its run beside its settings: model, command, date, versions, device."""
+    import jax
+
+    from minference_jax.runs.identity import package_version
+
+    return {
+        "model": model.absolute().name,
+        "command": command_line(),
+        "date": datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
+        "versions": {
+            "minference-jax": package_version(),
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        },
+        "device": jax.devices()[0].device_kind,
+    }
 
 
 def cache_directory() -> Path:

@@ -7,18 +7,23 @@ from typing import Annotated
 
 import typer
 
-from minference_jax.cli.console import MAX_TOKENS, print_json, progress, stderr, stdout
+from minference_jax.cli.console import print_json, stderr, stdout
 from minference_jax.cli.fetch import default_model, fetch
+from minference_jax.cli.lengths import length_option
+from minference_jax.cli.progress import progress
 
 
 def demo(
     model: Annotated[Path | None, typer.Option(help="A chat model; default: SmolLM2-135M-Instruct, fetched.")] = None,
-    tokens: Annotated[int, typer.Option(min=512, max=MAX_TOKENS, help="Length of the prompt.")] = 4096,
+    tokens: Annotated[int, length_option(least=512, help="Length of the prompt.")] = 4096,
     depth: Annotated[float, typer.Option(min=0.0, max=1.0, help="Where in the chapter the fact is hidden.")] = 0.35,
     seed: Annotated[int, typer.Option(help="Which fact is hidden.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
-    """Read book chapters with dense and with sparse prefill, and answer a question about them."""
+    """Read book chapters with dense and with sparse prefill, and answer a question about them.
+
+    Example: minference-jax demo --tokens 4K
+    """
     directory = model or fetch(default_model())
     from minference_jax.demo import report, run_demo
 

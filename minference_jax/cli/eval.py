@@ -8,39 +8,60 @@ from typing import Annotated, Any
 
 import typer
 
+from minference_jax.cli.completion import complete_dtype, complete_methods, complete_tasks
 from minference_jax.cli.console import (
     MAX_BATCH,
-    progress,
+    chosen_dtype,
     read_full_text,
+    run_facts,
     split_names,
     stderr,
     stdout,
     usage,
     usage_error,
 )
+from minference_jax.cli.eval_list import print_list
 from minference_jax.cli.generate import load_model
+from minference_jax.cli.lengths import HOW, length_option, parse_lengths
 from minference_jax.cli.mesh import MESH_HELP, check_mesh, start_mesh
+from minference_jax.cli.progress import progress
 from minference_jax.patterns.resolve import resolve_patterns
 
 
 def evaluate(
-    model: Annotated[Path, typer.Option(help="A Hugging Face directory or a .gguf file.")],
+    model: Annotated[Path | None, typer.Option(help="A Hugging Face directory or a .gguf file.")] = None,
     tasks: Annotated[
         str,
         typer.Option(
-            help="Names or groups (niah, retrieval, ruler), with commas; infinitebench, longbench, ppl, turns."
+            help="Names or groups, with commas; see --list. Default: niah,kv,ppl, or --data alone.",
+            autocompletion=complete_tasks,
         ),
-    ] = "niah,kv,ppl",
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, with commas.")] = "1024,4096",
+    ] = "",
+    lengths: Annotated[str, typer.Option(help=f"Prompt lengths in tokens, with commas; {HOW}")] = "1K,4K",
     methods: Annotated[
         str,
-        typer.Option(help="Names (dense, minference, a-shape, static, …), patterns, searched:FILE; with commas."),
+        typer.Option(
+            help="Names (dense, minference, a-shape, static, …), patterns, searched:FILE; with commas.",
+            autocompletion=complete_methods,
+        ),
     ] = "dense,minference,a-shape",
+    data: Annotated[Path | None, typer.Option(help="Rows of your own: .jsonl, .csv, .tsv or lines of text.")] = None,
+    template: Annotated[str, typer.Option(help="With --data: the prompt, with fields as {text}.")] = "",
+    answer: Annotated[str, typer.Option(help="With --data: the field with the right answer or a list of them.")] = "",
+    metric: Annotated[
+        str, typer.Option(help="With --data: exact, f1, rouge-l, contains, or accuracy over --choices.")
+    ] = "exact",
+    choices: Annotated[str, typer.Option(help="With --data: labels with commas, or the field that lists them.")] = "",
+    max_new_tokens: Annotated[int, length_option(help="With --data: of a reply, at most.")] = 64,
+    raw: Annotated[bool, typer.Option("--raw", help="With --data: no chat template.")] = False,
     samples: Annotated[int, typer.Option(min=1, max=1_000_000, help="Of each task at each length.")] = 50,
     batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Prompts at once.")] = 8,
     density: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of keys that methods may visit.")] = 0.35,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.", autocompletion=complete_dtype),
+    ] = "",
     text: Annotated[str, typer.Option(help="Haystack and text for perplexity; default: an excerpt of a novel.")] = "",
     qa: Annotated[list[Path] | None, typer.Option(help="In SQuAD's format: ruler-qa_1; a second: ruler-qa_2.")] = None,
     file: Annotated[list[Path] | None, typer.Option(help="A JSONL file of infinitebench or longbench.")] = None,
@@ -49,32 +70,62 @@ def evaluate(
     ),
     mesh: Annotated[str, typer.Option(help=MESH_HELP + " Of one host.")] = "",
     wait: Annotated[bool, typer.Option("--wait", help="Where another process uses --output, wait for it.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Print tasks, methods and presets.")] = False,
 ) -> None:
-    """Score methods on tasks at prompt lengths; results are kept, and a stopped run goes on where it was."""
+    """Score methods on tasks at prompt lengths; results are kept, and a stopped run goes on where it was.
+
+    Example: minference-jax eval --model DIR --tasks niah,ppl --lengths 1K,4K --methods dense,minference
+
+    Example: minference-jax eval --model DIR --data mine.jsonl --template "{text} Positive or negative?" --answer label
+    --metric accuracy --choices positive,negative --lengths 2K
+    """
+    if list_:
+        print_list()
+        return
+    if model is None:
+        raise usage_error("give --model, or --list")
     from minference_jax.checkpoints.convert import open_checkpoint
-    from minference_jax.eval.report import tables, write_report
+    from minference_jax.eval.own_data import read_own_data
+    from minference_jax.eval.report import write_report
+    from minference_jax.eval.results import read_run
     from minference_jax.eval.runner import evaluate as run
+    from minference_jax.eval.tables import tables
     from minference_jax.eval.tasks import make_tasks
     from minference_jax.models.config import LlamaConfig
     from minference_jax.runs.files import check_output_folder
     from minference_jax.text.tokenizer import load_tokenizer
+    from minference_jax.viz.figure import has_matplotlib
+    from minference_jax.viz.page import NO_PICTURES
 
     shared = start_mesh(mesh)
-    sizes = _lengths(lengths)
+    dtype = chosen_dtype(dtype)
+    sizes = parse_lengths("--lengths", lengths)
     names = split_methods(methods)
     with usage("--output"):
         check_output_folder(output)
     # Everything that may be wrong is looked at before the weights are read.
+    chosen: list[Any] = []
+    if data is not None:
+        if not (template and answer):
+            raise usage_error("--data needs --template and --answer")
+        labels = split_names("--choices", choices) if choices else ()
+        options = {"choices": labels, "max_new_tokens": max_new_tokens, "chat": not raw}
+        with usage("--data"):
+            chosen.append(read_own_data(data, template, answer, metric, **options))
+    elif template or answer or choices:
+        raise usage_error("--template, --answer and --choices are of use with --data only")
     book = read_full_text(text) if text else None
-    with usage("--tasks"):
-        chosen = make_tasks(split_names("--tasks", tasks), text=book, qa=qa or (), files=file or ())
+    if tasks or not chosen:
+        with usage("--tasks"):
+            wanted = split_names("--tasks", tasks or "niah,kv,ppl")
+            chosen += make_tasks(wanted, text=book, qa=qa or (), files=file or ())
     config = LlamaConfig.from_hf(open_checkpoint(model).config)
     check_mesh(shared, config)
     tokenizer = load_tokenizer(model)
     with usage("--methods"):
         compared = [_method(name, config, tokenizer) for name in names]
     network = load_model(model, None, dtype, mesh=shared)
-    with progress("Evaluating") as update:
+    with progress("Evaluating", keeps=str(output / "results.jsonl"), unit="results") as update:
         results = run(
             network,
             tokenizer,
@@ -86,11 +137,12 @@ def evaluate(
             density=density,
             seed=seed,
             path=output / "results.jsonl",
-            about={"model": model.absolute().name, "text": text, "methods": names},
+            about={"text": text, "qa": list(map(str, qa or ())), **run_facts(model)},
             wait=wait,
             progress=lambda done, total, _: update(done, total),
         )
-    paths = write_report(results, output, f"{model.absolute().name}, {samples} samples of each task and length")
+    title = f"{model.absolute().name}, {samples} samples of each task and length"
+    paths = write_report(results, output, title, read_run(output / "results.jsonl"))
     from rich.table import Table
 
     for table in tables(results)[: len(sizes)]:
@@ -98,20 +150,9 @@ def evaluate(
         for row in table.rows:
             shown.add_row(*(cell.replace("[", "\\[") for cell in row))
         stdout().print(shown)
-    stderr().print("Written: " + ", ".join(map(str, paths)))
-
-
-def _lengths(text: str) -> list[int]:
-    from minference_jax.eval.samples import check_length
-
-    parts = text.split(",")
-    if not all(re.fullmatch(r"\s*[1-9][0-9]{0,11}\s*", part) for part in parts):
-        raise usage_error(f"--lengths must be whole numbers with commas, got {text!r}")
-    sizes = list(dict.fromkeys(map(int, parts)))
-    with usage("--lengths"):
-        for size in sizes:
-            check_length(size)
-    return sizes
+    if not has_matplotlib():
+        stderr().print(NO_PICTURES, markup=False)
+    stderr().print("Written: " + ", ".join(map(str, paths)), markup=False)
 
 
 def split_methods(text: str) -> list[str]:

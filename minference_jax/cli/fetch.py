@@ -19,7 +19,10 @@ def fetch_demo_model(
     directory: Annotated[Path | None, typer.Argument(help="Default: a folder of the user's cache.")] = None,
     gguf: Annotated[Path | None, typer.Option(help="The model's GGUF file, if you have it; then no download.")] = None,
 ) -> None:
-    """Fetch SmolLM2-135M-Instruct (Apache-2.0; 93 MB to download, 270 MB on disk); print its directory."""
+    """Fetch SmolLM2-135M-Instruct (Apache-2.0; 93 MB to download, 270 MB on disk); print its directory.
+
+    Example: minference-jax fetch-demo-model models/SmolLM2
+    """
     print(fetch(directory or default_model(), gguf))
 
 

@@ -11,11 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
+from minference_jax.cli.completion import complete_dtype, complete_pattern
 from minference_jax.cli.console import (
-    MAX_TOKENS,
-    dtype_or_default,
+    chosen_dtype,
     print_json,
-    progress,
     read_full_text,
     read_text,
     stderr,
@@ -23,11 +22,15 @@ from minference_jax.cli.console import (
     usage,
     usage_error,
 )
+from minference_jax.cli.lengths import length_option
 from minference_jax.cli.mesh import HOSTS_HELP, MESH_HELP, check_mesh, start_mesh
+from minference_jax.cli.progress import progress
 from minference_jax.patterns.describe import describe_patterns
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP
 from minference_jax.runs.files import strict_json
+
+WRITING = "Writing the reply"
 
 
 def generate(
@@ -39,15 +42,22 @@ def generate(
     reply_prefix: Annotated[str, typer.Option(help="How the reply begins.")] = "",
     raw: Annotated[bool, typer.Option(help="Continue the text itself, without the chat template.")] = False,
     pattern: Annotated[
-        str, typer.Option(help=f"How heads attend in prefill: {PATTERN_HELP} auto is sparse where that pays.")
+        str,
+        typer.Option(
+            help=f"How heads attend in prefill: {PATTERN_HELP} auto is sparse where that pays.",
+            autocompletion=complete_pattern,
+        ),
     ] = "dense",
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS)] = 256,
+    max_new_tokens: Annotated[int, length_option(help="Of the reply, at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.", autocompletion=complete_dtype),
+    ] = "",
     prefill_chunk: Annotated[
-        int | None, typer.Option(min=128, max=MAX_TOKENS, help="Prefill in parts of so many tokens, a multiple of 128.")
+        int | None, length_option(least=128, help="Prefill in parts of so many tokens, a multiple of 128.")
     ] = None,
     cache: Annotated[str, typer.Option(help="Numbers of the KV cache: model (the dtype), fp8 or int8.")] = "model",
     fp8: Annotated[
@@ -55,8 +65,8 @@ def generate(
     ] = False,
     random_weights: Annotated[
         int,
-        typer.Option(
-            min=0,
+        length_option(
+            least=0,
             help="Run so many random tokens through random weights; MODEL is then a config.json, or "
             "llama-3-8b, llama-3.1-8b, qwen2-7b, smollm2.",
         ),
@@ -79,7 +89,10 @@ def generate(
     stats: Annotated[bool, typer.Option(help="Print tokens, times and density on standard error.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
-    """Answer a prompt, or a question about files, with dense or sparse prefill."""
+    """Answer a prompt, or a question about files, with dense or sparse prefill.
+
+    Example: minference-jax generate DIR --file book.txt --question "Who is Anne?" --pattern auto
+    """
     files = file or []
     if random_weights:
         shared = start_mesh(mesh, hosts)
@@ -87,6 +100,9 @@ def generate(
         return
     if not (prompt or files or question):
         raise usage_error("give a prompt, --file or --question")
+    dtype = chosen_dtype(dtype)
+    if cache not in ("model", "fp8", "int8"):
+        raise usage_error(f"--cache must be model, fp8 or int8, got {cache!r}")
     if [*files, prompt].count("-") > 1:
         raise usage_error("standard input can be read once only")
     if raw and (system or reply_prefix):
@@ -115,11 +131,13 @@ def generate(
     network = load_model(Path(model), patterns, dtype, fp8, scaling, shared)
     decoder = tokenizer.stream()
 
-    def write(new: list[list[int]]) -> None:
-        if not json:
+    with progress("Reading the prompt") as work, warnings.catch_warnings():
+
+        def write(new: list[list[int]]) -> None:
+            if work.label != WRITING:
+                work.becomes(WRITING)  # the bar goes before the first token comes
             print("".join(map(decoder.push, new[0])), end="", flush=True)
 
-    with progress("Reading the prompt") as update, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said above
         result = continue_tokens(
             network,
@@ -131,16 +149,18 @@ def generate(
             eos_token_ids=tokenizer.eos_token_ids,
             cache_dtype=cache,
             prefill_chunk=prefill_chunk,
-            progress=update,
+            progress=work,
             stream=None if json else write,
             return_info=True,
         )
     sequence = result.sequences()[0]
+    ended = sequence[-1] in tokenizer.eos_token_ids
     if not json:
-        print(decoder.end())
+        print(decoder.end(), flush=True)
+        if not ended:
+            stderr().print(f"The reply is cut at {max_new_tokens:,} tokens (--max-new-tokens).")
     figures = _figures(result, _described(network, patterns, len(ids), prefill_chunk, result.cache.capacity), network)
     if json:
-        ended = sequence[-1] in tokenizer.eos_token_ids
         reply = tokenizer.decode(sequence, skip_special_tokens=True)
         print_json({"text": reply, "tokens": sequence, "finish": "eos" if ended else "length", **figures})
     elif stats:
@@ -156,7 +176,7 @@ def _check_settings(
 
     with usage("settings"):
         check_numbers(max_new_tokens, temperature, top_p, prefill_chunk)
-        cache_dtype(cache, dtype_or_default(dtype))
+        cache_dtype(cache, chosen_dtype(dtype))
 
 
 def check_model(path: Path, pattern: str, rope_scaling: Any = None) -> tuple[Any, Any]:
@@ -175,9 +195,10 @@ def load_model(
     path: Path, patterns: Any, dtype: str, fp8: bool = False, rope_scaling: Any = None, mesh: Any = None
 ) -> Any:
     """The model with its weights, on one device or a mesh."""
+
     from minference_jax.models.llama import Llama
 
-    dtype = dtype_or_default(dtype)
+    dtype = chosen_dtype(dtype)
     with progress("Loading weights") as update:
         options: dict[str, Any] = {"fp8_projections": fp8, "progress": update, "rope_scaling": rope_scaling}
         options["mesh"] = mesh
@@ -238,7 +259,7 @@ def _random(
     config = known_config(name)
     with usage("--pattern"):
         patterns = pattern if pattern == "auto" else resolve_patterns(pattern, config.num_layers, config.num_heads)
-    dtype = dtype_or_default(dtype)
+    dtype = chosen_dtype(dtype)
     _check_settings(max_new_tokens, 0.0, 1.0, prefill_chunk, cache, dtype)
     check_mesh(mesh, config)
     network = Llama.random(config, jax.random.key(0), dtype, patterns, mesh)

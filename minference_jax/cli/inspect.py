@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from minference_jax.cli.console import MAX_TOKENS, check_picture, print_json, read_full_text, stdout, usage, usage_error
+from minference_jax.cli.console import check_picture, print_json, read_full_text, stdout, usage, usage_error
+from minference_jax.cli.lengths import length_option
 from minference_jax.patterns.text import format_pattern
 
 
@@ -23,14 +24,17 @@ def inspect(
         str, typer.Option(help="LAYER.HEAD: draw its attention on --text, its plan, and what is lost.")
     ] = "",
     text: Annotated[str, typer.Option(help="The text for --head; - is standard input.")] = "",
-    tokens: Annotated[int, typer.Option(min=128, max=MAX_TOKENS, help="How many tokens of the text.")] = 2048,
+    tokens: Annotated[int, length_option(least=128, help="How many tokens of the text.")] = 2048,
     memory: Annotated[
         bool, typer.Option("--memory", help="The longest prompt on each GPU; MODEL may be a name such as llama-3-8b.")
     ] = False,
     mesh: Annotated[str, typer.Option(help="With --memory: on so many devices, rows=2,heads=8 or heads=8.")] = "",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show a checkpoint's config and parameters, and which patterns the heads follow; draw pictures of them."""
+    """Show a checkpoint's config and parameters, and which patterns the heads follow; draw pictures of them.
+
+    Example: minference-jax inspect DIR --patterns patterns.json --plot patterns.png
+    """
     if model is None and patterns is None:
         raise usage_error("give a model, --patterns FILE, or both")
     if plot is not None and patterns is None:
@@ -80,7 +84,6 @@ def inspect(
         print_json(found)
         return
     console = stdout()
-    console.width = max(console.width, 100)
     for heading, content in found.items():
         console.print(_table(heading, content) if isinstance(content, dict) else f"{heading}: {content}")
 
@@ -149,16 +152,29 @@ def _plot_head(model: Path, patterns: Any, head: str, text: str, tokens: int, pl
     return {"head": name, "density": picture.density, "recall": picture.recall}
 
 
+def _flat(content: dict[str, Any]) -> dict[str, Any]:
+    """Dictionaries within as rows of their own, such as `rope.theta`; what is None or empty is left out."""
+    rows: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            rows |= {f"{name}.{key}": one for key, one in _flat(value).items()}
+        elif value is not None and value != ():
+            rows[name] = value
+    return rows
+
+
 def _table(heading: str, content: dict[str, Any]) -> Any:
     from rich import box
     from rich.table import Table
 
+    if not all(isinstance(value, dict) for value in content.values()):
+        content = _flat(content)
     rows = [value if isinstance(value, dict) else {"": value} for value in content.values()]
     columns = list(rows[0]) if rows else []
     table = Table(title=heading, box=box.SIMPLE, show_header=columns != [""], title_justify="left")
-    table.add_column("")
-    for column in columns:
-        table.add_column(column)
+    table.add_column("", overflow="fold")
+    for column in columns:  # numbers stay whole, and the names before them are folded
+        table.add_column(column, overflow="fold", no_wrap=bool(column))
     for name, row in zip(content, rows, strict=True):
         table.add_row(name, *(f"{value:,}" if type(value) is int else str(value) for value in row.values()))
     return table

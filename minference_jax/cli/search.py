@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from minference_jax.cli.completion import complete_dtype
 from minference_jax.cli.console import (
-    MAX_TOKENS,
-    dtype_or_default,
+    check_picture,
+    chosen_dtype,
+    command_line,
     print_json,
-    progress,
     read_full_text,
     split_names,
     stderr,
@@ -24,6 +23,8 @@ from minference_jax.cli.console import (
     usage,
     usage_error,
 )
+from minference_jax.cli.lengths import length_option
+from minference_jax.cli.progress import progress
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import parse_pattern
 
@@ -36,7 +37,7 @@ def search(
     model: Annotated[Path | None, typer.Option(help="A Hugging Face directory or a .gguf file.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="A text to search on; repeatable; - is stdin.")] = None,
     out: Annotated[Path | None, typer.Option(help="The pattern file to write.")] = None,
-    tokens: Annotated[int, typer.Option(min=128, max=MAX_TOKENS, help="Of each sample.")] = 4096,
+    tokens: Annotated[int, length_option(least=128, help="Of each sample.")] = 4096,
     samples: Annotated[
         int, typer.Option(min=1, max=1_000_000, help="Of each text, one after the other; of each task.")
     ] = 1,
@@ -66,14 +67,20 @@ def search(
     end_tiles: Annotated[
         int, typer.Option(min=0, help="As many at each sample's end are scored besides, and count as much.")
     ] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.", autocompletion=complete_dtype),
+    ] = "",
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the patterns, their density, recall and error, to a .png, .pdf or .svg.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Where another process uses --out, wait for it.")] = False,
     restart: Annotated[bool, typer.Option(help="Forget what an interrupted search has kept.")] = False,
     patterns: Annotated[str, typer.Option(help="Verify these instead of searching: a file or a preset.")] = "",
     verify: Annotated[list[str] | None, typer.Option(help="A held-out text to compare on; repeatable.")] = None,
     verify_tokens: Annotated[
         list[int] | None,
-        typer.Option(min=128, max=MAX_TOKENS, help="Prompt length to compare at; repeatable. Default: --tokens."),
+        length_option(least=128, help="Prompt length to compare at; repeatable. Default: --tokens."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -81,6 +88,8 @@ def search(
 
     An interrupted search goes on where it was when it is started again. With --verify the result is compared with
     every candidate given to all heads alike, at equal total visited keys.
+
+    Example: minference-jax search --model DIR --text book.txt --out patterns.json --tokens 8K
     """
     texts = [*(text or []), *(texts or [])]
     if model is None:
@@ -93,6 +102,10 @@ def search(
         raise usage_error("--patterns is only verified here: give --verify FILES")
     if verify_tokens and not verify:
         raise usage_error("--verify-tokens needs --verify FILES")
+    if plot is not None:
+        if not texts:
+            raise usage_error("--plot is of what a search finds; for a file there is inspect --patterns FILE --plot")
+        check_picture("--plot", plot)
     if [*texts, *(verify or [])].count("-") > 1:
         raise usage_error("standard input can be read once only")
 
@@ -127,6 +140,12 @@ def search(
         if not json:
             stdout().print(_summary(found["search"], out))
         known = _patterns(str(out), config)
+        if plot is not None:
+            from minference_jax.viz import plot_patterns
+
+            plot_patterns(known, plot, title=f"{model.absolute().name}: {out.name}")
+            found["search"]["plot"] = str(plot)
+            stderr().print(f"Written: {plot}", markup=False)
     if held_out:
         found["verify"] = [row for one in held_out for row in one.verify(network, known, chosen, json)]
     if json:
@@ -145,7 +164,7 @@ def _load(model: Path, dtype: str) -> Any:
 
     from minference_jax.models.llama import Llama
 
-    dtype = dtype_or_default(dtype)
+    dtype = chosen_dtype(dtype)
     with progress("Reading weights") as update:
         return Llama.from_pretrained(model, dtype=dtype, progress=update)
 
@@ -180,16 +199,18 @@ def _search(
 
     started, first = time.perf_counter(), []
 
-    with progress("Searching layers") as update:
+    with progress("Searching layers", keeps=f"{out}.partial", unit="layers") as update:
 
         def report(done: int, total: int) -> None:
             update(done, total)
             first.append(time.perf_counter())
+            if done == update.first:  # those that were kept
+                return
             each = (first[-1] - first[0]) / max(len(first) - 1, 1)  # the first layer also compiles
             left = f", about {each * (total - done):.0f} s left" if len(first) > 1 and done < total else ""
             stderr().print(f"layer {done} of {total}, {first[-1] - started:.0f} s{left}", soft_wrap=True)
 
-        about = {"model": model.absolute().name, "command": _command()}
+        about = {"model": model.absolute().name, "command": command_line()}
         lengths = [len(row) for row in ids]
         rows = [row + [0] * (max(lengths) - len(row)) for row in ids]
         samples, sizes = jnp.asarray(rows, jnp.int32), jnp.asarray(lengths, jnp.int32)
@@ -199,10 +220,6 @@ def _search(
     peak = memory.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     figures = {"seconds": time.perf_counter() - started, "peak memory GiB": round(peak / 2**30, 2)}
     return {"out": str(out), **figures, **load_about(out)}
-
-
-def _command() -> str:
-    return shlex.join(["minference-jax", *sys.argv[1:]])
 
 
 def _summary(found: dict[str, Any], out: Path) -> str:

@@ -10,8 +10,11 @@ from typing import Annotated
 import typer
 
 from minference_jax.cli.batch import model_or_demo
-from minference_jax.cli.console import MAX_TOKENS, print_json, progress, split_names, stderr, stdout, usage
+from minference_jax.cli.completion import complete_dtype, complete_pattern
+from minference_jax.cli.console import chosen_dtype, print_json, split_names, stderr, stdout, usage
 from minference_jax.cli.generate import check_model, load_model
+from minference_jax.cli.lengths import length_option
+from minference_jax.cli.progress import progress
 from minference_jax.patterns.text import PATTERN_HELP
 
 
@@ -25,14 +28,21 @@ def summarize(
         Path | None, typer.Option(help="JSONL of all replies; a run that was stopped goes on from it.")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(min=64, max=MAX_TOKENS, help="Tokens read at once; default: the model's context.")
+        int | None, length_option(least=64, help="Tokens read at once; default: the model's context.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Of each reply.")] = 96,
+    max_new_tokens: Annotated[int, length_option(help="Of each reply.")] = 96,
     raw: Annotated[bool, typer.Option(help="No chat template.")] = False,
     pattern: Annotated[
-        str, typer.Option(help=f"How heads attend in prefill: {PATTERN_HELP} auto is sparse where that pays.")
+        str,
+        typer.Option(
+            help=f"How heads attend in prefill: {PATTERN_HELP} auto is sparse where that pays.",
+            autocompletion=complete_pattern,
+        ),
     ] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")] = "",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.", autocompletion=complete_dtype),
+    ] = "",
     wait: Annotated[bool, typer.Option("--wait", help="Where another process uses --out, wait for it.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -45,6 +55,7 @@ def summarize(
     from minference_jax.jobs.summarize import summarize as run
     from minference_jax.text.tokenizer import load_tokenizer
 
+    dtype = chosen_dtype(dtype)
     names = split_names("--keywords", keywords)
     if out is not None:
         with usage("--out"):
@@ -54,7 +65,7 @@ def summarize(
     _, patterns = check_model(model, pattern)
     tokenizer = load_tokenizer(model)
     network = load_model(model, patterns, dtype)
-    with progress("Reading") as update:
+    with progress("Reading", keeps=str(out or ""), unit="replies") as update:
         options = {"context": context, "max_new_tokens": max_new_tokens, "raw": raw, "out": out, "wait": wait}
         found = run(network, tokenizer, rows, names, progress=update, **options)
     if json:
@@ -72,7 +83,10 @@ def make_reviews(
     count: Annotated[int, typer.Option(min=1, max=10_000_000)] = 2_000,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Write made-up customer reviews in English and Korean, each with its label and what it is about."""
+    """Write made-up customer reviews in English and Korean, each with its label and what it is about.
+
+    Example: minference-jax make-reviews reviews.jsonl --count 200
+    """
     from minference_jax.data.reviews import make_reviews as make
     from minference_jax.runs.files import check_output_file, naming
 

@@ -84,10 +84,11 @@ def compare(
     import jax
 
     from minference_jax.checkpoints.convert import open_checkpoint
+    from minference_jax.checkpoints.hub import local_checkpoint
     from minference_jax.compare.jax_side import run_jax
     from minference_jax.models.llama import Llama
 
-    model = Path(model)
+    model = local_checkpoint(model)
     config = open_checkpoint(model).config
     tokens, lengths = _tokens(model, prompt, lengths, config["vocab_size"])
     positions = _positions(positions, tokens.shape[1])
@@ -181,11 +182,13 @@ def run_compare(
     *,
     tokens: int = 2048,
     as_json: bool = False,
+    page: Callable[..., None] | None = None,
     **options: Any,
 ) -> int:
     """The `compare` command: prints a report, or one JSON object, about the first `tokens` tokens of `text`.
 
-    `options` are those of `compare`. News of progress goes to standard error.
+    `page(comparison, replies=texts)` is called with what came out, the continuations as texts by side. `options` are
+    those of `compare`. News of progress goes to standard error.
 
     Returns:
         0 if everything is within tolerance, 1 if not. Errors are raised, as `compare` raises them.
@@ -200,11 +203,16 @@ def run_compare(
         raise ValueError(f"tokens must be at least 2, got {tokens}")
     find_torch_python(options.get("torch_python"))
     news = Console(stderr=True)
-    ids = load_tokenizer(model).encode(text)
+    tokenizer = load_tokenizer(model)
+    ids = tokenizer.encode(text)
     if len(ids) < tokens:
         news.print(f"The text has {len(ids)} tokens, fewer than {tokens}: comparing all of them.", highlight=False)
     with news.status("Comparing"):
         result = compare(model, ids[:tokens], progress=lambda line: news.print(line, highlight=False), **options)
+    if page is not None:
+        sides = {"PyTorch": result.greedy_torch, "JAX": result.greedy_ours}
+        texts = {name: tokenizer.decode(rows[0]) for name, rows in sides.items() if rows and rows[0]}
+        page(result, replies=[texts] if texts else ())
     if as_json:
         print(json.dumps(result.to_dict()))
     else:

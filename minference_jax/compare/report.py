@@ -8,7 +8,7 @@ from minference_jax.extras import naming_extra
 if TYPE_CHECKING:
     from rich.console import Group
 
-__all__ = ["comparison_table"]
+__all__ = ["comparison_table", "figure_rows", "name_of_ours"]
 
 
 def _some(layers: tuple[LayerDifference, ...], count: int = 12) -> list[LayerDifference]:
@@ -20,29 +20,18 @@ def _some(layers: tuple[LayerDifference, ...], count: int = 12) -> list[LayerDif
     return [layers[i] for i in sorted(indices)]
 
 
-def comparison_table(comparison: Comparison) -> "Group":
-    """A rich renderable: what was compared, hidden states by layer, and the figures with their bounds."""
-    with naming_extra("a table"):
-        from rich import box
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
+def name_of_ours(comparison: Comparison) -> str:
+    """JAX, and its patterns."""
+    return f"JAX, {comparison.patterns}" if comparison.patterns else "JAX"
 
+
+def figure_rows(comparison: Comparison) -> list[list[str]]:
+    """Name, value and bound of each figure of logits and tokens."""
     c, bounds = comparison, comparison.tolerance
-    ours = f"JAX, {c.patterns}" if c.patterns else "JAX"
+    rows: list[list[str]] = []
 
-    layers = Table(title="Hidden states", box=box.SIMPLE_HEAD)
-    for column in ("after", "max |difference|", "RMS difference", "RMS of PyTorch's"):
-        layers.add_column(column, justify="left" if column == "after" else "right")
-    for layer in _some(c.layers):
-        layers.add_row(layer.name, f"{layer.max:.2e}", f"{layer.rms:.2e}", f"{layer.scale:.3g}")
-
-    figures = Table(title="Logits and tokens", box=box.SIMPLE_HEAD)
-    for column in ("figure", "value", "bound"):
-        figures.add_column(column, justify="left" if column == "figure" else "right")
-
-    def add(name, value, bound=""):
-        figures.add_row(name, value, bound)
+    def add(name: str, value: str, bound: str = "") -> None:
+        rows.append([name, value, bound])
 
     add("max |logit difference|", f"{c.logit_max:.2e}", "" if bounds.logit_max is None else f"≤ {bounds.logit_max:.0e}")
     add("RMS logit difference", f"{c.logit_rms:.2e}")
@@ -58,7 +47,33 @@ def comparison_table(comparison: Comparison) -> "Group":
         add("greedy continuation agrees for", agree, "all" if bounds.greedy else "")
     add("perplexity, PyTorch", f"{c.perplexity_torch:.4f}")
     perplexity = "" if bounds.perplexity is None else f"within {bounds.perplexity:.2%}"
-    add(f"perplexity, {ours}", f"{c.perplexity_ours:.4f}", perplexity)
+    add(f"perplexity, {name_of_ours(c)}", f"{c.perplexity_ours:.4f}", perplexity)
+    return rows
+
+
+def comparison_table(comparison: Comparison) -> "Group":
+    """A rich renderable: what was compared, hidden states by layer, and the figures with their bounds."""
+    with naming_extra("a table"):
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+    c = comparison
+    ours = name_of_ours(c)
+
+    layers = Table(title="Hidden states", box=box.SIMPLE_HEAD)
+    for column in ("after", "max |difference|", "RMS difference", "RMS of PyTorch's"):
+        layers.add_column(column, justify="left" if column == "after" else "right")
+    for layer in _some(c.layers):
+        layers.add_row(layer.name, f"{layer.max:.2e}", f"{layer.rms:.2e}", f"{layer.scale:.3g}")
+
+    figures = Table(title="Logits and tokens", box=box.SIMPLE_HEAD)
+    for column in ("figure", "value", "bound"):
+        figures.add_column(column, justify="left" if column == "figure" else "right")
+
+    for row in figure_rows(c):
+        figures.add_row(*row)
 
     times = Table(title="Seconds", box=box.SIMPLE_HEAD)
     steps = [step for step in ("load", "compile", "prefill", "decode") if step in c.seconds_ours | c.seconds_torch]

@@ -27,6 +27,7 @@ class TaskComparison:
     """One task by both sides. Replies end at the first end-of-text token.
 
     - `scores_ours`, `scores_torch`: of each sample, in [0, 1]; `replies_ours`, `replies_torch`: their texts.
+    - `answers`: those that were right, of each sample.
     - `same_replies`: share of samples whose replies are equal token for token.
     - `comparison`: of logits, perplexity and continuations, as `compare` gives it for these prompts.
     """
@@ -39,6 +40,7 @@ class TaskComparison:
     replies_torch: tuple[str, ...]
     same_replies: float
     comparison: Comparison
+    answers: tuple[tuple[str, ...], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, of types that `json.dumps` writes."""
@@ -105,7 +107,8 @@ def judge(task: Task, length: int, prompts: Sequence[Sample], comparison: Compar
         for side in texts
     ]
     same = sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(prompts)
-    return TaskComparison(task.name, length, scores[0], scores[1], texts[0], texts[1], same, comparison)
+    right = tuple(prompt.answers for prompt in prompts)
+    return TaskComparison(task.name, length, scores[0], scores[1], texts[0], texts[1], same, comparison, right)
 
 
 def until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
@@ -135,9 +138,17 @@ def task_table(result: TaskComparison) -> Group:
 
 
 def run_compare_task(
-    model: str | Path, task: str, *, text: str | None = None, as_json: bool = False, **options: Any
+    model: str | Path,
+    task: str,
+    *,
+    text: str | None = None,
+    as_json: bool = False,
+    page: Callable[..., None] | None = None,
+    **options: Any,
 ) -> int:
     """The `compare --task` command: prints a report, or one JSON object.
+
+    `page(comparison, task=result)` is called with what came out.
 
     Returns:
         0 if the logits and continuations are within tolerance, 1 if not. Errors are raised.
@@ -156,6 +167,8 @@ def run_compare_task(
     tell: Callable[[str], None] = lambda line: news.print(line, highlight=False)  # noqa: E731
     with news.status("Comparing"):
         result = compare_task(model, chosen, progress=tell, **options)
+    if page is not None:
+        page(result.comparison, task=result)
     if as_json:
         print(json.dumps(result.to_dict()))
     else:

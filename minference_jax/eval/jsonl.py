@@ -16,6 +16,7 @@ from typing import Any
 
 from minference_jax.data.needle import ChatTokenizer
 from minference_jax.eval import metrics
+from minference_jax.eval.benchmark_files import infinitebench_task
 from minference_jax.eval.samples import Metric, Sample, encode_prompt
 
 INFINITEBENCH: dict[str, tuple[Metric, int, str]] = {
@@ -34,7 +35,7 @@ INFINITEBENCH: dict[str, tuple[Metric, int, str]] = {
     "math_find": (metrics.first_number, 12, "{context}\n\n{input}\n\nThe number is"),
     "code_debug": (metrics.first_letter, 5, "{context}\n\n{input}\n{options}\nThe letter:"),
 }
-"""Of each task, by its file's name: metric, new tokens, prompt.
+"""Of each task: metric, new tokens, prompt.
 
 New tokens are those of the original, but more where an answer is a number: its digits may be a token each.
 """
@@ -72,6 +73,11 @@ class JsonlTask:
     max_new_tokens: int
     chat: bool = False
 
+    @property
+    def distinct(self) -> int:
+        """As many as there are lines."""
+        return len(self.records)
+
     def sample(self, tokenizer: ChatTokenizer, length: int, index: int, seed: int) -> Sample:
         """Line `index`, with the middle of its context left out where the prompt would be longer than `length`."""
         record = self.records[index % len(self.records)]
@@ -93,28 +99,33 @@ class JsonlTask:
 
 
 def read_infinitebench(path: str | Path) -> JsonlTask:
-    """A file of InfiniteBench: {"context", "input", "answer": str | list, "options": list}, named after its task.
+    """A file of InfiniteBench: {"context", "input", "answer": str | list, "options": list}.
 
-    Of a multiple choice the answer becomes its letter. Raises `ValueError` with the file and line for anything else.
+    Its first record tells the task (`benchmark_files`), or else the file's name. Of a multiple choice the answer
+    becomes its letter. Raises `ValueError` with the file and line for anything else.
     """
-    name, (metric, new, template) = _known(path, INFINITEBENCH, "InfiniteBench")
     records = _records(path, lambda line: _record(line, line["answer"], line.get("options") or ()))
+    name, (metric, new, template) = _known(path, infinitebench_task(records[0]), INFINITEBENCH, "InfiniteBench")
     return JsonlTask(f"infinitebench-{name}", records, template, metric, new)
 
 
 def read_longbench(path: str | Path) -> JsonlTask:
-    """A file of LongBench: {"context", "input", "answers": list, "all_classes": list | null}, named after its data set.
+    """A file of LongBench: {"context", "input", "answers": list, "all_classes": list | null, "dataset": str}.
 
-    Raises `ValueError` with the file and line for anything else.
+    `dataset` tells the task, or else the file's name. Raises `ValueError` with the file and line for anything else.
     """
-    name, (metric, new, template) = _known(path, LONGBENCH, "LongBench")
     classes: dict[str, None] = {}
+    named: dict[str, None] = {}
 
     def convert(line: Mapping[str, Any]) -> dict[str, Any]:
         classes.update(dict.fromkeys(map(str, line.get("all_classes") or ())))
+        named.update(dict.fromkeys(filter(None, [line.get("dataset")])))
         return _record(line, line["answers"], ())
 
     records = _records(path, convert)
+    if len(named) > 1:
+        raise ValueError(f"{path} holds several data sets: {', '.join(map(str, named))}; give a file of each")
+    name, (metric, new, template) = _known(path, next(iter(named), None), LONGBENCH, "LongBench")
     if classes:
         metric = partial(metrics.only_class, classes=tuple(classes))
     return JsonlTask(f"longbench-{name}", records, template, metric, new)
@@ -143,11 +154,13 @@ def truncate_middle(
         kept -= len(found) - length
 
 
-def _known(path: str | Path, table: dict[str, Any], benchmark: str) -> tuple[str, Any]:
-    name = Path(path).stem
+def _known(path: str | Path, found: Any, table: dict[str, Any], benchmark: str) -> tuple[str, Any]:
+    """The task that the content tells, or else the file's name: with the name of its own."""
+    name = Path(path).stem if found is None else str(found)
     task = name.removesuffix("_e")  # LongBench-E's files end in _e: other samples of the same task
     if task not in table:
-        raise ValueError(f"{path}: no task of {benchmark} has this name; there are {', '.join(table)}")
+        what = "neither content nor name tell" if found is None else f"{found!r} is no"
+        raise ValueError(f"{path}: {what} a task of {benchmark}; there are {', '.join(table)}")
     return name, table[task]
 
 

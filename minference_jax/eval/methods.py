@@ -221,3 +221,21 @@ METHODS: dict[str, Chooser] = {
 ESTIMATED = ("minference", "minference-per-tile", "vertical-only", "slash-only", "block-sparse")
 """Those of `METHODS` whose budgets only estimate what they visit, or that are the same in layers that differ:
 `Method.measured` brings them to the density. (minference-question was measured with the same density in all layers.)"""
+
+ABOUT: dict[str, str] = {
+    "dense": "every earlier key",
+    "minference": "columns and near tiles by the last rows' attention",
+    "minference-per-tile": "tiles by probe rows, one threshold a layer",
+    "minference-question": "the same, with a tenth of the keys by what the question attends to",
+    "a-shape": "the first keys and a window (StreamingLLM)",
+    "vertical-only": "columns alone",
+    "slash-only": "near tiles alone",
+    "block-sparse": "tiles by mean-pooled queries and keys",
+    "dilated": "every second tile of a window",
+    "strided": "a window, and every second tile of a longer one",
+    "longformer": "a window, the first keys, and a question that sees everything",
+    "bigbird": "the same, and random tiles",
+    "oracle": "the keys that dense attention likes best, row by row",
+    "static": "minference's choice on another prompt",
+}
+"""What each method visits, in a few words."""

@@ -79,6 +79,11 @@ def token_f1(reply: str, answers: Sequence[str]) -> float:
     return max(_f1(_words(reply), _words(answer)) for answer in answers)
 
 
+def exact_match(reply: str, answers: Sequence[str]) -> float:
+    """Whether the reply's words are those of an answer, as `token_f1` takes them (SQuAD's exact match)."""
+    return float(any(_words(reply) == _words(answer) for answer in answers))
+
+
 def rouge_l(reply: str, answers: Sequence[str]) -> float:
     """Best F-measure of the longest common subsequence of words (ROUGE-L, without stemming)."""
     return max(_rouge(_tokens(reply), _tokens(answer)) for answer in answers)

@@ -9,14 +9,12 @@ from typing import Literal
 from minference_jax.data.needle import ChatTokenizer, make_needle
 from minference_jax.eval.fill import fill_text, insert_between_sentences
 from minference_jax.eval.metrics import any_found, starts_with
-from minference_jax.eval.samples import Sample, draw, encode_prompt
-
-DEPTHS = 10
+from minference_jax.eval.samples import DEPTHS, Sample, draw, encode_prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class NeedleTask:
-    """A fact between two sentences of a book, at ten depths in turn: 5 %, 15 %, … of the text.
+    """A fact between two sentences of a book, at each of `depths` in turn, which are shares of the text.
 
     - `kind`: the fact, "magic" (a seven-digit number for a word) or "address".
     - `mode`: how it is asked for. "raw": the text ends with the fact's opening words, so that the model has to copy
@@ -29,6 +27,7 @@ class NeedleTask:
     mode: Literal["raw", "chat", "prefix"]
     text: str
     max_new_tokens: int = 16
+    depths: tuple[float, ...] = DEPTHS
 
     @property
     def name(self) -> str:
@@ -39,7 +38,7 @@ class NeedleTask:
         """A prompt of exactly `length` tokens."""
         numbers = draw(f"needle-{self.kind}", length, index, seed)  # the same facts for each mode
         needle = make_needle(self.kind, seed=numbers.getrandbits(32))
-        depth = (index % DEPTHS + 0.5) / DEPTHS
+        depth = self.depths[index % len(self.depths)]
         chat = self.mode != "raw"
         reply = needle.prefix if self.mode == "prefix" else ""
 

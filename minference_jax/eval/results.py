@@ -20,6 +20,8 @@ class Result:
 
     - `score`: in [0, 1]; None for text whose likelihood is measured, of which `nll` is the mean over `tokens` tokens.
     - `density`, `recall`: mean over layers and heads; 1 for dense attention, None where not measured.
+    - `answers`: those that were right. `seconds`: its share of its batch's time, compilation included; two runs with
+      the same results differ in it.
     """
 
     method: str
@@ -33,6 +35,8 @@ class Result:
     density: float | None = None
     recall: float | None = None
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    answers: tuple[str, ...] = ()
+    seconds: float | None = dataclasses.field(default=None, compare=False)
 
     @property
     def key(self) -> tuple[str, str, int, int]:
@@ -42,7 +46,7 @@ class Result:
     @classmethod
     def from_json(cls, fields: Any) -> Result:
         """Of what `dataclasses.asdict` gave. Raises `ValueError` or `TypeError` naming a field that is wrong."""
-        result = cls(**fields)
+        result = cls(**fields | {"answers": tuple(map(str, fields.get("answers", ())))})
         for name, kind in (("method", str), ("task", str), ("reply", str), ("about", dict)):
             if not isinstance(getattr(result, name), kind):
                 raise ValueError(f"{name} is {getattr(result, name)!r}")
@@ -50,7 +54,7 @@ class Result:
             value = getattr(result, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} is {value!r}, no whole number from 0 on")
-        for name in ("score", "nll", "density", "recall"):
+        for name in ("score", "nll", "density", "recall", "seconds"):
             value = getattr(result, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"{name} is {value!r}, no number")
@@ -148,6 +152,13 @@ class ResultFile(Results):
         if wrong := differences(before, settings):
             raise ValueError(f"{self.path} is of another run: {wrong}; name another file, or delete it")
         self._keep(self._new(results))
+
+
+def read_run(path: str | Path) -> dict[str, Any]:
+    """What made a file of results: its `settings`, which decide them, and what else was said about it, in one."""
+    with open(path, encoding="utf-8") as file:
+        first = json.loads(file.readline())
+    return {**first["settings"], **first.get("about", {})}
 
 
 def write_lines(file: TextIO, results: Iterable[Result]) -> None:

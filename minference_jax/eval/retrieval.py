@@ -16,7 +16,7 @@ from typing import Literal
 from minference_jax.data.needle import ChatTokenizer
 from minference_jax.eval.fill import fill_pieces
 from minference_jax.eval.metrics import starts_with
-from minference_jax.eval.samples import Sample, draw, encode_prompt
+from minference_jax.eval.samples import DEPTHS, Sample, draw, encode_prompt
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
@@ -26,6 +26,7 @@ class HiddenNumber:
     """A pass key of five digits, or a sequence of ten digits with long repeats, among repeated sentences."""
 
     kind: Literal["passkey", "number"]
+    depths: tuple[float, ...] = DEPTHS
 
     @property
     def name(self) -> str:
@@ -35,7 +36,7 @@ class HiddenNumber:
     def sample(self, tokenizer: ChatTokenizer, length: int, index: int, seed: int) -> Sample:
         """As many repeats as fit in `length` tokens."""
         numbers = draw(self.name, length, index, seed)
-        depth = (index % 10 + 0.5) / 10
+        depth = self.depths[index % len(self.depths)]
         if self.kind == "passkey":
             answer = str(numbers.randint(10_000, 99_999))
             fact, opening = f"The pass key is {answer}. Remember it. {answer} is the pass key.", "The pass key is"
@@ -63,12 +64,13 @@ class KeyValue:
 
     name: str = "kv"
     max_new_tokens: int = 48
+    depths: tuple[float, ...] = DEPTHS
 
     def sample(self, tokenizer: ChatTokenizer, length: int, index: int, seed: int) -> Sample:
         """As many pairs as fit in `length` tokens."""
         numbers = draw(self.name, length, index, seed)
         pairs = [(random_uuid(numbers), random_uuid(numbers)) for _ in range(max(2, length // 20))]
-        depth = (index % 10 + 0.5) / 10
+        depth = self.depths[index % len(self.depths)]
 
         def build(count: int) -> list[int]:
             lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in pairs[:count]]

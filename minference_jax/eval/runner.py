@@ -18,12 +18,14 @@ import numpy as np
 
 from minference_jax.eval.methods import Method
 from minference_jax.eval.results import Result, ResultFile, Results
-from minference_jax.eval.samples import Sample, Task, check_length
+from minference_jax.eval.samples import Sample, Task, available, check_length
+from minference_jax.jobs.choices import choice_ids, choice_log_probabilities
 from minference_jax.models.generate import generate
 from minference_jax.models.llama import Llama
 from minference_jax.planning.buckets import bucket_length
 from minference_jax.runs.identity import content_digest, model_identity
 from minference_jax.runs.lock import locked
+from minference_jax.text.prompts import PromptRunner
 
 Progress = Callable[[int, int, str], None]
 """Called with samples done, their total, and what is next."""
@@ -51,6 +53,7 @@ def evaluate(
     **Arguments:**
 
     - `tokenizer`: of the model; `encode`, `decode`, `apply_chat_template` and `eos_token_ids` are used.
+    - `samples`: of each task at each length, fewer where a task has fewer.
     - `batch`: prompts at once. `density`: the largest share of visited keys that methods are made for.
     - `seed`: of the prompts. The same for all methods, which therefore see the same prompts.
     - `path`: a JSONL file that results are appended to after each batch. Where it exists, what it holds is not run
@@ -75,9 +78,10 @@ def evaluate(
             stack.enter_context(locked(path, wait=wait))
             made_by = {"lengths": list(lengths), "samples": samples, "batch": batch, "density": density, "seed": seed}
             kept = ResultFile(path, made_by | identity(model, tokenizer, tasks, methods), about)
-        total, models = samples * len(tasks) * len(lengths) * len(methods), {}
+        total = sum(available(task, samples) for task in tasks) * len(lengths) * len(methods)
+        models: dict[tuple[str, int], Llama] = {}
         for length, task in itertools.product(lengths, tasks):
-            prompts = [task.sample(tokenizer, length, index, seed) for index in range(samples)]
+            prompts = [task.sample(tokenizer, length, index, seed) for index in range(available(task, samples))]
             for method, group in itertools.product(methods, list(batches(prompts, batch))):
                 if all((method.name, s.task, s.length, s.index) in kept for s in group):
                     continue
@@ -133,12 +137,17 @@ def run_batch(
     model: Llama, tokenizer: Any, task: Task, group: Sequence[Sample], method: str, batch: int
 ) -> list[Result]:
     """The results of up to `batch` samples, run as one full batch."""
+    started = time.perf_counter()
     tokens, lengths = padded([sample.tokens for sample in group], batch)
-    if group[0].max_new_tokens == 0:
+    found: list[dict[str, Any]]
+    if group[0].choices:
+        found, info = _chosen(model, tokenizer, task, group, tokens, lengths)
+        measured = _measured(info, len(group))
+    elif group[0].max_new_tokens == 0:
         likelihoods, info = model.token_log_likelihoods(jnp.asarray(tokens), jnp.asarray(lengths), return_info=True)
         scores = np.asarray(likelihoods, np.float64)
         scored = [sample.scored or range(1, len(sample.tokens)) for sample in group]
-        found: list[dict[str, Any]] = [
+        found = [
             {"nll": -float(scores[i, list(places)].mean()), "tokens": len(places)} for i, places in enumerate(scored)
         ]
         measured = _measured((info,), len(group))
@@ -157,10 +166,36 @@ def run_batch(
             for reply, sample in zip(replies, group, strict=True)
         ]
         measured = _measured(answer.info, len(group))
+    share = round((time.perf_counter() - started) / len(group), 6)
     return [
-        Result(method, sample.task, sample.length, sample.index, about=dict(sample.about), **result, **info)
+        Result(
+            *(method, sample.task, sample.length, sample.index),
+            about=dict(sample.about),
+            answers=sample.answers,
+            **result,
+            **info,
+            seconds=share,
+        )
         for sample, result, info in zip(group, found, measured, strict=True)
     ]
+
+
+def _chosen(
+    model: Llama, tokenizer: Any, task: Task, group: Sequence[Sample], tokens: np.ndarray, lengths: np.ndarray
+) -> tuple[list[dict[str, Any]], Sequence[Any]]:
+    """The likeliest choice of each sample."""
+    labels = [choice_ids(tokenizer, sample.choices) for sample in group]
+    labels += [labels[-1]] * (len(tokens) - len(group))
+    run = PromptRunner(model, None, None, True, None)
+    room = bucket_length(max(len(label) for row in labels for label in row))
+    logits, cache, _ = run(tokens, lengths, None, room)
+    best = choice_log_probabilities(model, logits, cache, labels).argmax(-1)
+    replies = [sample.choices[int(place)] for sample, place in zip(group, best, strict=False)]
+    found = [
+        {"reply": reply, "score": float(task.score(reply, sample.answers))}
+        for reply, sample in zip(replies, group, strict=True)
+    ]
+    return found, run.info
 
 
 def padded(prompts: Sequence[Sequence[int]], batch: int) -> tuple[np.ndarray, np.ndarray]:

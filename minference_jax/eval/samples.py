@@ -23,6 +23,7 @@ class Sample:
     - `max_new_tokens`: of the reply; 0 for text whose likelihood is measured.
     - `about`: what a report may group by, such as the needle's depth. JSON values.
     - `scored`: positions of the tokens whose likelihood is measured, from 1 on; empty for all but the first one.
+    - `choices`: where there are any, the reply is the likeliest of them.
     """
 
     task: str
@@ -33,6 +34,7 @@ class Sample:
     max_new_tokens: int = 0
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scored: tuple[int, ...] = ()
+    choices: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -50,8 +52,15 @@ def check_length(length: int) -> None:
         raise ValueError(f"lengths must be from 1 to {MAX_LENGTH:,} tokens, got {length}")
 
 
+DEPTHS = tuple(step / 100 for step in (5, 95, 45, 75, 25, 55, 85, 15, 65, 35))
+"""Where needles lie, as shares of the text, in the order of the samples: a few of them cover all of it too."""
+
+
 class Task(Protocol):
-    """A family of prompts of any length, each drawn from a seed and an index alone."""
+    """A family of prompts of any length, each drawn from a seed and an index alone.
+
+    One that has no more than some number of different prompts says so in an attribute `distinct`.
+    """
 
     @property
     def name(self) -> str:
@@ -65,6 +74,11 @@ class Task(Protocol):
     def score(self, reply: str, answers: Sequence[str]) -> float:
         """Of a reply, in [0, 1]."""
         ...
+
+
+def available(task: Task, samples: int) -> int:
+    """How many samples of a task there are, up to `samples`: the rows of a file are not run twice."""
+    return min(samples, getattr(task, "distinct", samples))
 
 
 def draw(task: str, length: int, index: int, seed: int) -> random.Random:

@@ -24,6 +24,19 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """Names that stand for several tasks. RULER's questions are in it only where a file of them is given."""
 
 
+def known_tasks(text: str, qa: Sequence[str | Path] = ()) -> dict[str, Task]:
+    """Every task that needs no other file, by name: with `text` as the haystack, and files of RULER's questions."""
+    known: dict[str, Task] = {f"ruler-{name}": RulerNeedle(name, text) for name in KINDS}
+    for kind in ("magic", "address"):
+        for mode in ("raw", "prefix", "chat"):
+            task = NeedleTask(kind, mode, text)
+            known[task.name] = task
+    others = (HiddenNumber("passkey"), HiddenNumber("number"), KeyValue(), Perplexity(text), Turns(text))
+    known |= {task.name: task for task in (*others, VariableTracking(), CommonWords(text), FrequentWords())}
+    questions = zip(("ruler-qa_1", "ruler-qa_2"), qa, strict=False)
+    return known | {name: RulerQuestions.read(path, name) for name, path in questions}
+
+
 def make_tasks(
     names: Sequence[str],
     *,
@@ -51,15 +64,7 @@ def make_tasks(
         raise ValueError(f"files: {files[0]} is read by the tasks infinitebench and longbench only")
     if qa and not {"ruler", "ruler-qa_1", "ruler-qa_2"} & set(names):
         raise ValueError(f"qa: {qa[0]} is read by the tasks ruler, ruler-qa_1 and ruler-qa_2 only")
-    known: dict[str, Task] = {f"ruler-{name}": RulerNeedle(name, text) for name in KINDS}
-    for kind in ("magic", "address"):
-        for mode in ("raw", "prefix", "chat"):
-            task = NeedleTask(kind, mode, text)
-            known[task.name] = task
-    others = (HiddenNumber("passkey"), HiddenNumber("number"), KeyValue(), Perplexity(text), Turns(text))
-    known |= {task.name: task for task in (*others, VariableTracking(), CommonWords(text), FrequentWords())}
-    questions = zip(("ruler-qa_1", "ruler-qa_2"), qa, strict=False)
-    known |= {name: RulerQuestions.read(path, name) for name, path in questions}
+    known = known_tasks(text, qa)
     chosen: dict[str, Task] = {}
     for name in names:
         if name in ("infinitebench", "longbench"):

@@ -54,6 +54,7 @@ def shared_density_index(
     q_offset: Int[Array, ""],
     scale: float,
     axis_name: str | None = None,
+    unspent: Float[Array, " b"] | None = None,
     implementation: MassImplementation | None = None,
 ) -> SparsePlan:
     """Key tiles of every head at one level for the heads of a layer, and the columns that the question asks for.
@@ -73,6 +74,7 @@ def shared_density_index(
     - `lengths`, `q_offset`, `scale`: as `vertical_slash_index`.
     - `axis_name` (static): a mesh axis over which the heads of a layer are divided, inside `jax.shard_map`. The density
       is then that of the heads on all devices.
+    - `unspent`: float32 `[b]`, added to the density of every head that takes part; what earlier layers left.
     - `implementation` (static): as for `tile_masses`; "hopper" also chooses the tiles by kernels.
 
     **Returns:** blocks as wide as there are key tiles, with columns if `question` is given.
@@ -101,7 +103,7 @@ def shared_density_index(
     keys = jnp.where(worth, level_keys(weights), jnp.uint16(NEVER))
     keys = jnp.where(eligible & kept, jnp.uint16(ALWAYS), keys)
 
-    most = _most(tiles, density, columns, axis_name)
+    most = _most(tiles, density, columns, axis_name, unspent)
     blocks, block_count = reaching(keys, counted, tiles.rows, most, axis_name=axis_name, kernels=kernels)
     if columns is None:
         return SparsePlan(blocks=blocks, block_count=block_count, band_multiple=KEY_TILE, clean=True)
@@ -149,9 +151,13 @@ def _tiles(valid: Int[Array, " b"], q_offset: Int[Array, ""], query_tiles: int, 
 
 
 def _most(
-    tiles: Tiles, density: Float[Array, " n"], columns: Columns | None, axis_name: str | None
+    tiles: Tiles,
+    density: Float[Array, " n"],
+    columns: Columns | None,
+    axis_name: str | None,
+    unspent: Float[Array, " b"] | None,
 ) -> Float[Array, " b"]:
-    """Cells of each sequence that are left for tiles: the heads' shares less their diagonals and columns."""
+    """Cells of each sequence for tiles: the heads' shares and what is left over, less their diagonals and columns."""
     rows = tiles.rows.astype(jnp.float32)
     takes_part = jnp.isfinite(density)
     diagonal = ((rows + 1) / 2 * rows).sum(-1)
@@ -163,4 +169,5 @@ def _most(
         spent = (before.astype(jnp.float32) * rows[:, None]).sum((1, 2))
     if axis_name is not None:
         heads, spent = (jax.lax.psum(x, axis_name) for x in (heads, spent))
-    return heads[0] * causal - heads[1] * diagonal - spent
+    share = heads[0] if unspent is None else heads[0] + heads[1] * unspent
+    return share * causal - heads[1] * diagonal - spent

@@ -217,7 +217,7 @@ class _Runner:
     def _choose(self, tokens: np.ndarray, sizes: np.ndarray, cache: KVCache | None) -> list[Reply]:
         run = PromptRunner(self._model, None, None, False, None)
         logits, self._cache, _ = run(tokens, sizes, cache, bucket_length(self._room))
-        scores = choice_log_probabilities(self._model, logits, self._cache, list(self._labels.values()))
+        scores = choice_log_probabilities(self._model, logits, self._cache, [list(self._labels.values())] * len(tokens))
         names = list(self._labels)
         return [
             Reply(

@@ -50,6 +50,10 @@ class PromptTemplate:
 
     def fill(self, row: Mapping[str, Any]) -> str:
         """The prompt of a row. Values that are no text are written as JSON."""
-        values = {name: row[name] for name in self.fields}
-        texts = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
-        return self.text.format_map(texts)
+        return self.text.format_map({name: self.text_of(row, name) for name in self.fields})
+
+    @staticmethod
+    def text_of(row: Mapping[str, Any], name: str) -> str:
+        """A field's value as the prompt has it."""
+        value = row[name]
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -106,6 +106,8 @@ def summarize(
         notes: dict[str, list[str]] = {name: [] for name in names}
         cited: dict[str, list[int]] = {name: [] for name in names}
         ask.total = len(asked)
+        if progress is not None and ask.file is not None and ask.file.rows:
+            progress(len(ask.file.rows), max(len(asked), len(ask.file.rows)))
         for part, name in asked:
             reply = ask(READ, part.text, name)
             found = [int(row) for row in re.findall(r"\[(\d{1,9})\]", reply) if int(row) in part.rows]

@@ -69,5 +69,5 @@ def _finish(
     def whole() -> tuple[Array, Any]:
         return forward.attend(q, k, v, None, lengths=lengths, q_offset=0, implementation=None, sinks=sinks)
 
-    out, _ = attend_layer(config, index, (q, k, v), None, whole, start=None, lengths=lengths, sinks=sinks)
+    out, *_ = attend_layer(config, index, (q, k, v), None, whole, start=None, lengths=lengths, sinks=sinks)
     return map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), forward.CHUNK, in_place=True)

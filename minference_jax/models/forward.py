@@ -89,8 +89,9 @@ def attend(
     return_info: bool = False,
     exchange: Exchange = ONE,
     sinks: Array | None = None,
-) -> tuple[Array, Any]:
-    """Attention of one layer's prefill and, with `return_info`, what is known about it: None when it is dense.
+) -> tuple[Array, Any, Array | None]:
+    """Attention of one layer's prefill; with `return_info`, what is known about it: None when it is dense; and what is
+    left to later layers (`LayerPatterns.unspent`).
 
     Where several devices have these heads, each returns its own rows. `sinks`: a score of each head that has no key
     (`with_sinks`).
@@ -98,7 +99,7 @@ def attend(
     where: dict[str, Any] = {"lengths": lengths, "q_offset": q_offset, "implementation": implementation}
     where["return_lse"] = sinks is not None
     found: Any
-    info = None
+    info = left = None
     if patterns is None:
 
         def dense(q: Array, k: Array, v: Array, _: None, q_offset: Any) -> Any:
@@ -112,10 +113,13 @@ def attend(
 
         mesh: Any = {"axis_name": exchange.axis_name, "zigzag": exchange.zigzag}
         found = sparse_attention(q, k, v, patterns, **where, return_info=return_info, **mesh)
+        if patterns.unspent is not None:
+            *found, left = found
         if return_info:
             *found, info = found
+        if return_info or left is not None:
             found = found[0] if sinks is None else found
-    return (found if sinks is None else with_sinks(found[0], found[1], sinks)), info
+    return (found if sinks is None else with_sinks(found[0], found[1], sinks)), info, left
 
 
 def in_order(x: Float[Array, "b t n h"], order: Int32[Array, " k"] | None) -> Float[Array, "b t n h"]:
@@ -160,8 +164,10 @@ def prefill(
     positions = q_offset + exchange.positions(t)
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, Any]:
-        x, cache = carry
+        x, cache, unspent = carry
         index, layer, layer_patterns, order = inputs
+        if unspent is not None:
+            layer_patterns = dataclasses.replace(layer_patterns, unspent=unspent)
         layer = exchange.whole_layer(config, layer)
         qkv = layer_qkv(config, layer, x, layer_rope(config, rope_lengths, index), positions, chunk)
         q, k, v = (exchange.to_heads(in_order(y, order), t) for y in qkv)
@@ -174,21 +180,22 @@ def prefill(
         options = {"implementation": implementation, "return_info": keep == "info"}
         served = partial(attend, **options, exchange=exchange, sinks=sinks)
 
-        def whole() -> tuple[Array, Any]:
+        def whole() -> tuple[Array, Any, Array | None]:
             if start is None or cache is None:
                 return served(q, k, v, layer_patterns, lengths=seen, q_offset=0)
             return attend_to_cache(served, q, cache, index, layer_patterns, start=start, lengths=lengths)
 
-        where = {"start": start, "lengths": seen, "own": exchange.own_queries, "sinks": sinks}
-        out, info = attend_layer(config, index, (q, k, v), cache, whole, **where)
+        where = {"start": start, "lengths": seen, "own": exchange.own_queries, "sinks": sinks, "unspent": unspent}
+        out, info, unspent = attend_layer(config, index, (q, k, v), cache, whole, **where)
         out = in_order(exchange.to_rows(out), None if order is None else jnp.argsort(order))
         x = map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), chunk, in_place=True)
-        return (x, cache), {"nothing": None, "info": info, "hidden": x}[keep]
+        return (x, cache, unspent), {"nothing": None, "info": info, "hidden": x}[keep]
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
     table = exchange.whole(config, params, "embed")
-    carry = vary_alike((embed(config, table, exchange.own_rows(tokens)), cache), lengths)
-    (x, cache), kept = jax.lax.scan(step, carry, (indices, stacked_layers(params), patterns, order))
+    unspent = None if patterns is None else patterns.begin(tokens.shape[0])
+    carry = vary_alike((embed(config, table, exchange.own_rows(tokens)), cache, unspent), lengths)
+    (x, cache, _), kept = jax.lax.scan(step, carry, (indices, stacked_layers(params), patterns, order))
     if cache is not None:
         written = jax.lax.dynamic_update_slice(cache.tokens, tokens, (jnp.int32(0), q_offset))
         cache = dataclasses.replace(cache, tokens=written, lengths=seen)

@@ -139,8 +139,12 @@ class Llama(nnx.Module):
         progress: Any = None,
         rope_scaling: Mapping[str, Any] | None = None,
         mesh: Mesh | None = None,
+        download: bool = False,
     ) -> Llama:
         """Loads a Hugging Face directory or a GGUF file; see `minference_jax.checkpoints.convert.load_checkpoint`.
+
+        `path` may be the name of a model, "org/name" or "org/name@revision", in the local cache of the Hugging Face
+        hub; with `download`, what is missing there is fetched first.
 
         `rope_scaling`: instead of the checkpoint's, for longer prompts. `fp8_projections`: see
         `with_fp8_projections`; each projection is quantized as it is read, so the device holds one of them at most in
@@ -148,7 +152,9 @@ class Llama(nnx.Module):
         slices as they are read, so that no host and no device ever holds the whole model.
         """
         from minference_jax.checkpoints.convert import load_checkpoint
+        from minference_jax.checkpoints.hub import local_checkpoint
 
+        path = local_checkpoint(path, download=download)
         convert = fp8.quantize_param if fp8_projections else None
         options: dict[str, Any] = {"progress": progress, "convert": convert, "rope_scaling": rope_scaling, "mesh": mesh}
         config, params = load_checkpoint(os.fspath(path), dtype=dtype, **options)

@@ -47,7 +47,7 @@ def prefix_extents(rows: int, capacity: int, short: int | None = None) -> list[i
 
 
 def attend_to_cache(
-    attend: Callable[..., tuple[Array, Any]],
+    attend: Callable[..., tuple[Array, Any, Array | None]],
     q: Float[Array, "b t n h"],
     cache: KVCache,
     layer: Int32[Array, ""],
@@ -55,7 +55,7 @@ def attend_to_cache(
     *,
     start: Int32[Array, ""],
     lengths: Int32[Array, " b"],
-) -> tuple[Float[Array, "b t n h"], Any]:
+) -> tuple[Float[Array, "b t n h"], Any, Float[Array, " b"] | None]:
     """`attend(q, k, v, patterns, lengths=…, q_offset=start)` to one layer of the cache, which holds the part itself.
 
     `lengths`: of the whole sequences. Of `attend`'s information the arrays are those of the prefix that was read, all
@@ -66,7 +66,7 @@ def attend_to_cache(
     if patterns is not None:
         patterns = patterns.for_part(seen, lengths)
 
-    def whole_or_prefix(extent: int) -> tuple[Array, Any]:
+    def whole_or_prefix(extent: int) -> tuple[Array, Any, Array | None]:
         k, v = cache.read(layer, q.dtype, extent)
         return attend(q, k, v, patterns, lengths=jnp.minimum(seen, extent), q_offset=start)
 

@@ -82,14 +82,16 @@ def attend_layer(
     layer: Int32[Array, ""],
     qkv: tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]],
     cache: KVCache | None,
-    whole: Callable[[], tuple[Array, Any]],
+    whole: Callable[[], tuple[Array, Any, Array | None]],
     *,
     start: Int32[Array, ""] | None,
     lengths: Int32[Array, " b"],
     own: Callable[[Array], Array] = lambda out: out,
     sinks: Float[Array, " n"] | None = None,
-) -> tuple[Float[Array, "b t n h"], Any]:
-    """Attention of one layer's prefill: to its window where it has one, else `whole()`, which also says what it did.
+    unspent: Float[Array, " b"] | None = None,
+) -> tuple[Float[Array, "b t n h"], Any, Float[Array, " b"] | None]:
+    """Attention of one layer's prefill: to its window where it has one, else `whole()`, which also says what it did
+    and what it leaves to later layers (of the `unspent` before it).
 
     `start` None: the rows are the whole prompt. Otherwise they stand at positions start … of the cache. Of a layer with
     a window the information is all ones. `own`: which rows of a window's output to keep, as `whole` does. `sinks`: see
@@ -100,14 +102,14 @@ def attend_layer(
 
     window = config.sliding_window
 
-    def windowed() -> tuple[Array, Any]:
+    def windowed() -> tuple[Array, Any, Array | None]:
         if start is None or cache is None:
             found = window_attention(*qkv, window, lengths=lengths, q_offset=0)
         else:
             found = cache_window(config, qkv[0], cache, layer, start=start, lengths=lengths)
         info = jax.eval_shape(whole)[1]
         out = own(with_sinks(found[0], found[1], sinks))
-        return out, jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), info)
+        return out, jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), info), unspent
 
     return _choose(config, layer, windowed, whole)
 

@@ -62,7 +62,9 @@ class IndexRates(Protocol):
         ...
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["lengths", "q_offset"], meta_fields=["scale", "axis_name"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["lengths", "q_offset", "unspent"], meta_fields=["scale", "axis_name"]
+)
 @dataclasses.dataclass(frozen=True)
 class Where:
     """Which rows and keys an index is for.
@@ -72,12 +74,14 @@ class Where:
     - `scale` (static): of the scores.
     - `axis_name` (static): the mesh axis over which the heads of a layer are divided, inside `jax.shard_map`; None
       where one device has them all. For what the heads of a layer share.
+    - `unspent`: float32 `[b]`, see `LayerPatterns`; None where nothing is left over.
     """
 
     lengths: Int[Array, " b"]
     q_offset: Int[Array, ""]
     scale: float
     axis_name: str | None = None
+    unspent: Float[Array, " b"] | None = None
 
     def keywords(self) -> dict[str, Any]:
         """What every function of `index/` that scores queries takes by name."""
@@ -101,6 +105,13 @@ class Budgets(abc.ABC):
 
         **Returns:** a `SparsePlan`; parts that the family does not use are None.
         """
+
+    def shares(self) -> Float[Array, " n"] | None:
+        """Of each head of a layer the density that it may leave unspent to later layers, inf for heads of others.
+
+        None for a family that leaves nothing.
+        """
+        return None
 
     def for_part(self, share: Float[Array, "b 1"]) -> Self:
         """Budgets for a part of a prompt, which needs this share of them. Leaves become `[b, heads]`.

@@ -10,14 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from minference_jax.patterns.base import Budgets, Pattern, PlanBuilder
 from minference_jax.patterns.text import as_pattern
-from pallas_kernels.spread import PER_HEAD
+from pallas_kernels.spread import PER_HEAD, PER_SEQUENCE
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["kind", "budgets"], meta_fields=["families", "covers", "dense"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["kind", "budgets", "unspent"],
+    meta_fields=["families", "covers", "dense"],
+)
 @dataclasses.dataclass(frozen=True)
 class LayerPatterns:
     """Head patterns as arrays, which `jax.lax.scan` over layers takes along, and which may be traced arguments.
@@ -27,6 +31,8 @@ class LayerPatterns:
     - `families` (static): the names of the families, in the order of `budgets`.
     - `covers` (static): up to so many keys, every head visits every causal cell.
     - `dense` (static): the number of the family that is dense attention; −1 if none is.
+    - `unspent`: float32 `[b]`, only in a model's layer loop: the density that earlier layers left to this one, in each
+      sequence. `sparse_attention` then also returns, last, what is left after it.
 
     Scanning over it, or `layer`, gives one layer's, with leaves `[heads]`. That is what `make_plan` and
     `sparse_attention` accept.
@@ -37,6 +43,7 @@ class LayerPatterns:
     families: tuple[str, ...]
     covers: int
     dense: int = -1
+    unspent: Float[Array, " b"] | None = None
 
     def layer(self, index: int) -> LayerPatterns:
         """Layer `index`, with leaves `[heads]`."""
@@ -56,7 +63,33 @@ class LayerPatterns:
         """
         if any(isinstance(leaf, Pattern) for leaf in jax.tree.leaves(self, is_leaf=lambda x: isinstance(x, Pattern))):
             return None
-        return jax.tree.map(lambda leaf: PER_HEAD[-leaf.ndim :], self)
+        axes = jax.tree.map(lambda leaf: PER_HEAD[-leaf.ndim :], dataclasses.replace(self, unspent=None))
+        return axes if self.unspent is None else dataclasses.replace(axes, unspent=PER_SEQUENCE)
+
+    def begin(self, b: int) -> Float[Array, " b"] | None:
+        """What is left over before the first layer: nothing; None where no layer ever leaves anything."""
+        leaves = any(budgets.shares() is not None for budgets in self.budgets)
+        return jnp.zeros((b,), jnp.float32) if leaves else None
+
+    def left(self, density: Float[Array, "b n"], axis_name: str | None) -> Float[Array, " b"] | None:
+        """What a layer leaves to the next: what it could spend less what its heads visited, in density of one layer.
+
+        **Arguments:** `density`: what each head visited, `[b, n]`. `axis_name`: as for `make_plan`.
+        """
+        if self.unspent is None:
+            return None
+        could = heads = jnp.float32(0)
+        visited = jnp.zeros_like(self.unspent)
+        for chosen, budgets in self.chosen():
+            shares = budgets.shares()
+            if shares is not None:
+                own = jnp.isfinite(shares) if chosen is None else jnp.isfinite(shares) & chosen
+                could, heads = could + jnp.where(own, shares, 0).sum(), heads + own.sum(dtype=jnp.float32)
+                visited = visited + jnp.where(own, density, 0).sum(-1)
+        if axis_name is not None:
+            could, heads, visited = (jax.lax.psum(x, axis_name) for x in (could, heads, visited))
+        left = self.unspent + (could - visited) / jnp.maximum(heads, 1)
+        return jnp.where(heads > 0, jnp.clip(left, 0, 1), self.unspent)
 
     def all_dense(self) -> Bool[Array, ""] | None:
         """Whether every head of this layer is dense, which the layer decides; None if no layer has a dense head."""

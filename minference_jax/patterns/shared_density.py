@@ -51,7 +51,9 @@ class SharedDensity(Pattern):
       attention's scores.
     - `question`: if given, so many keys are columns of every head: those that the last 64 rows attend to most.
     - `threshold`: if given, in (0, 1): tiles of a lower mean attention weight are left out, though the density would
-      allow them. A prompt that needs less then visits less; none visits more than the density.
+      allow them. A prompt that needs less then visits less. In a model, a layer that leaves cells leaves them to the
+      layers after it, some of which need two or three times as many as others: so the density bounds the mean of the
+      layers. The mean weight of an N-token prompt's last row is 1 / N; a threshold is about as large.
 
     `minference_jax.search.share_among_layers` gives each layer a share of its own.
 
@@ -143,12 +145,16 @@ class SharedDensityBudgets(Budgets):
     every: int
     question_width: int
 
+    def shares(self) -> Float[Array, " n"] | None:
+        return None if self.threshold is None else self.density
+
     def index(self, q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], where: Where) -> SparsePlan:
         return shared_density_index(
             *(q, k, self.density, self.question, self.threshold),
             every=self.every,
             question_width=self.question_width,
             axis_name=where.axis_name,
+            unspent=where.unspent,
             **where.keywords(),
         )
 

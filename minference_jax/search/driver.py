@@ -76,7 +76,7 @@ def search_patterns(
       that of the sample. For samples that end in a question.
     - `state`: a file that keeps what is measured, layer by layer. An interrupted search goes on with it and ends with
       the same result. It stays when the search is done.
-    - `progress(done, total)`: called after each layer.
+    - `progress(done, total)`: called after each layer, and at the beginning where layers were kept.
 
     **Returns:** `HeadPatterns` with `scores` (the relative error of each head's output), `densities` and `recalls`.
 
@@ -181,6 +181,8 @@ class Search:
         """Measures the layers that `state` does not have yet, and chooses."""
         layers = self.model.config.num_layers
         meter = LayerMeter(self.settings, self.lengths, self.tokens.shape[1])
+        if progress is not None and state.layers:
+            progress(len(state.layers), layers)
         if len(state.layers) < layers:
             for index, qkv in enumerate(capture_qkv(self.model, self.tokens, self.lengths)):
                 if state.calibration is None:
@@ -188,9 +190,9 @@ class Search:
                 assert state.calibration is not None
                 if index not in state.layers:
                     state.add(index, meter.measure(qkv, *state.calibration))
+                    if progress is not None:
+                        progress(len(state.layers), layers)
                 del qkv
-                if progress is not None:
-                    progress(index + 1, layers)
         assert state.calibration is not None
         records = [state.layers[index] for index in range(layers)]
         return choose(records, *state.calibration, self.settings, self.tokens.shape[1])

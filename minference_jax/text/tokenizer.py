@@ -13,6 +13,7 @@ from typing import Any
 from minference_jax.checkpoints.gguf_config import eos_token_ids
 from minference_jax.checkpoints.gguf_split import open_gguf
 from minference_jax.checkpoints.hf_files import find_gguf, read_hf_config
+from minference_jax.checkpoints.hub import local_checkpoint
 from minference_jax.extras import naming_extra
 from minference_jax.models.hf_config import text_config
 from minference_jax.text.gguf_tokenizer import build_tokenizer, tokenizer_config
@@ -175,15 +176,14 @@ class StreamDecoder:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint: a Hugging Face directory, a .gguf file, or a directory with one.
+    """The tokenizer of a checkpoint: a Hugging Face directory, a .gguf file, a directory with one, or a
+    name in the local cache of the Hugging Face hub.
 
     A tokenizer.json is used as it is: transformers' classes for some models would replace its rules by their own.
     Never uses the network and never runs code from the checkpoint. Raises `ValueError` naming the path when there is
     no tokenizer or it cannot be read.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist (tokenizers are local: nothing is downloaded)")
+    path = local_checkpoint(path)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
     if gguf := find_gguf(path):
         return _from_gguf(gguf)

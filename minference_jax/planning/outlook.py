@@ -1,0 +1,121 @@
+"""Whether sparse attention pays for a model at a prompt's length on some GPU, and what fits there: from the config
+alone, with nothing run.
+
+Times are those of `patterns.rates`: layers times one layer's attention, and the rest of the network as 2 operations a
+weight and token at the rate of dense attention. On an H200, Llama-3-8B so takes 10.6 s for 128K tokens densely (11.0
+measured) and 3.6 s sparsely (3.4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from minference_jax.models.config import LlamaConfig
+from minference_jax.models.params import layer_shapes
+from minference_jax.patterns import HeadPatterns
+from minference_jax.patterns.rates import MARGIN, RATES, predicted, rates_of
+from minference_jax.planning.auto import auto_patterns
+from minference_jax.planning.memory import GPUS, USABLE, WAYS, longest_prompt, memory_need
+
+MEMORY: dict[str, float] = {
+    "H100": GPUS["80 GB"],
+    "H200": GPUS["141 GB"],
+    "A100": GPUS["80 GB"],
+    "A10": GPUS["24 GB"],
+    "L40S": GPUS["48 GB"],
+    "RTX 4090": GPUS["24 GB"],
+    "RTX 5090": 31.8,
+    "B200": GPUS["180 GB"],
+}
+"""GiB of each GPU that rates are known of, in its largest form."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outlook:
+    """Of one prompt length. Seconds are of the prefill of one prompt in 16 bits.
+
+    - `pays`: whether sparse attention is faster by enough to be chosen. `patterns`: those it is asked of.
+    - `fits`: the fastest of `memory.WAYS` that fits, and its memory; None where none does.
+    """
+
+    tokens: int
+    patterns: HeadPatterns
+    dense_seconds: float
+    sparse_seconds: float
+    attention_share: float
+    pays: bool
+    fits: tuple[str, float] | None
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast sparse prefill is."""
+        return self.dense_seconds / self.sparse_seconds
+
+
+def outlook(
+    config: LlamaConfig, tokens: int, gpu: str, *, patterns: HeadPatterns | None = None, batch: int = 1
+) -> Outlook:
+    """What to expect of prompts of `tokens` tokens on `gpu`, one of `MEMORY`.
+
+    **Arguments:** `patterns`: None for those of "auto" at this length. `batch`: prompts at once, for the memory.
+
+    `attention_share` is that of dense attention in dense prefill. Raises `ValueError` for an unknown GPU.
+    """
+    if gpu not in MEMORY:
+        raise ValueError(f"gpu must be one of {', '.join(MEMORY)}, got {gpu!r}")
+    if tokens < 1 or batch < 1:
+        raise ValueError(f"tokens and batch must be at least 1, got {tokens} and {batch}")
+    asked = auto_patterns(config.num_layers, config.num_heads, tokens) if patterns is None else patterns
+    heads = [pattern for layer in asked.layers for pattern in layer]
+    times = predicted(heads, config.num_heads, config.head_dim, tokens, tokens, gpu)
+    rest = tokens * other_operations(config) / rates_of(gpu).dense
+    dense, sparse = (config.num_layers * ms / 1e3 for ms in (times.dense_ms, times.sparse_ms))
+    pays = times.dense_ms > MARGIN * times.sparse_ms
+    return Outlook(
+        tokens,
+        asked,
+        rest + dense,
+        rest + sparse,
+        dense / (rest + dense),
+        pays,
+        _fitting(config, tokens, gpu, asked, batch),
+    )
+
+
+def other_operations(config: LlamaConfig) -> float:
+    """Operations a token of all layers' products with weights: 2 a weight, of the experts that serve it alone."""
+    experts, total = config.traits.experts, 0.0
+    for name, shape in layer_shapes(config).items():
+        if name.startswith("w") or name == "router":
+            total += math.prod(shape)
+        elif name.startswith("expert_"):
+            assert experts is not None
+            total += math.prod(shape) * experts.chosen / experts.number
+    return 2 * config.num_layers * total
+
+
+def room(config: LlamaConfig, gpu: str, *, batch: int = 1) -> dict[str, int]:
+    """The longest prompt of each of `memory.WAYS` on `gpu`, for the patterns of "auto"."""
+    return {way: longest_prompt(config, _bytes(gpu), batch=batch, **options) for way, options in WAYS.items()}
+
+
+def source(gpu: str) -> str:
+    """Where the rates of a GPU are from."""
+    return RATES[gpu].source
+
+
+def _bytes(gpu: str) -> float:
+    return USABLE * MEMORY[gpu] * 2**30
+
+
+def _fitting(
+    config: LlamaConfig, tokens: int, gpu: str, patterns: HeadPatterns, batch: int
+) -> tuple[str, float] | None:
+    ways: dict[str, dict[str, Any]] = {name: way for name, way in WAYS.items() if way["cache"]}
+    for name, options in ways.items():
+        need = memory_need(config, tokens=tokens, batch=batch, patterns=patterns, **options)
+        if need.total <= _bytes(gpu):
+            return name, need.total / 2**30
+    return None
