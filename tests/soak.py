@@ -1,6 +1,6 @@
 """Random conversations with a small model: what `test_soak.py` runs, and what a fresh process runs to compare.
 
-python tests/soak.py CALLS KINDS      prints the answers as JSON, the conversations taken in the opposite order
+python tests/soak.py FIRST END KINDS      prints the answers as JSON, the conversations taken in the opposite order
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ class Soak:
         except CancelledError:
             return None
 
-    def answers(self, calls: int) -> Iterator[tuple[int, list[Any]]]:
-        """Conversations with so many calls in all, and their numbers."""
-        number = 0
+    def answers(self, calls: int, first: int) -> Iterator[tuple[int, list[Any]]]:
+        """Conversations from number `first` on with so many calls in all, and their numbers."""
+        number = first
         while calls > 0:
             found = list(self.conversation(number))
             yield number, found
@@ -115,5 +115,6 @@ def resident_bytes() -> int:
 
 
 if __name__ == "__main__":
-    soak, last = Soak(int(sys.argv[2])), int(sys.argv[1])
-    print(json.dumps({number: list(soak.conversation(number)) for number in reversed(range(last))}))
+    first, end, kinds = map(int, sys.argv[1:])
+    soak = Soak(kinds)
+    print(json.dumps({number: list(soak.conversation(number)) for number in reversed(range(first, end))}))

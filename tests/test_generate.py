@@ -170,6 +170,8 @@ def test_a_conversation_that_outgrows_its_cache_or_waits_on_the_host_goes_on_wit
     assert again.stats.cached_tokens == 2 * 128 and again.cache.k.sharding.memory_kind != "pinned_host"
     np.testing.assert_array_equal(again.tokens, generate(model, turn, max_new_tokens=4).tokens)
     assert first.cache.k.is_deleted()  # there is one cache at a time
+    stayed = generate(model, tokens, max_new_tokens=4)
+    assert not generate(model, turn, max_new_tokens=4, cache=stayed.cache).stats.compiled  # the same programs
     other = generate(model, prompt(rng, 1, 100), max_new_tokens=2, cache=again.cache)
     assert other.stats.cached_tokens == 0 and again.cache.k.is_deleted()
 

@@ -49,9 +49,9 @@ class PromptRunner:
             # Nothing of it is used: a new one takes its place, rather than a copy of it.
             kind = cache.k.dtype if self._cache_dtype is None else self._cache_dtype
             cache.release()
-            cache = self._model.init_cache(len(sizes), capacity, kind)
+            cache = self._empty(len(sizes), capacity, kind)
         elif cache is None:
-            cache = self._model.init_cache(len(sizes), capacity, self._cache_dtype)
+            cache = self._empty(len(sizes), capacity, self._cache_dtype)
         else:
             cache = cache.on_device()
             cache = cache if cache.capacity >= capacity else cache.grown(bucket_length(capacity))
@@ -63,6 +63,14 @@ class PromptRunner:
         rows = bucket_length(int(sizes.max()) - start)
         chunk = min(self._chunk or rows, rows)
         return -(-rows // chunk) * chunk, chunk
+
+    def _empty(self, batch: int, capacity: int, dtype: Any) -> KVCache:
+        """A new cache, committed to the model's device, as one that comes back from the host is: JAX compiles a program
+        for committed arrays and another one for those that are not."""
+        cache = self._model.init_cache(batch, capacity, dtype)
+        if self._model.mesh is not None:
+            return cache
+        return jax.device_put(cache, next(iter(self._model.params().values())).sharding)
 
     def again(self, cache: KVCache, token: np.ndarray, finished: np.ndarray) -> tuple[Array, KVCache]:
         """Processes everything in the cache, and one token more, with the RoPE of the new lengths."""
