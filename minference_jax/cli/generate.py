@@ -112,13 +112,8 @@ def generate(
     )
 
     shared = start_mesh(mesh, hosts)
-<<<<<<< HEAD
-    import jax
-
-    from minference_jax.checkpoints.hf_files import unused_settings
-=======
     _check_settings(max_new_tokens, temperature, top_p, prefill_chunk, cache, dtype)
->>>>>>> main
+    from minference_jax.checkpoints.hf_files import unused_settings
     from minference_jax.models.generate import generate as continue_tokens
     from minference_jax.models.requests import check_context, check_prompts, random_key
     from minference_jax.text.tokenizer import load_tokenizer
