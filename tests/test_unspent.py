@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minference_jax import AShape, Llama, LlamaConfig, SharedDensity, sparse_attention
+from minference_jax import AShape, Llama, LlamaConfig, SharedDensity, make_plan, sparse_attention
 from minference_jax.parallel import make_mesh
 from minference_jax.patterns import HeadPatterns
 
@@ -36,7 +36,7 @@ def densities(model, pattern, tokens, lengths=LENGTHS):
 
 
 def test_what_a_layer_leaves_is_spent_by_later_layers_and_no_more(model, tokens):
-    plain = densities(model, SharedDensity(0.45, 16), tokens)
+    plain = densities(model, SharedDensity(0.45, 16, threshold=0), tokens)
     shared = densities(model, SharedDensity(0.45, 16, threshold=THRESHOLD), tokens)
     np.testing.assert_allclose(plain, 0.45, atol=0.01)
     assert (shared.mean(0) <= 0.45 + 1e-3).all()
@@ -75,4 +75,20 @@ def test_one_call_with_a_remainder_says_what_is_left(rng):
     np.testing.assert_allclose(left, 0.7 - info.density.mean(-1), atol=1e-5)
     assert out.shape == q.shape
     assert layer.begin(1) is not None
-    assert HeadPatterns.uniform(SharedDensity(0.5), 1, 4).arrays().begin(1) is None
+    assert HeadPatterns.uniform(AShape(sink=64, window=64), 1, 4).arrays().begin(1) is None
+
+
+@pytest.mark.parametrize("threshold, expected", [(None, 0.16 / (0.25 * 1024)), (1e-3, 1e-3), (0, 0.0)])
+def test_the_threshold_follows_the_density_and_each_sequences_length(rng, threshold, expected):
+    q, k = (jnp.asarray(3 * rng.standard_normal((2, 2048, n, 16)), jnp.float32) for n in (4, 2))
+    lengths = jnp.asarray([1024, 2048], jnp.int32)
+    pattern = SharedDensity(0.25, 16, threshold=threshold)
+    mine = make_plan(q, k, pattern, lengths=lengths)
+    explicit = make_plan(q, k, SharedDensity(0.25, 16, threshold=expected), lengths=lengths)
+    np.testing.assert_array_equal(mine.block_count[0], explicit.block_count[0])
+
+
+@pytest.mark.parametrize("threshold", [1.0, -0.1, float("nan"), True, "a"])
+def test_thresholds_that_are_none(threshold):
+    with pytest.raises((TypeError, ValueError), match="threshold"):
+        SharedDensity(0.25, threshold=threshold)

@@ -46,7 +46,7 @@ def shared_density_index(
     k: Float[Array, "b s k h"],
     density: Float[Array, " n"],
     question: Int[Array, " n"] | None = None,
-    threshold: Float[Array, " n"] | None = None,
+    threshold: Float[Array, "*b n"] | None = None,
     *,
     every: int,
     question_width: int | None = None,
@@ -69,7 +69,8 @@ def shared_density_index(
     - `density`: of each head, inf for a head that takes no part; such a head's lists are empty.
     - `question`: question columns of each head, at most `question_width` (static, by default 1,024 or all keys); None
       (static) where no head has any.
-    - `threshold`: tiles of a lower mean weight are not visited, though the density may allow it; None (static) for 0.
+    - `threshold`: float32 `[n]` or `[b, n]`: tiles of a lower mean weight are not visited, though the density may allow
+      it; None (static) for 0.
     - `every` (static): rows to a probe, a divisor of 128.
     - `lengths`, `q_offset`, `scale`: as `vertical_slash_index`.
     - `axis_name` (static): a mesh axis over which the heads of a layer are divided, inside `jax.shard_map`. The density
@@ -99,7 +100,7 @@ def shared_density_index(
     if counted is not None:
         eligible &= (counted > 0)[:, :, None]
     kept = (jnp.arange(tiles.past.shape[1]) == 0) | tiles.end[:, None, :, None]
-    worth = eligible if threshold is None else eligible & (weights >= threshold[:, None, None])
+    worth = eligible if threshold is None else eligible & (weights >= threshold[..., None, None])
     keys = jnp.where(worth, level_keys(weights), jnp.uint16(NEVER))
     keys = jnp.where(eligible & kept, jnp.uint16(ALWAYS), keys)
 

@@ -51,13 +51,13 @@ WARP_LEVEL, WIDE = 363e12, 271e12
 
 HOPPER = Rates(
     dense=600e12,
-    sparse=500e12,
+    sparse=570e12,
     wide=284e12,
     launch=0.05e-3,
     index=0.5e-3,
     index_key=1.3e-8,
-    probe=8.0,
-    mass=0.8,
+    probe=9.0,
+    mass=0.7,
     selection=0.1e-3,
     source="measured",
 )
