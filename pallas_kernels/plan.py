@@ -180,6 +180,8 @@ def _density(
     b, n = plan.shape() or (1 if lengths is None else lengths.shape[0], 1)
     plan.validate(b, n, q_len)
     limit = kv_limit(lengths, b, kv_len)[:, None]
+    if plan.clean and plan.columns is None and plan.bands is None and plan.blocks is not None:
+        return _density_of_lists(plan, q_offset, jnp.minimum(limit, q_offset + q_len), num_query_tiles(q_len))
     tile_keys = num_key_tiles(kv_len) * KEY_TILE
     columns_before = None  # number of columns before each key, [b, n, keys + 1]
     if plan.columns is not None and plan.column_count is not None:
@@ -217,6 +219,20 @@ def _density(
 
     visited, causal = jax.lax.map(cells, jnp.arange(num_query_tiles(q_len), dtype=jnp.int32), batch_size=16)
     return visited.sum(0) / jnp.maximum(causal.sum(0), 1)
+
+
+def _density_of_lists(
+    plan: SparsePlan, q_offset: Int[Array, ""], end: Int[Array, "b 1"], query_tiles: int
+) -> Float[Array, "b n"]:
+    """The same where lists of blocks without repeats are all there is: one pass over them. Every layer of a model asks
+    for it, so that what it leaves can go to later layers."""
+    assert plan.blocks is not None and plan.block_count is not None
+    first = (q_offset + QUERY_TILE * jnp.arange(query_tiles, dtype=jnp.int32))[None, None]  # [1, 1, i]
+    rows = jnp.clip(end[..., None] - first, 0, QUERY_TILE).astype(jnp.float32)
+    past = rule.past_blocks(plan.blocks, plan.block_count, first[..., None], clean=True).sum(-1, dtype=jnp.int32)
+    diagonal = rows * (rows + 1) / 2
+    causal = (first.astype(jnp.float32) * rows + diagonal).sum(-1)
+    return ((KEY_TILE * past).astype(jnp.float32) * rows + diagonal).sum(-1) / jnp.maximum(causal, 1)
 
 
 # Programs that take or give plans can be exported (`jax.export`), their static fields as JSON.

@@ -124,7 +124,7 @@ def prepare(
         whole + column_tiles,
     ]
     # Bands make neighbouring query tiles, which are taken side by side, read the same keys; and about as many of them.
-    order = _longest_first(work[STEPS]) if bands is None else None
+    order = _longest_first(work[STEPS]) if bands is None and blocks is not None else None
     bands = jnp.zeros((b * n, 1), jnp.int32) if bands is None else bands
     last_values = None if lengths is None else _last_values(v, limit)
     return KernelTables(jnp.stack(work, -1), bands, blocks, keys, values, bias, last_values, order)

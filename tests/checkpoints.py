@@ -48,7 +48,7 @@ def hf_shapes(config):
         layer |= {"self_attn.o_proj.bias": (d,)}
     if config.get("attention_out_bias"):
         layer |= {"self_attn.o_proj.bias": (d,)}
-    if family in ("qwen3", "qwen3_moe", "gemma3_text"):
+    if family in ("qwen3", "qwen3_moe", "gemma3_text") or config.get("use_qk_norm"):
         layer |= {"self_attn.q_norm.weight": (h,), "self_attn.k_norm.weight": (h,)}
     if family == "glm4":
         layer |= {"post_self_attn_layernorm.weight": (d,), "post_mlp_layernorm.weight": (d,)}

@@ -195,9 +195,13 @@ def test_entries_past_the_count_are_ignored():
     np.testing.assert_array_equal(plan.to_mask(384, 384), one_head(bands=[64]).to_mask(384, 384))
 
 
+@pytest.mark.parametrize("kind", ["random", "lists"])
 @pytest.mark.parametrize("q_len, kv_len, q_offset, lengths", [(300, 300, 0, [300, 77]), (130, 517, 384, [500, 0])])
-def test_density_counts_the_mask(rng, q_len, kv_len, q_offset, lengths):
+def test_density_counts_the_mask(rng, q_len, kv_len, q_offset, lengths, kind):
     plan = random_plan(rng, 2, 3, q_len, kv_len)
+    if kind == "lists":
+        blocks = int32(np.sort(rng.permuted(np.tile(np.arange(9), (2, 3, -(-q_len // 128), 1)), axis=-1)[..., :5]))
+        plan = SparsePlan(blocks=blocks, block_count=int32(rng.integers(0, 6, blocks.shape[:-1])), clean=True)
     mask = np.asarray(plan.to_mask(q_len, kv_len, q_offset=q_offset, lengths=int32(lengths)))
     rows = q_offset + np.arange(q_len)
     causal = np.array([sum(r + 1 for r in rows if r < length) for length in lengths])

@@ -119,7 +119,7 @@ def vertical_slash_for(length: int, density: float, *, columns: int | None = Non
 
 def per_tile_for(length: int, density: float) -> SharedDensity:
     """For short prompts: the keys most worth a visit, at one threshold a layer, by a probe in every row of up to 2,048
-    tokens, in every second of up to 4,096, and so on up to every eighth. Every prompt has the density."""
+    tokens, in every second of up to 4,096, and so on up to every eighth. No prompt exceeds the density."""
     every = 1
     while every < 8 and every * 2048 < length:
         every *= 2
@@ -129,7 +129,7 @@ def per_tile_for(length: int, density: float) -> SharedDensity:
 def question_for(length: int, density: float) -> SharedDensity:
     """For long prompts that end in a question: a tenth of the keys by what its rows attend to, and for the rest one
     threshold a layer, by a probe in every row of less than 4,096 tokens, in every second of less than 8,192, and so on
-    up to every sixteenth. Every prompt of nearly this length has the density, if that is well above a tenth."""
+    up to every sixteenth. No prompt of nearly this length exceeds the density, if that is well above a tenth."""
     every = 1
     while every < 16 and every * 4096 <= length:
         every *= 2

@@ -70,7 +70,8 @@ class PromptRunner:
         cache = self._model.init_cache(batch, capacity, dtype)
         if self._model.mesh is not None:
             return cache
-        return jax.device_put(cache, next(iter(self._model.params().values())).sharding)
+        weights = next(iter(self._model.params().values()))
+        return jax.device_put(cache, weights.sharding) if isinstance(weights, Array) else cache
 
     def again(self, cache: KVCache, token: np.ndarray, finished: np.ndarray) -> tuple[Array, KVCache]:
         """Processes everything in the cache, and one token more, with the RoPE of the new lengths."""

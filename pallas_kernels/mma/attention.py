@@ -173,8 +173,8 @@ def attend(
             body,
             out_type=out_type,
             scratch_types=scratch_types(launch),
-            grid=(b * n * launch.query_tiles * launch.blocks_per_tile,),
-            grid_names=("block",),
+            grid=(b * n, launch.query_tiles * launch.blocks_per_tile),
+            grid_names=("head", "block"),
             interpret=interpret,
             kernel_name="sparse_attention_mma",
             compiler_params=plgpu.CompilerParams(

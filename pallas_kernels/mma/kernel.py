@@ -27,9 +27,13 @@ from pallas_kernels.mma.softmax import probabilities
 
 def kernel_body(launch: Launch, refs: Refs, scratch: dict[str, Any]) -> None:
     """What one thread block does."""
-    block, per_tile = lax.axis_index("block"), jnp.int32(launch.blocks_per_tile)
-    z, tile = item_at(refs, launch.query_tiles, lax.div(block, per_tile))
-    part = per_tile - 1 - lax.rem(block, per_tile)
+    z, per_tile = lax.axis_index("head"), jnp.int32(launch.blocks_per_tile)
+    late, part = (op(lax.axis_index("block"), per_tile) for op in (lax.div, lax.rem))
+    part = per_tile - 1 - part
+    if refs.order is None:
+        tile = launch.query_tiles - 1 - late
+    else:
+        z, tile = item_at(refs, launch.query_tiles, z * launch.query_tiles + late)
     head = lax.rem(z, jnp.int32(launch.heads))
     kv_head = lax.div(head, jnp.int32(launch.heads // launch.kv_heads))
     steps = Steps(launch, refs, lax.div(z, jnp.int32(launch.heads)), head, kv_head, z, tile, part)

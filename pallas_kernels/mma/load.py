@@ -158,7 +158,8 @@ class Loader:
             self._copy(refs.v.at[steps.sequence, rows, steps.kv_head], buffers[1], full)
 
         def copy_last_values():
-            inside = pl.ds(start - steps.counts[tables.DIAGONAL], launch.config.step_keys)
+            first = steps.part * launch.config.rows + step * launch.config.step_keys  # of the query tile's own keys
+            inside = pl.ds(first, launch.config.step_keys)
             self._copy(refs.last_values.at[steps.sequence, inside, steps.kv_head], buffers[1], full)
 
         @pl.when(step < whole)
@@ -168,8 +169,7 @@ class Loader:
                 copy_values()
                 return
             last = (step < steps.masked) & (steps.counts[tables.ROWS_VALID] < QUERY_TILE)
-            pl.when(last)(copy_last_values)
-            pl.when(~last)(copy_values)
+            lax.cond(last, copy_last_values, copy_values)
 
         if refs.keys is not None:
 
