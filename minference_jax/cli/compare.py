@@ -68,7 +68,6 @@ def compare(
     if report is not None:
         with usage("--report"):
             check_output_file(report)
-    dtype = chosen_dtype(dtype)
     words = read_full_text(text) if text else None
     config = LlamaConfig.from_hf(open_checkpoint(model).config)
     with usage("--pattern"):

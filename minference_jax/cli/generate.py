@@ -100,7 +100,7 @@ def generate(
         return
     if not (prompt or files or question):
         raise usage_error("give a prompt, --file or --question")
-    dtype = chosen_dtype(dtype)
+    dtype = dtype and chosen_dtype(dtype)  # without one the device decides, which hosts agree on first
     if cache not in ("model", "fp8", "int8"):
         raise usage_error(f"--cache must be model, fp8 or int8, got {cache!r}")
     if [*files, prompt].count("-") > 1:
@@ -112,6 +112,7 @@ def generate(
     )
 
     shared = start_mesh(mesh, hosts)
+    dtype = chosen_dtype(dtype)
     _check_settings(max_new_tokens, temperature, top_p, prefill_chunk, cache, dtype)
     from minference_jax.checkpoints.hf_files import unused_settings
     from minference_jax.models.generate import generate as continue_tokens

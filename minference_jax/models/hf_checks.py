@@ -59,8 +59,10 @@ def _wrong_integers(keys: list[str], get: Get) -> list[str]:
     problems = []
     for key in keys:
         value, least = get(key), 0 if key in ("max_window_layers", "first_k_dense_replace") else 1
-        if value is not None and (type(value) is not int or not least <= value < _LONGEST):
+        if value is not None and (type(value) is not int or value < least):
             problems.append(f"{key} must be a positive integer, got {value!r}")
+        elif value is not None and value >= _LONGEST:
+            problems.append(f"{key} {value:,} is more than any model has")
     return problems
 
 
