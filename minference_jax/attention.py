@@ -228,7 +228,8 @@ def sparse_attention(
       mask, a bias, dropout, weights to be kept, `is_causal=False`, cross-attention.
 
     **Returns:** `[b, t, n, h]` in q's dtype, zero at rows at or past a sequence's length; with `return_lse` also the
-    log-sum-exp of the scores, float32 `[b, t, n]`; with `return_info` also an `AttentionInfo`, last.
+    log-sum-exp of the scores, float32 `[b, t, n]`; with `return_info` also an `AttentionInfo`; for
+    `LayerPatterns` with `unspent` also, last, what is left of it, float32 `[b]`.
 
     Where the budgets of all heads cover all s keys, this is dense attention and served as such.
 
