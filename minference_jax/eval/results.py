@@ -46,6 +46,8 @@ class Result:
     @classmethod
     def from_json(cls, fields: Any) -> Result:
         """Of what `dataclasses.asdict` gave. Raises `ValueError` or `TypeError` naming a field that is wrong."""
+        if not isinstance(fields, dict):
+            raise TypeError(f"a result is a JSON object, got {fields!r}")
         result = cls(**fields | {"answers": tuple(map(str, fields.get("answers", ())))})
         for name, kind in (("method", str), ("task", str), ("reply", str), ("about", dict)):
             if not isinstance(getattr(result, name), kind):
