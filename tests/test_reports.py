@@ -128,5 +128,5 @@ def test_inspect_fits_eighty_columns(tmp_path, capsys, monkeypatch):
     model = write_byte_model(tmp_path / "model")
     monkeypatch.setenv("COLUMNS", "80")
     status, out, _ = run_command(capsys, "inspect", model)
-    assert status == 0 and "theta" in out and max(map(len, out.splitlines())) <= 80
+    assert status == 0 and "vocab_size" in out and max(map(len, out.splitlines())) <= 80
     assert json.loads(run_command(capsys, "inspect", model, "--json")[1])["config"]["rope"]["theta"] == 10000.0
