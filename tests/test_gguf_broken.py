@@ -90,7 +90,7 @@ BROKEN = {
     ),
     "billions of layers": (
         replace(BLOCKS, BLOCKS[:-4] + struct.pack("<I", 2**32 - 1)),
-        "num_hidden_layers 4,294,967,295",
+        "num_hidden_layers must be less than 2,147,483,648, got 4,294,967,295",
     ),
     "sizes are missing": (
         replace(b"llama.attention.head_count\x04", b"llama.attention.head_kount\x04"),

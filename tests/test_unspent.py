@@ -67,12 +67,21 @@ def test_heads_of_other_families_neither_leave_nor_take(model, tokens):
     np.testing.assert_array_equal(found[:, :, 0], np.broadcast_to(found[:1, :, 0], found[:, :, 0].shape))
 
 
+def test_a_layer_of_few_such_heads_leaves_little_to_one_of_many(model, tokens):
+    few, shared = AShape(sink=64, window=128), SharedDensity(0.45, 16, threshold=THRESHOLD)
+    layers = HeadPatterns(((shared, few, few, few), (shared,) * 4, (shared,) * 4, (few, shared, shared, few)))
+    found = np.asarray(model.with_patterns(layers).prefill(tokens, LENGTHS, return_info=True)[-1].density)
+    own = np.asarray([[p == shared for p in layer] for layer in layers.layers])[:, None]
+    spent = np.cumsum(np.where(own, found, 0).sum(-1), axis=0)
+    assert (spent <= 0.45 * np.cumsum(own.sum(-1), axis=0) + 4e-3).all()
+
+
 def test_one_call_with_a_remainder_says_what_is_left(rng):
     q, k = (jnp.asarray(rng.standard_normal((1, 1024, n, 16)), jnp.float32) for n in (4, 2))
     layer = HeadPatterns.uniform(SharedDensity(0.5, 16, threshold=0.9 / 1024), 1, 4).arrays().layer(0)
     given = dataclasses.replace(layer, unspent=jnp.asarray([0.2], jnp.float32))
     out, info, left = jax.jit(lambda q, k: sparse_attention(q, k, k, given, return_info=True))(q, k)
-    np.testing.assert_allclose(left, 0.7 - info.density.mean(-1), atol=1e-5)
+    np.testing.assert_allclose(left, 2.2 - info.density.sum(-1), atol=1e-5)
     assert out.shape == q.shape
     assert layer.begin(1) is not None
     assert HeadPatterns.uniform(AShape(sink=64, window=64), 1, 4).arrays().begin(1) is None

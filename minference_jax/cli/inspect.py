@@ -126,7 +126,8 @@ def _parameters(config: Any) -> dict[str, int]:
     sizes: Counter[str] = Counter()
     for name, shape in param_shapes(config).items():
         leaf = name.removeprefix("layers.")
-        kind = "norms" if leaf.endswith("norm") else "experts" if re.search("expert|router", leaf) else "attention"
+        of_experts = re.search("expert|router|shared_|choice_bias", leaf)
+        kind = "norms" if leaf.endswith("norm") else "experts" if of_experts else "attention"
         sizes[groups.get(leaf, kind)] += math.prod(shape)
     return {**sizes, "all": sum(sizes.values())}
 

@@ -121,9 +121,10 @@ def _choices(path: str | Path, number: int, row: Mapping[str, Any], choices: Seq
     if len(choices) != 1:
         return tuple(choices)
     found = _field(path, number, row, choices[0])
-    if not isinstance(found, list) or len(set(map(str, found))) < max(len(found), 2):
+    labels = tuple(str(one).strip() for one in found) if isinstance(found, list) else ()
+    if len(set(labels)) < max(len(labels), 2) or not all(labels):
         raise ValueError(f"{path}, row {number}: {choices[0]} must list two or more choices that differ, got {found!r}")
-    return tuple(str(one).strip() for one in found)
+    return labels
 
 
 def _answers(

@@ -75,7 +75,7 @@ def shared_density_index(
     - `lengths`, `q_offset`, `scale`: as `vertical_slash_index`.
     - `axis_name` (static): a mesh axis over which the heads of a layer are divided, inside `jax.shard_map`. The density
       is then that of the heads on all devices.
-    - `unspent`: float32 `[b]`, added to the density of every head that takes part; what earlier layers left.
+    - `unspent`: float32 `[b]`, added to the sum of the heads' densities: what earlier layers left, together.
     - `implementation` (static): as for `tile_masses`; "hopper" also chooses the tiles by kernels.
 
     **Returns:** blocks as wide as there are key tiles, with columns if `question` is given.
@@ -170,5 +170,5 @@ def _most(
         spent = (before.astype(jnp.float32) * rows[:, None]).sum((1, 2))
     if axis_name is not None:
         heads, spent = (jax.lax.psum(x, axis_name) for x in (heads, spent))
-    share = heads[0] if unspent is None else heads[0] + heads[1] * unspent
+    share = heads[0] if unspent is None else heads[0] + unspent
     return share * causal - heads[1] * diagonal - spent

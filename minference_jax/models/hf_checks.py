@@ -62,7 +62,7 @@ def _wrong_integers(keys: list[str], get: Get) -> list[str]:
         if value is not None and (type(value) is not int or value < least):
             problems.append(f"{key} must be a positive integer, got {value!r}")
         elif value is not None and value >= _LONGEST:
-            problems.append(f"{key} {value:,} is more than any model has")
+            problems.append(f"{key} must be less than {_LONGEST:,}, got {value:,}")
     return problems
 
 

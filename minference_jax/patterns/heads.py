@@ -32,7 +32,7 @@ class LayerPatterns:
     - `covers` (static): up to so many keys, every head visits every causal cell.
     - `dense` (static): the number of the family that is dense attention; −1 if none is.
     - `unspent`: float32 `[b]`, only in a model's layer loop: the density that earlier layers left to this one, in each
-      sequence. `sparse_attention` then also returns, last, what is left after it.
+      sequence, summed over heads. `sparse_attention` then also returns, last, what is left after it.
 
     Scanning over it, or `layer`, gives one layer's, with leaves `[heads]`. That is what `make_plan` and
     `sparse_attention` accept.
@@ -72,24 +72,22 @@ class LayerPatterns:
         return jnp.zeros((b,), jnp.float32) if leaves else None
 
     def left(self, density: Float[Array, "b n"], axis_name: str | None) -> Float[Array, " b"] | None:
-        """What a layer leaves to the next: what it could spend less what its heads visited, in density of one layer.
+        """What a layer leaves to the next: what its heads could spend, together, less what they visited.
 
         **Arguments:** `density`: what each head visited, `[b, n]`. `axis_name`: as for `make_plan`.
         """
         if self.unspent is None:
             return None
-        could = heads = jnp.float32(0)
-        visited = jnp.zeros_like(self.unspent)
+        could, visited = jnp.float32(0), jnp.zeros_like(self.unspent)
         for chosen, budgets in self.chosen():
             shares = budgets.shares()
             if shares is not None:
                 own = jnp.isfinite(shares) if chosen is None else jnp.isfinite(shares) & chosen
-                could, heads = could + jnp.where(own, shares, 0).sum(), heads + own.sum(dtype=jnp.float32)
+                could = could + jnp.where(own, shares, 0).sum()
                 visited = visited + jnp.where(own, density, 0).sum(-1)
         if axis_name is not None:
-            could, heads, visited = (jax.lax.psum(x, axis_name) for x in (could, heads, visited))
-        left = self.unspent + (could - visited) / jnp.maximum(heads, 1)
-        return jnp.where(heads > 0, jnp.clip(left, 0, 1), self.unspent)
+            could, visited = (jax.lax.psum(x, axis_name) for x in (could, visited))
+        return jnp.maximum(self.unspent + could - visited, 0)
 
     def all_dense(self) -> Bool[Array, ""] | None:
         """Whether every head of this layer is dense, which the layer decides; None if no layer has a dense head."""

@@ -47,7 +47,7 @@ class SharedDensity(Pattern):
     A *probe* is a query row whose attention is computed in full; every query tile has some. They say how much of their
     attention each key tile holds. The heads of a layer compete for one budget: tiles are taken by their mean attention
     weight, the highest first, whatever head they are of, until the layer has used up its cells. So a head that needs
-    more gets more, and every prompt has the density (from below, to within a tile).
+    more gets more.
 
     Always visited, and counted in the density: the diagonal, the first key tile, every key for the query tiles that
     hold the last 64 rows, and the question's columns. In an N-token prompt these are about 512 / N of the cells; where
@@ -128,7 +128,8 @@ class SharedDensity(Pattern):
         return self.density
 
     def with_share(self, share: float) -> SharedDensity:
-        return dataclasses.replace(self, density=share)
+        # A share that was found for a layer is spent there: a threshold would leave it to others.
+        return dataclasses.replace(self, density=share, threshold=self.threshold or 0)
 
     def at_threshold(self, threshold: float) -> PerTile:
         return PerTile(self.every, threshold)

@@ -195,7 +195,7 @@ def _from_version_2(fields: dict[str, Any]) -> Pattern:
     fields = dict(fields)
     every, floor = fields.pop("probes"), (fields.pop("columns", 1000), fields.pop("slashes", 6096))
     if "density" in fields:
-        return SharedDensity(every=every, **fields)
+        return SharedDensity(every=every, **{"threshold": 0} | fields)  # which was what no threshold meant
     return PerTile(every=every, floor_columns=floor[0], floor_slashes=floor[1], **fields)
 
 

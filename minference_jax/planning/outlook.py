@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.params import layer_shapes
+from minference_jax.models.params import layer_shapes, layers_with
 from minference_jax.patterns import HeadPatterns
 from minference_jax.patterns.rates import MARGIN, RATES, predicted, rates_of
 from minference_jax.planning.auto import auto_patterns
@@ -71,8 +71,12 @@ def outlook(
     heads = [pattern for layer in asked.layers for pattern in layer]
     times = predicted(heads, config.num_heads, config.head_dim, tokens, tokens, gpu)
     rest = tokens * other_operations(config) / rates_of(gpu).dense
-    dense, sparse = (config.num_layers * ms / 1e3 for ms in (times.dense_ms, times.sparse_ms))
-    pays = times.dense_ms > MARGIN * times.sparse_ms
+    windowed = sum(kind.window for kind in config.layer_kinds)
+    of_windows = windowed * times.dense_ms * min(1.0, 2 * (config.sliding_window or 0) / tokens)
+    chunks = config.traits.dual_chunk  # of which longer prompts are read densely
+    sparse_ms = times.dense_ms if chunks is not None and tokens > chunks.chunk_size else times.sparse_ms
+    dense, sparse = ((of_windows + (config.num_layers - windowed) * ms) / 1e3 for ms in (times.dense_ms, sparse_ms))
+    pays = times.dense_ms > MARGIN * sparse_ms
     return Outlook(
         tokens,
         asked,
@@ -88,12 +92,13 @@ def other_operations(config: LlamaConfig) -> float:
     """Operations a token of all layers' products with weights: 2 a weight, of the experts that serve it alone."""
     experts, total = config.traits.experts, 0.0
     for name, shape in layer_shapes(config).items():
-        if name.startswith("w") or name == "router":
-            total += math.prod(shape)
+        layers = len(layers_with(config, name))
+        if name.startswith(("w", "router", "shared_")):
+            total += layers * math.prod(shape)
         elif name.startswith("expert_"):
             assert experts is not None
-            total += math.prod(shape) * experts.chosen / experts.number
-    return 2 * config.num_layers * total
+            total += layers * math.prod(shape) * experts.chosen / experts.number
+    return 2 * total
 
 
 def room(config: LlamaConfig, gpu: str, *, batch: int = 1) -> dict[str, int]:

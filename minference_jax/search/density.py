@@ -6,6 +6,7 @@ its own.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -120,12 +121,18 @@ def mean_density(layers: Sequence[QKV], patterns: HeadPatterns, lengths: Int[Arr
 def densities(layers: Sequence[QKV], patterns: HeadPatterns, lengths: Int[Array, " b"]) -> np.ndarray:
     """Visited / causal cells of every layer, sample and head."""
     every = patterns.arrays().widest(layers[0][1].shape[1])
-    return np.stack([_density(q, k, every.layer(i), lengths) for i, (q, k, _) in enumerate(layers)])
+    found, unspent = [], every.begin(layers[0][0].shape[0])
+    for index, (q, k, _) in enumerate(layers):
+        heads = dataclasses.replace(every.layer(index), unspent=unspent)
+        density, unspent = _density(q, k, heads, lengths)
+        found.append(density)
+    return np.stack(found)
 
 
 @jax.jit
 def _density(
     q: Float[Array, "b t n h"], k: Float[Array, "b t k h"], heads: LayerPatterns, lengths: Int[Array, " b"]
-) -> Float[Array, "b n"]:
-    plan = make_plan(q, k, heads, lengths=lengths)
-    return plan.density(q.shape[1], k.shape[1], lengths=lengths)
+) -> tuple[Float[Array, "b n"], Float[Array, " b"] | None]:
+    """Of one layer, and what it leaves to the next."""
+    density = make_plan(q, k, heads, lengths=lengths).density(q.shape[1], k.shape[1], lengths=lengths)
+    return density, heads.left(density, None)

@@ -76,7 +76,7 @@ def search_patterns(
       that of the sample. For samples that end in a question.
     - `state`: a file that keeps what is measured, layer by layer. An interrupted search goes on with it and ends with
       the same result. It stays when the search is done.
-    - `progress(done, total)`: called after each layer, and at the beginning where layers were kept.
+    - `progress(done, total)`: called at the beginning and after each layer.
 
     **Returns:** `HeadPatterns` with `scores` (the relative error of each head's output), `densities` and `recalls`.
 
@@ -181,7 +181,7 @@ class Search:
         """Measures the layers that `state` does not have yet, and chooses."""
         layers = self.model.config.num_layers
         meter = LayerMeter(self.settings, self.lengths, self.tokens.shape[1])
-        if progress is not None and state.layers:
+        if progress is not None:
             progress(len(state.layers), layers)
         if len(state.layers) < layers:
             for index, qkv in enumerate(capture_qkv(self.model, self.tokens, self.lengths)):

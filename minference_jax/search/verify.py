@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -100,8 +101,14 @@ def verify(
         say(f"brought to the same: {pattern!r}")
 
     density, error, recall = (np.zeros((len(every), len(layers), heads)) for _ in range(3))
+    unspent = [found.begin(tokens.shape[0]) for found in every.values()]
     for index, (q, k, v) in enumerate(layers):
-        masks = [plan_masks(q, k, found.layer(index), lengths, query_tiles) for found in every.values()]
+        each = [
+            dataclasses.replace(found.layer(index), unspent=left)
+            for found, left in zip(every.values(), unspent, strict=True)
+        ]
+        masks = [plan_masks(q, k, heads, lengths, query_tiles) for heads in each]
+        unspent = [heads.left(m.density, None) for heads, m in zip(each, masks, strict=True)]
         errors = output_errors(q, k, v, jnp.stack([m.keys for m in masks]), query_tiles, lengths)
         density[:, index] = np.stack([np.asarray(m.density[0]) for m in masks])
         error[:, index], recall[:, index] = np.asarray(errors.error[:, 0]), np.asarray(errors.recall[:, 0])

@@ -71,7 +71,8 @@ class PromptRunner:
         if self._model.mesh is not None:
             return cache
         weights = next(iter(self._model.params().values()))
-        return jax.device_put(cache, weights.sharding) if isinstance(weights, Array) else cache
+        alone = isinstance(weights, Array) and len(weights.sharding.device_set) == 1
+        return jax.device_put(cache, weights.sharding) if alone else cache
 
     def again(self, cache: KVCache, token: np.ndarray, finished: np.ndarray) -> tuple[Array, KVCache]:
         """Processes everything in the cache, and one token more, with the RoPE of the new lengths."""
