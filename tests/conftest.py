@@ -69,6 +69,21 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
+MOST_MAPPINGS = 30_000
+"""Of the memory of one process. Each compiled program takes some, Linux allows 65,530, and a process that needs one more
+crashes. Programs that are dropped come back from the compile cache."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """After a file, a process that has compiled thousands of programs forgets them."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture
 def rng():
     """A NumPy generator with a fixed seed, new for each test."""

@@ -80,7 +80,7 @@ def test_second_version_has_three_families_under_one_name(tmp_path):
         {**fields, "probes": 4, "layer_density": 0.3, "question": 5, "density": 0.25},
     ]
     (tmp_path / "p.json").write_text(ours(version=2, layers=[[entry | {"density": 0.25} for entry in old]]))
-    expected = (VerticalSlash(8, 9), PerTile(16, 0.01, 8, 9), SharedDensity(0.3, 4, 5))
+    expected = (VerticalSlash(8, 9), PerTile(16, 0.01, 8, 9), SharedDensity(0.3, 4, 5, threshold=0))
     assert load_patterns(tmp_path / "p.json") == HeadPatterns((expected,), densities=((0.25,) * 3,))
     (tmp_path / "p.json").write_text(ours(version=3, layers=[[old[1]]]))
     with pytest.raises(ValueError, match="layer 0, head 0: VerticalSlash: probes"):
