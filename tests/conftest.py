@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(items):
 
 
 MOST_MAPPINGS = 30_000
-"""Of the memory of one process. Each compiled program takes some, Linux allows 65,530, and a process that needs one more
+"""Of the memory of one process. Each compiled program takes some, Linux allows 65,530, and a process that needs more
 crashes. Programs that are dropped come back from the compile cache."""
 
 
