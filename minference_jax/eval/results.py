@@ -48,7 +48,8 @@ class Result:
         """Of what `dataclasses.asdict` gave. Raises `ValueError` or `TypeError` naming a field that is wrong."""
         if not isinstance(fields, dict):
             raise TypeError(f"a result is a JSON object, got {fields!r}")
-        result = cls(**fields | {"answers": tuple(map(str, fields.get("answers", ())))})
+        given: dict[str, Any] = fields | {"answers": tuple(map(str, fields.get("answers", ())))}
+        result = cls(**given)
         for name, kind in (("method", str), ("task", str), ("reply", str), ("about", dict)):
             if not isinstance(getattr(result, name), kind):
                 raise ValueError(f"{name} is {getattr(result, name)!r}")
