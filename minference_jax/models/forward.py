@@ -118,13 +118,11 @@ def attend(
         from minference_jax.attention import sparse_attention  # a dense model needs no index
 
         mesh: Any = {"axis_name": exchange.axis_name, "zigzag": exchange.zigzag}
-        found = sparse_attention(q, k, v, patterns, **where, return_info=return_info, **mesh)
-        if patterns.unspent is not None:
-            *found, left = found
-        if return_info:
-            *found, info = found
-        if return_info or left is not None:
-            found = found[0] if sinks is None else found
+        answer: Any = sparse_attention(q, k, v, patterns, **where, return_info=return_info, **mesh)
+        answer = list(answer) if isinstance(answer, tuple) else [answer]
+        left = answer.pop() if patterns.unspent is not None else None
+        info = answer.pop() if return_info else None
+        found = answer[0] if sinks is None else answer
     return (found if sinks is None else with_sinks(found[0], found[1], sinks)), info, left
 
 

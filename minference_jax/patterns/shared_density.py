@@ -33,8 +33,9 @@ from pallas_kernels.sizes import QUERY_TILE, num_key_tiles
 LEAST_MASS = 0.16
 """Of a row's attention: what all cells of a density hold together, were they as light as the lightest tile taken.
 
-With .17 the layers of qwen2 .5B visit .195 of a density of .2 at 16K tokens, with .156 they visit .117 of .12 at 32K;
-perplexity is then dense attention's, where the same densities in every layer cost 1.3 and 2.4 % (notebooks/quality.md).
+With .17 the layers of qwen2 .5B visit .195 of a density of .20 at 16K tokens, with .156 they visit .117 of .12 at 32K,
+and perplexity is dense attention's within .3 %. The same density in every layer costs 1.4 % of it at .20 and 16K, 2.4 %
+at .10 and 32K (an H200; notebooks/quality.md).
 """
 
 _BY_DENSITY = -1.0

@@ -2,8 +2,8 @@
 alone, with nothing run.
 
 Times are those of `patterns.rates`: layers times one layer's attention, and the rest of the network as 2 operations a
-weight and token at the rate of dense attention. On an H200, Llama-3-8B so takes 10.6 s for 128K tokens densely (11.0
-measured) and 3.6 s sparsely (3.4).
+weight and token at the rate of dense attention. On an H200, Llama-3-8B so takes 10.6 s for 128K tokens densely (11.1
+measured) and 3.5 s sparsely (3.4; notebooks/speed.md, commit e0a1d36).
 """
 
 from __future__ import annotations
