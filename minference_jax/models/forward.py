@@ -28,7 +28,7 @@ from minference_jax.models.rope import LayerRope, layer_rope, turns
 from minference_jax.models.stacked import Layer, StackedLayer
 from minference_jax.models.window import attend_layer, decode_layer, with_sinks
 from minference_jax.parallel.exchange import ONE, Exchange
-from minference_jax.parallel.stream import to_heads, to_rows
+from minference_jax.parallel.stream import cut, to_heads, to_rows, whole
 from pallas_kernels.tracing import vary_alike
 
 Params = Mapping[str, Array]
@@ -188,7 +188,7 @@ def prefill(
             kept = () if order is None or cache is None else qkv[1:]  # a cache has the model's order of heads
             return (*(in_order(y, order) for y in qkv), *kept)
 
-        q, k, v, *kept = to_heads(exchange, projected, (x, positions[None]), t, chunk)
+        q, k, v, *kept = to_heads(exchange, projected, x, positions[None], t, chunk)
         if cache is not None:
             cache = cache.write(index, q_offset, *(kept or (k, v)))
 
@@ -196,7 +196,7 @@ def prefill(
         options = {"implementation": implementation, "return_info": keep == "info"}
         served = partial(attend, **options, exchange=exchange, sinks=sinks)
 
-        def whole() -> tuple[Array, Any, Array | None]:
+        def attended() -> tuple[Array, Any, Array | None]:
             if chunks is not None:
                 options = {"start": q_offset[None], "lengths": seen, "whole": rope_lengths}
                 if start is None or cache is None:
@@ -208,26 +208,27 @@ def prefill(
             return attend_to_cache(served, q, cache, index, layer_patterns, start=start, lengths=lengths)
 
         where = {"start": start, "lengths": seen, "own": exchange.own_queries, "sinks": sinks, "unspent": unspent}
-        out, info, unspent = attend_layer(config, index, (q, k, v), cache, whole, **where)
+        out, info, unspent = attend_layer(config, index, (q, k, v), cache, attended, **where)
         back = None if order is None else jnp.argsort(order)
 
         def finished(_: Array, x: Array, out: Array) -> Array:
             return finish_layer(config, layer, x, in_order(out, back))
 
         x = to_rows(exchange, finished, x, out, chunk)
-        return (x, cache, unspent), {"nothing": None, "info": info, "hidden": x}[keep]
+        return (x, cache, unspent), {"info": info, "hidden": whole(x) if keep == "hidden" else None}.get(keep)
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
     stacked = stacked_layers(params)
     table = exchange.whole(config, params, "embed")
     unspent = None if patterns is None else patterns.begin(tokens.shape[0])
-    carry = vary_alike((embed(config, table, exchange.own_rows(tokens)), cache, unspent), lengths)
+    x = cut(exchange, embed(config, table, exchange.own_rows(tokens)))
+    carry = vary_alike((x, cache, unspent), lengths)
     inputs = (indices, None if _mixed(config) else stacked, patterns, order)
     (x, cache, _), kept = jax.lax.scan(step, carry, inputs)
     if cache is not None:
         written = jax.lax.dynamic_update_slice(cache.tokens, tokens, (jnp.int32(0), q_offset))
         cache = dataclasses.replace(cache, tokens=written, lengths=seen)
-    return x, cache, kept
+    return whole(x), cache, kept
 
 
 def last_logits(

@@ -27,6 +27,7 @@ from minference_jax.parallel.mesh import HEADS, ROWS
 from minference_jax.parallel.sharded_layer import GatheredLayer, ShardedLayer, gather
 from minference_jax.parallel.specs import ALL, is_fp8, param_axes, place, specs_of
 from minference_jax.zigzag import Zigzag
+from pallas_kernels.device import on_target
 from pallas_kernels.sizes import QUERY_TILE
 
 OF_HEADS = PartitionSpec(None, None, HEADS)
@@ -75,7 +76,8 @@ class Exchange:
             return function(*args)
         specs = tuple(specs_of(config, self.mesh, arg) for arg in args)
         out = PartitionSpec() if out is None else out
-        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
+        mesh = on_target(self.mesh)
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
 
     everywhere = PartitionSpec()
     """Of a result that every device has."""
