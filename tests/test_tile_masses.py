@@ -32,6 +32,13 @@ CASES = {
         "b": 2, "t": 640, "s": 640, "n": 2, "k": 1, "h": 256, "every": 32, "dtype": "bfloat16",
         "q_offset": 0, "valid": [577, 0], "config": {"chunk": 1024},
     },
+    # The first key far below the rest; far above it two tiles of one group and one of the next.
+    "scores-150-octaves-apart-in-one-head-300-in-the-other": {
+        "b": 1, "t": 1024, "s": 1024, "n": 2, "k": 2, "h": 64, "every": 128, "dtype": "bfloat16",
+        "q_offset": 0, "valid": [1024], "config": {"chunk": 1024},
+        "octaves": [{"0": -150, "200": 150, "330": 149, "600": 150}, {"0": -300, "200": 250, "330": 300, "600": 300}],
+        "beyond": [3, 5, 9],
+    },
 }  # fmt: skip
 
 

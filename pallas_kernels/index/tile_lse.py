@@ -27,7 +27,7 @@ from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPriv
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.device import DEFAULT_MULTIPROCESSORS
-from pallas_kernels.hopper.registers import exp2
+from pallas_kernels.hopper.registers import exp2, hidden_after
 from pallas_kernels.sizes import KEY_TILE
 from pallas_kernels.tracing import without_axes
 
@@ -46,10 +46,10 @@ GROUP, TILES = STEPS * STEP, STEPS * STEP // KEY_TILE
 _SCORES = (ROWS, STEP)
 _LAYOUT = plgpu.Layout.WGMMA
 _LOWEST = -1e8
-"""Base-2 score of a key that is not visible: finite, and small enough that the difference of two of them, one of which
-a multiply-add has not rounded, is a few units."""
-_MOST = 128.0
-"""The largest base-2 logarithm of a sum that float32 holds."""
+"""Stands for the score of a key that its row does not see: finite, so that no difference is NaN."""
+_ABOVE, _MOST = 64.0, 128.0
+"""Terms are relative to 2**64 times the largest tile before them. float32 holds sums below 2**128 of that, and terms
+down to 2**-62 of the largest tile: a tile may exceed all before it by 192 octaves, a factor of e**133."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +158,12 @@ def tile_lse(
             def of_columns(x, shape):
                 return lax.broadcast_in_dim(x, shape, [0])
 
-            def multiply(step, beside, ahead):
+            def multiply(step, beside, ahead, group):
                 """(scores of a step's keys, what `beside` returns); then those of the step `ahead` have arrived."""
                 slot = step % stages
+                # No group comes near 2**30, so nothing is added. But addresses that are the same in every group are
+                # kept from one to the next, and there are more of them, one a product, than registers.
+                keys = k_smem.at[slot + lax.shift_right_logical(group, jnp.int32(30))]
                 if h > 128 and not emulate:  # these products take too many registers for anything beside them
                     before = lax.optimization_barrier(beside())
                     beside = lambda: before  # noqa: E731
@@ -170,7 +173,7 @@ def tile_lse(
                         plgpu.barrier_wait(k_full.at[ahead % stages])
 
                 def product(scores):
-                    plgpu.wgmma(scores, queries, k_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(scores, queries, keys.transpose((1, 0)))
                     other = lax.optimization_barrier(beside())
                     arrived()
                     result = plgpu.wgmma_accumulator_load(scores, wait_n=0)
@@ -179,7 +182,7 @@ def tile_lse(
 
                 if not emulate:
                     return pl.run_scoped(product, ACC(_SCORES, jnp.float32))
-                result = jnp.dot(queries[...], k_smem[slot].T, preferred_element_type=jnp.float32)
+                result = jnp.dot(queries[...], keys[...].T, preferred_element_type=jnp.float32)
                 other = beside()
                 arrived()
                 plgpu.commit_smem()
@@ -194,20 +197,17 @@ def tile_lse(
                 seen = ((first + group) * STEPS + u) * STEP <= last_position
                 return lax.cond(seen, lambda: with_tiles(c, s, top, group, u, masked), lambda: c)
 
-            def first_column(s):
-                part = s[:, :TILES]
-                column = plgpu.broadcasted_iota(jnp.int32, part.shape, 1, layout=_LAYOUT)
-                return jnp.where(column == 0, part, _LOWEST).max(axis=1)
+            def hidden(x, key):
+                """x of the keys from the chunk's `key` on, with the lowest for those that its rows do not see."""
+                return hidden_after(x, position - first * GROUP - key, _LOWEST, emulate=emulate)
 
             def with_tiles(c, s, top, group, u, masked):
-                if masked:
-                    key = plgpu.broadcasted_iota(jnp.int32, _SCORES, 1, layout=_LAYOUT)
-                    left = position - ((first + group) * STEPS + u) * STEP
-                    s = jnp.where(key <= of_columns(left, _SCORES), s, _LOWEST / log2_scale)
                 column = plgpu.broadcasted_iota(jnp.int32, c.shape, 1, layout=_LAYOUT)
                 for half in range(2):
                     part = s[:, half * KEY_TILE : (half + 1) * KEY_TILE]
                     x = part * log2_scale - of_columns(top, part.shape)
+                    if masked:
+                        x = hidden(x, group * GROUP + u * STEP + half * KEY_TILE)
                     p = exp2(x, config.polynomial_tiles, emulate=emulate, bounded=False)
                     c = jnp.where(column == 2 * u + half, of_columns(p.sum(axis=1), c.shape), c)
                 return c
@@ -215,9 +215,9 @@ def tile_lse(
             def run(group, carry, masked, last=False):
                 """The tiles of a group, whose first scores come in the carry; so go out those of the next group.
 
-                Terms are relative to `top`, the largest logarithm of a tile so far. With a maximum of each tile the
-                kernel took 2.50 ms instead of 2.31 (an H200, 128K tokens, a probe in 64 rows, commit 4ee996a). Should
-                a tile's exceed it by 128 or more, it counts as 128 more.
+                Terms are relative to `top`, `_ABOVE` the largest logarithm of a tile so far. With a maximum of each
+                tile the kernel took 2.50 ms instead of 2.31 (an H200, 128K tokens, a probe in 64 rows, commit 4ee996a).
+                Should a tile's exceed it by 128 or more, it counts as 128 more.
                 """
                 s, top, total = carry
                 c = plgpu.layout_cast(jnp.zeros((ROWS, TILES), jnp.float32), _LAYOUT)
@@ -226,21 +226,21 @@ def tile_lse(
                         c = insert(c, s, top, group, u, masked)
                         continue
                     ahead = None if last and u == STEPS - 2 else u + 2
-                    s, c = multiply(u + 1, lambda c=c, s=s, u=u: insert(c, s, top, group, u, masked), ahead)
+                    s, c = multiply(u + 1, lambda c=c, s=s, u=u: insert(c, s, top, group, u, masked), ahead, group)
                 c = of_columns(top, c.shape) + jnp.minimum(jnp.log2(c), _MOST)
                 tiles_ref.at[batch, head, rows, pl.ds((first + group) * TILES, TILES)][...] = c
-                higher = jnp.maximum(top, c.max(axis=1))
+                higher = jnp.maximum(top, c.max(axis=1) + _ABOVE)
                 total = total * jnp.exp2(top - higher) + jnp.exp2(c - of_columns(higher, c.shape)).sum(axis=1)
                 return s, higher, total
 
             plgpu.barrier_wait(q_full)
             plgpu.barrier_wait(k_full.at[0])
-            s, _ = multiply(0, lambda: jnp.int32(0), 1)
+            s, _ = multiply(0, lambda: jnp.int32(0), 1, jnp.int32(0))
             before = jnp.minimum(whole, some - 1)
+            highest = lax.cond(before > 0, lambda: s.max(axis=1), lambda: hidden(s, 0).max(axis=1))  # of the first keys
             carry = (
                 s,
-                # Of the first keys; where a row may not see them all, of the first alone, which every row sees.
-                lax.cond(before > 0, lambda: s.max(axis=1), lambda: first_column(s)) * log2_scale,
+                highest * log2_scale + _ABOVE,
                 plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _LAYOUT.reduce(1)),
             )
             carry = lax.fori_loop(jnp.int32(0), before, lambda group, x: run(group, x, masked=False), carry)
