@@ -34,6 +34,9 @@ def batch(
         Path | None, typer.Option(help="A Hugging Face directory or a .gguf file; default: the demo's model.")
     ] = None,
     choices: Annotated[str, typer.Option(help="Labels with commas: the reply is one, each with its probability.")] = "",
+    json_schema: Annotated[
+        Path | None, typer.Option(help="A file with a JSON schema: replies are JSON that fits it.")
+    ] = None,
     before: Annotated[
         str, typer.Option(help="A file whose text is put before each prompt, and processed once: one text, many rows.")
     ] = "",
@@ -66,19 +69,25 @@ def batch(
     from minference_jax.jobs import PromptTemplate, read_rows
     from minference_jax.jobs.batch import BatchJob
     from minference_jax.jobs.choices import choice_ids
+    from minference_jax.jobs.json_schema import JsonSchema
     from minference_jax.jobs.output import check_job_file
+    from minference_jax.runs.files import strict_json
     from minference_jax.text.tokenizer import load_tokenizer
 
     # Everything that may be wrong is looked at before the weights are read: arguments, files, what needs the tokenizer.
     dtype = chosen_dtype(dtype)
     labels = split_names("--choices", choices) if choices else []
     if labels:
-        refuse(ctx, "with --choices", "max_new_tokens")
+        refuse(ctx, "with --choices", "max_new_tokens", "json_schema")
     if raw:
         refuse(ctx, "with --raw", "system")
     with usage("--out"):
         check_job_file(out)
     rows = read_rows(file)
+    schema = None
+    if json_schema is not None:
+        with usage(f"--json-schema: {json_schema}"):
+            schema = strict_json(read_full_text(str(json_schema)))
     text = read_full_text(before).replace("{", "{{").replace("}", "}}") + "\n\n" if before else ""
     with usage("--prompt"):
         template = PromptTemplate(text + prompt)
@@ -89,8 +98,11 @@ def batch(
     if labels:
         with usage("--choices"):
             choice_ids(tokenizer, labels)
-    settings = {"choices": labels, "max_new_tokens": max_new_tokens, "batch": batch, "system": system, "raw": raw}
-    job = BatchJob.of(config, tokenizer, rows, template, **settings)
+    if schema is not None:
+        with usage("--json-schema"):
+            JsonSchema(schema, tokenizer, config.vocab_size)
+    settings = {"choices": labels, "json_schema": schema, "max_new_tokens": max_new_tokens, "batch": batch}
+    job = BatchJob.of(config, tokenizer, rows, template, system=system, raw=raw, **settings)
     with usage("--out"):
         check_job_file(out, job.settings())
     network = load_model(model, patterns, dtype, fp8)

@@ -17,6 +17,7 @@ import numpy as np
 
 from minference_jax.jobs.batch_runner import BatchRunner, Reply, batches, shared_tokens
 from minference_jax.jobs.choices import choice_ids
+from minference_jax.jobs.json_schema import JsonSchema
 from minference_jax.jobs.output import JobFile
 from minference_jax.jobs.prompt_template import PromptTemplate
 from minference_jax.models.config import LlamaConfig
@@ -42,6 +43,7 @@ def batch_replies(
     *,
     out: str | Path | None = None,
     choices: Sequence[str] = (),
+    json_schema: Any = None,
     max_new_tokens: int = 256,
     batch: int | None = None,
     system: str = "",
@@ -57,6 +59,8 @@ def batch_replies(
       run again, if the same model, rows and settings made it (by content); anything else is refused.
     - `choices`: labels that a reply must be one of. The reply is the most probable one, and each one's probability is
       given; `max_new_tokens` then means nothing.
+    - `json_schema`: a JSON schema, as `json.loads` gives it, that replies fit (those that `max_new_tokens` does not cut
+      short). The likeliest of the tokens is taken that a fitting text can go on with.
     - `batch`: prompts at once. A batch has prompts of one length bucket, and is filled up by repeating its last. None:
       8 on a CPU, and on a GPU as many as fit its memory, up to 64.
     - `system`: the system message; `raw`: no chat template, the prompt is continued as it is.
@@ -65,8 +69,8 @@ def batch_replies(
     **Raises:** ValueError for a row that lacks a field, a prompt longer than the model's context (naming the row), and
     settings out of range, before anything runs; `LockedError` where another process works on `out`.
     """
-    settings: dict[str, Any] = {"choices": choices, "max_new_tokens": max_new_tokens, "batch": batch}
-    job = BatchJob.of(model.config, tokenizer, rows, template, system=system, raw=raw, **settings)
+    settings: dict[str, Any] = {"choices": choices, "json_schema": json_schema, "max_new_tokens": max_new_tokens}
+    job = BatchJob.of(model.config, tokenizer, rows, template, batch=batch, system=system, raw=raw, **settings)
     return job.run(model, tokenizer, out=out, wait=wait, progress=progress)
 
 
@@ -74,12 +78,14 @@ def batch_replies(
 class BatchJob:
     """What `batch_replies` is asked to do, checked, which takes no weights: `of` raises what is wrong with it.
 
-    - `prompts`: token ids of each row. `labels`: of each label. `room`: tokens of a reply, at most.
+    - `prompts`: token ids of each row. `labels`: of each label. `schema`: of replies in JSON.
+    - `room`: tokens of a reply, at most.
     - `batch`: prompts at once; None: chosen when the model is there.
     """
 
     prompts: tuple[list[int], ...]
     labels: Mapping[str, list[int]]
+    schema: JsonSchema | None
     room: int
     batch: int | None
 
@@ -92,6 +98,7 @@ class BatchJob:
         template: PromptTemplate,
         *,
         choices: Sequence[str] = (),
+        json_schema: Any = None,
         max_new_tokens: int = 256,
         batch: int | None = None,
         system: str = "",
@@ -104,17 +111,21 @@ class BatchJob:
             raise ValueError("rows: there must be at least one")
         if raw and system:
             raise ValueError("a raw prompt has no system message")
+        if choices and json_schema is not None:
+            raise ValueError("choices and json_schema cannot both say what a reply is")
         template.check(rows)
         labels = choice_ids(tokenizer, choices) if choices else []
+        schema = None if json_schema is None else JsonSchema(json_schema, tokenizer, config.vocab_size)
         room = max(map(len, labels)) if labels else max_new_tokens
         prompts = tuple(_prompt(tokenizer, template.fill(row), system, raw) for row in rows)
         _check_lengths(config, prompts, room)
-        return cls(prompts, dict(zip(choices, labels, strict=True)), room, batch)
+        return cls(prompts, dict(zip(choices, labels, strict=True)), schema, room, batch)
 
     def settings(self) -> dict[str, Any]:
         """What decides the replies beside the model, as far as it is known without it, for `output.check_job_file`."""
         known = {
             "choices": list(self.labels),
+            "json_schema": None if self.schema is None else self.schema.schema,
             "max_new_tokens": 0 if self.labels else self.room,
             "prompts": content_digest([np.asarray(prompt, np.int32) for prompt in self.prompts]),
         }
@@ -142,7 +153,8 @@ class BatchJob:
                 file = JobFile(out, made_by)
                 kept = file.rows
             at_once = min(batch, max(map(len, groups)))
-            runner = BatchRunner(model, tokenizer, self.prompts, shared, at_once, self.room, self.labels)
+            kind = {"labels": self.labels, "schema": self.schema}
+            runner = BatchRunner(model, tokenizer, self.prompts, shared, at_once, self.room, **kind)
             replies = {row: Reply(**value) for row, value in kept.items()}
             for group in groups:
                 if progress is not None:
