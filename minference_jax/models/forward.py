@@ -28,6 +28,7 @@ from minference_jax.models.rope import LayerRope, layer_rope, turns
 from minference_jax.models.stacked import Layer, StackedLayer
 from minference_jax.models.window import attend_layer, decode_layer, with_sinks
 from minference_jax.parallel.exchange import ONE, Exchange
+from minference_jax.parallel.stream import to_heads, to_rows
 from pallas_kernels.tracing import vary_alike
 
 Params = Mapping[str, Array]
@@ -76,11 +77,11 @@ def layer_qkv(
     config: LlamaConfig, layer: Layer, x: Array, rope: LayerRope, positions: Int32[Array, " t"], chunk: int
 ) -> tuple[Array, Array, Array]:
     """One layer's q, k, v for rows at these positions, in chunks."""
+    return map_chunks(partial(_project, config, layer, rope), (x, positions[None]), chunk)
 
-    def project(_: Array, rows: Array, positions: Array) -> tuple[Array, Array, Array]:
-        return project_qkv(config, layer, rows, turns(config, rope, positions))
 
-    return map_chunks(project, (x, positions[None]), chunk)
+def _project(config: LlamaConfig, layer: Layer, rope: LayerRope, _: Array, rows: Array, positions: Array) -> Any:
+    return project_qkv(config, layer, rows, turns(config, rope, positions))
 
 
 def attend(
@@ -180,12 +181,16 @@ def prefill(
         if unspent is not None:
             layer_patterns = dataclasses.replace(layer_patterns, unspent=unspent)
         layer = exchange.whole_layer(config, StackedLayer(stacked, index) if layer is None else layer)
-        qkv = layer_qkv(config, layer, x, layer_rope(config, rope_lengths, index), positions, chunk)
-        q, k, v = (exchange.to_heads(in_order(y, order), t) for y in qkv)
-        if cache is not None and order is not None:
-            cache = cache.write(index, q_offset, *(exchange.to_heads(y, t) for y in qkv[1:]))
-        elif cache is not None:
-            cache = cache.write(index, q_offset, k, v)
+        rope = layer_rope(config, rope_lengths, index)
+
+        def projected(first: Array, rows: Array, positions: Array) -> tuple[Array, ...]:
+            qkv = _project(config, layer, rope, first, rows, positions)
+            kept = () if order is None or cache is None else qkv[1:]  # a cache has the model's order of heads
+            return (*(in_order(y, order) for y in qkv), *kept)
+
+        q, k, v, *kept = to_heads(exchange, projected, (x, positions[None]), t, chunk)
+        if cache is not None:
+            cache = cache.write(index, q_offset, *(kept or (k, v)))
 
         sinks = layer.get("sinks")
         options = {"implementation": implementation, "return_info": keep == "info"}
@@ -204,8 +209,12 @@ def prefill(
 
         where = {"start": start, "lengths": seen, "own": exchange.own_queries, "sinks": sinks, "unspent": unspent}
         out, info, unspent = attend_layer(config, index, (q, k, v), cache, whole, **where)
-        out = in_order(exchange.to_rows(out), None if order is None else jnp.argsort(order))
-        x = map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), chunk, in_place=True)
+        back = None if order is None else jnp.argsort(order)
+
+        def finished(_: Array, x: Array, out: Array) -> Array:
+            return finish_layer(config, layer, x, in_order(out, back))
+
+        x = to_rows(exchange, finished, x, out, chunk)
         return (x, cache, unspent), {"nothing": None, "info": info, "hidden": x}[keep]
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
