@@ -1,4 +1,4 @@
-"""One reply for each row, in full batches of one length bucket; what is done is kept.
+"""One reply for each row, in full batches of prompts of about one length; what is done is kept.
 
 Batches are formed from all rows before the first one runs, and what the prompts share at their beginning is processed
 once: a job that was killed and goes on makes the same batches from the same cache, so it gives the same replies.
@@ -61,8 +61,8 @@ def batch_replies(
       given; `max_new_tokens` then means nothing.
     - `json_schema`: a JSON schema, as `json.loads` gives it, that replies fit (those that `max_new_tokens` does not cut
       short). The likeliest of the tokens is taken that a fitting text can go on with.
-    - `batch`: prompts at once. A batch has prompts of one length bucket, and is filled up by repeating its last. None:
-      8 on a CPU, and on a GPU as many as fit its memory, up to 64.
+    - `batch`: prompts at once. A batch has prompts of one length bucket, is filled up with shorter ones, and the last
+      batch by repeating a prompt. None: 8 on a CPU, and on a GPU as many as fit its memory, up to 64.
     - `system`: the system message; `raw`: no chat template, the prompt is continued as it is.
     - `wait`: where another process works on `out`, wait until it is done.
 
@@ -143,7 +143,8 @@ class BatchJob:
         """The replies, in the order of the rows. Arguments and errors are those of `batch_replies`."""
         batch = self._at_once(model)
         shared = shared_tokens(self.prompts)
-        groups = batches([len(prompt) - shared for prompt in self.prompts], batch)
+        sizes = [len(prompt) - shared for prompt in self.prompts]
+        groups = batches(sizes, batch, lambda bucket: model.patterns_at(bucket, shared + bucket))
         with contextlib.ExitStack() as stack:
             file, kept = None, {}
             if out is not None:

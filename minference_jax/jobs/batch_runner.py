@@ -1,10 +1,10 @@
-"""Runs batches of prompts of one length bucket: replies written freely, by a schema, or chosen from labels."""
+"""Runs batches of prompts of about one length: replies written freely, by a schema, or chosen from labels."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -43,15 +43,20 @@ def shared_tokens(prompts: Sequence[list[int]]) -> int:
     return min(same, least) // QUERY_TILE * QUERY_TILE
 
 
-def batches(sizes: Sequence[int], batch: int) -> list[list[int]]:
-    """Rows of one bucket together, up to `batch` of them, the longest first: memory that does not suffice shows at
-    once."""
-    buckets: dict[int, list[int]] = {}
-    for row, size in enumerate(sizes):
-        buckets.setdefault(bucket_length(size), []).append(row)
-    return [
-        rows[i : i + batch] for _, rows in sorted(buckets.items(), reverse=True) for i in range(0, len(rows), batch)
-    ]
+def batches(sizes: Sequence[int], batch: int, attention: Callable[[int], Any]) -> list[list[int]]:
+    """Rows in groups of `batch`, the longest first: memory that does not suffice shows at once.
+
+    A group that its bucket does not fill goes on with shorter rows, which cost no more there than repeated ones, unless
+    they would get another attention: `attention(bucket)` says which one prompts of a bucket get.
+    """
+    buckets = [bucket_length(size) for size in sizes]
+    kinds = {bucket: attention(bucket) for bucket in set(buckets)}
+    groups: list[list[int]] = []
+    for row in sorted(range(len(sizes)), key=lambda row: (-buckets[row], row)):
+        if not groups or len(groups[-1]) == batch or kinds[buckets[groups[-1][0]]] != kinds[buckets[row]]:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
 
 
 class BatchRunner:
@@ -79,7 +84,7 @@ class BatchRunner:
         self._cache: KVCache | None = None
 
     def __call__(self, group: Sequence[int]) -> list[Reply]:
-        """The replies of up to `batch` rows of one bucket."""
+        """The replies of up to `batch` rows."""
         rows = [*group, *[group[-1]] * (self._batch - len(group))]
         sizes = np.asarray([len(self._prompts[row]) for row in rows], np.int32)
         tokens = np.zeros((len(rows), int(sizes.max())), np.int32)
