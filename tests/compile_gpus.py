@@ -31,9 +31,6 @@ ROOT = Path(__file__).resolve().parent.parent
 MOST_SPILLED = 32
 """Bytes: a few registers put away when a thread block starts and fetched when it ends, or between loops."""
 
-KNOWN_SPILLS = {"masses H8-D256": 112}
-"""Bytes of the one case that spills in its main loop: products of that length leave too few registers."""
-
 SHARED_MEMORY = {"8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227, "10.0": 227, "12.0": 99}
 """KiB that a thread block may use, by compute capability."""
 
@@ -86,11 +83,10 @@ class Kernel(NamedTuple):
         found = list(self.warnings)
         if self.compiler == "triton":
             return [*found, "registers are spilled"] if self.spilled else found
-        if self.spilled > KNOWN_SPILLS.get(self.case, 0):
-            if self.spilled_in_loops != 0:
-                found.append("registers are spilled in a main loop, or ptxas's listing is missing")
-            if self.spilled > MOST_SPILLED:
-                found.append(f"more than {MOST_SPILLED} bytes are spilled")
+        if self.spilled and self.spilled_in_loops != 0:
+            found.append("registers are spilled in a main loop, or ptxas's listing is missing")
+        if self.spilled > MOST_SPILLED:
+            found.append(f"more than {MOST_SPILLED} bytes are spilled")
         if self.shared > SHARED_MEMORY[capability] * 1024:
             found.append(f"more than {SHARED_MEMORY[capability]} KiB of shared memory")
         return found

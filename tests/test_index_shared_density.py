@@ -9,6 +9,7 @@ import pytest
 
 from minference_jax.attention import make_plan
 from minference_jax.index import level
+from minference_jax.index.question import Columns, column_masses
 from minference_jax.index.shared_density import shared_density_index
 from minference_jax.patterns import SharedDensity
 from pallas_kernels.plan_check import lists_are_clean
@@ -149,6 +150,17 @@ def test_question_columns_are_part_of_the_density_and_tiles_do_without_them(rng)
     middle = slice(3, 10)
     assert visited_tiles(without, 0, 24)[:, middle, 1].all()
     assert not visited_tiles(plan, 0, 24)[:, middle, 1].all()
+
+
+def test_columns_weigh_no_more_than_their_rows(rng):
+    """Also where the log-sum-exps are far too small, as a kernel's are of scores that it can't tell apart."""
+    q, k = heads(rng, 1, 128, 128)
+    positions = jnp.broadcast_to(jnp.asarray([0, 5, 70], jnp.int32), (1, 4, 3))
+    columns = Columns(positions, jnp.full((1, 4), 3), jnp.broadcast_to(jnp.asarray([2, 1], jnp.int32), (1, 4, 2)))
+    rows, share = jnp.asarray([[[3, 100]]], jnp.int32), jnp.asarray([[[2.0, 7.0]]])
+    lse = jnp.full((1, 4, 1, 2), -1e3)
+    masses = column_masses(q, k, columns, rows, share, lse, q_offset=jnp.int32(0), scale=0.25)
+    np.testing.assert_allclose(masses, np.broadcast_to([2 + 7 + 7, 7], masses.shape))
 
 
 def test_a_threshold_visits_less_of_a_prompt_that_needs_less(rng):

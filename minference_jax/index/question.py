@@ -91,7 +91,9 @@ def column_masses(
     scores = jnp.einsum("bnrh,bnch->bnrc", some, keys, precision=exact, preferred_element_type=jnp.float32)
     scores = scores.reshape(b, n, *rows.shape[1:], width) * jnp.float32(scale)
     seen = columns.positions[:, :, None, None] <= (rows + q_offset)[:, None, ..., None]
-    weights = jnp.exp(jnp.where(seen & jnp.isfinite(lse)[..., None], scores - lse[..., None], -jnp.inf))
+    # A key's weight is at most 1; a kernel's `lse` is too small where scores differ beyond what it can tell apart.
+    weights = jnp.minimum(scores - lse[..., None], 0)
+    weights = jnp.exp(jnp.where(seen & jnp.isfinite(lse)[..., None], weights, -jnp.inf))
     weights = (weights * share[:, None, ..., None]).sum(-2)  # [b, n, i, C]
     # A tile's columns lie side by side: their sum is a difference of running sums.
     sums = jnp.pad(jnp.cumsum(weights, axis=-1), ((0, 0), (0, 0), (0, 0), (1, 0)))

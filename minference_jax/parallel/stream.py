@@ -8,8 +8,7 @@ is written so by what computes it.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +24,6 @@ Pieces = tuple[Float[Array, "b rows d"], ...]
 PIECES, LEAST = 8, 2048
 """Pieces that a device's rows are cut into, and rows of one at least: an eighth of what is sent is waited for, and
 fewer rows would leave matrix products below a GPU's rate. The program holds each piece by itself."""
-VAR = os.environ.get("VAR", "")
-if "P1" in VAR:
-    PIECES = 1
 
 
 def cut(exchange: Exchange, x: Float[Array, "b rows d"]) -> Pieces:
@@ -60,24 +56,18 @@ def to_heads(
         """Heads of each result on a device; and the results of a piece, which travel together."""
         found = map_chunks(make, (x[i], positions[:, starts[i] : starts[i + 1]]), chunk)
         grouped = [exchange.grouped(y) for y in found]
-        y = jnp.concatenate(grouped, axis=3)
-        return [y.shape[3] for y in grouped], y if "NL" in VAR else exchange.contiguous(y)
+        return [y.shape[3] for y in grouped], exchange.contiguous(jnp.concatenate(grouped, axis=3))
 
+    update = jax.lax.dynamic_update_slice_in_dim
     heads, piece = made(0)
-    empty = jnp.zeros if "Z" in VAR else jax.lax.empty
-    into = [empty((*piece.shape[:2], starts[-1], n, piece.shape[4]), piece.dtype) for n in heads]
+    into = [jax.lax.empty((*piece.shape[:2], starts[-1], n, piece.shape[4]), piece.dtype) for n in heads]
     for i in range(len(x)):
         sent = exchange.swap(piece)
         if i + 1 < len(x):  # what was sent is put in its place only after the next piece is computed
-            following = made(i + 1)[1]
-            sent, piece = (sent, following) if "NB" in VAR else jax.lax.optimization_barrier((sent, following))
+            sent, piece = jax.lax.optimization_barrier((sent, made(i + 1)[1]))
         parts = jnp.split(sent, np.cumsum(heads)[:-1], axis=3)
-        into = _each(jax.lax.dynamic_update_slice_in_dim, into, parts, starts[i])
+        into = [update(y, part, starts[i], axis=2) for y, part in zip(into, parts, strict=True)]
     return tuple(exchange.all_rows_of_heads(y, t) for y in into)
-
-
-def _each(update: Callable[..., Array], into: Iterable[Array], parts: Iterable[Array], start: int) -> list[Array]:
-    return [update(y, part, start, axis=2) for y, part in zip(into, parts, strict=True)]
 
 
 def to_rows(
@@ -95,8 +85,7 @@ def to_rows(
     out = jnp.moveaxis(out.reshape(out.shape[0], exchange.heads, rows, *out.shape[2:]), 1, 0)
 
     def received(i: int) -> Array:
-        y = out[:, :, starts[i] : starts[i + 1]]
-        return exchange.swap(y if "NL" in VAR else exchange.contiguous(y))
+        return exchange.swap(exchange.contiguous(out[:, :, starts[i] : starts[i + 1]]))
 
     def joined(first: Array, x: Array, attended: Array) -> Array:
         return finish(first, x, exchange.joined(jnp.moveaxis(attended, 1, 2)))

@@ -16,7 +16,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, scf, vector
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 SUM_COLUMNS = 8
 """Columns of a running sum: the fewest that need no exchange between threads."""
@@ -65,6 +65,33 @@ def exp2(x: Float[Array, "m s"], polynomial_tiles: int, *, emulate: bool, bounde
         return result
 
     return mixed(x)  # pyright: ignore[reportCallIssue]
+
+
+def hidden_after(
+    x: Float[Array, "m s"], last: Int[Array, " m"], hidden: float, *, emulate: bool
+) -> Float[Array, "m s"]:
+    """x up to column last[row] of each row, `hidden` after it.
+
+    A thread compares few numbers with constants: one for each element of x would take as many registers as x.
+    """
+    if emulate:
+        return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 1) <= last[:, None], x, hidden)
+    layout = plgpu.Layout.WGMMA
+    result = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout, layout.reduce(1)), return_type=result)
+    def hide(_, x, last):
+        shape = (x.shape[0], _TILE)
+        column = mgpu.FragmentedArray.broadcasted_iota(last.mlir_dtype, shape, 1, x.layout, is_signed=True)
+        ahead = last.broadcast_in_dim(shape, (0,), x.layout) - column
+        nothing = mgpu.FragmentedArray.splat(mgpu.c(hidden, ir.F32Type.get()), shape, x.layout)
+        result = x.copy()
+        for first in range(0, x.shape[1], _TILE):
+            columns = slice(first, first + _TILE)
+            result[:, columns] = (ahead >= first).select(x[:, columns], nothing)
+        return result
+
+    return hide(x, last)  # pyright: ignore[reportCallIssue]
 
 
 def raised(maximum: Float[Array, " m"], s: Float[Array, "m w"], scale: float, *, emulate: bool) -> Float[Array, " m"]:

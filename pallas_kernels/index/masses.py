@@ -68,7 +68,9 @@ def tile_masses(
     - `return_lse` (static): also return the log-sum-exp of each probe's scores.
 
     **Returns:** float32 `[b, n, i, j]` with j = ceil(s / 64); sums over j are the shares of each query tile. With
-    `return_lse` also float32 `[b, n, i, p]`, natural logarithm, −inf for a probe that is none.
+    `return_lse` also float32 `[b, n, i, p]`, natural logarithm, −inf for a probe that is none. Where a row's scores
+    rise by more than 133 (a factor of e¹³³) within the keys of a thread block, the kernel counts that as about 133:
+    masses stay finite and keep their sums, but tiles that rise further are not told apart.
 
     **Raises:** TypeError and ValueError at trace time, naming the argument and the shapes.
 

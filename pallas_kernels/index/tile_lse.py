@@ -26,8 +26,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import axes
 from pallas_kernels.device import DEFAULT_MULTIPROCESSORS
-from pallas_kernels.hopper.registers import exp2
+from pallas_kernels.hopper.registers import exp2, hidden_after
 from pallas_kernels.sizes import KEY_TILE
 from pallas_kernels.tracing import without_axes
 
@@ -46,10 +47,10 @@ GROUP, TILES = STEPS * STEP, STEPS * STEP // KEY_TILE
 _SCORES = (ROWS, STEP)
 _LAYOUT = plgpu.Layout.WGMMA
 _LOWEST = -1e8
-"""Base-2 score of a key that is not visible: finite, and small enough that the difference of two of them, one of which
-a multiply-add has not rounded, is a few units."""
-_MOST = 128.0
-"""The largest base-2 logarithm of a sum that float32 holds."""
+"""Stands for the score of a key that its row does not see: finite, so that no difference is NaN."""
+_ABOVE, _MOST = 64.0, 128.0
+"""Terms are relative to 2**64 times the largest tile before them. float32 holds sums below 2**128 of that, and terms
+down to 2**-62 of the largest tile: a tile may exceed all before it by 192 octaves, a factor of e**133."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +124,13 @@ def tile_lse(
     log2_scale = scale * math.log2(math.e)
 
     def body(q_ref, k_ref, position_ref, bounds_ref, tiles_ref, chunks_ref, q_smem, k_smem, q_full, k_full, k_free):
-        z, chunk = lax.axis_index("head"), lax.axis_index("chunk")
-        block = blocks - 1 - lax.axis_index("rows")  # those with the most keys first
+        z, chunk = lax.axis_index(axes.HEAD), lax.axis_index(axes.CHUNK)
+        block = blocks - 1 - lax.axis_index(axes.ROWS)  # those with the most keys first
         batch, head = lax.div(z, jnp.int32(kv_heads)), lax.rem(z, jnp.int32(kv_heads))
         first = chunk * per_chunk
         whole = jnp.clip(bounds_ref[batch, block, 0] - first, 0, per_chunk)
         some = jnp.clip(bounds_ref[batch, block, 1] - first, 0, per_chunk)
-        warpgroup = lax.axis_index("warpgroup")
+        warpgroup = lax.axis_index(axes.WARPGROUP)
 
         def load():
             for w in range(WARPGROUPS):
@@ -158,9 +159,12 @@ def tile_lse(
             def of_columns(x, shape):
                 return lax.broadcast_in_dim(x, shape, [0])
 
-            def multiply(step, beside, ahead):
+            def multiply(step, beside, ahead, group):
                 """(scores of a step's keys, what `beside` returns); then those of the step `ahead` have arrived."""
                 slot = step % stages
+                # No group comes near 2**30, so nothing is added. But addresses that are the same in every group are
+                # kept from one to the next, and there are more of them, one a product, than registers.
+                keys = k_smem.at[slot + lax.shift_right_logical(group, jnp.int32(30))]
                 if h > 128 and not emulate:  # these products take too many registers for anything beside them
                     before = lax.optimization_barrier(beside())
                     beside = lambda: before  # noqa: E731
@@ -170,7 +174,7 @@ def tile_lse(
                         plgpu.barrier_wait(k_full.at[ahead % stages])
 
                 def product(scores):
-                    plgpu.wgmma(scores, queries, k_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(scores, queries, keys.transpose((1, 0)))
                     other = lax.optimization_barrier(beside())
                     arrived()
                     result = plgpu.wgmma_accumulator_load(scores, wait_n=0)
@@ -179,7 +183,7 @@ def tile_lse(
 
                 if not emulate:
                     return pl.run_scoped(product, ACC(_SCORES, jnp.float32))
-                result = jnp.dot(queries[...], k_smem[slot].T, preferred_element_type=jnp.float32)
+                result = jnp.dot(queries[...], keys[...].T, preferred_element_type=jnp.float32)
                 other = beside()
                 arrived()
                 plgpu.commit_smem()
@@ -194,20 +198,17 @@ def tile_lse(
                 seen = ((first + group) * STEPS + u) * STEP <= last_position
                 return lax.cond(seen, lambda: with_tiles(c, s, top, group, u, masked), lambda: c)
 
-            def first_column(s):
-                part = s[:, :TILES]
-                column = plgpu.broadcasted_iota(jnp.int32, part.shape, 1, layout=_LAYOUT)
-                return jnp.where(column == 0, part, _LOWEST).max(axis=1)
+            def hidden(x, key):
+                """x of the keys from the chunk's `key` on, with the lowest for those that its rows do not see."""
+                return hidden_after(x, position - first * GROUP - key, _LOWEST, emulate=emulate)
 
             def with_tiles(c, s, top, group, u, masked):
-                if masked:
-                    key = plgpu.broadcasted_iota(jnp.int32, _SCORES, 1, layout=_LAYOUT)
-                    left = position - ((first + group) * STEPS + u) * STEP
-                    s = jnp.where(key <= of_columns(left, _SCORES), s, _LOWEST / log2_scale)
                 column = plgpu.broadcasted_iota(jnp.int32, c.shape, 1, layout=_LAYOUT)
                 for half in range(2):
                     part = s[:, half * KEY_TILE : (half + 1) * KEY_TILE]
                     x = part * log2_scale - of_columns(top, part.shape)
+                    if masked:
+                        x = hidden(x, group * GROUP + u * STEP + half * KEY_TILE)
                     p = exp2(x, config.polynomial_tiles, emulate=emulate, bounded=False)
                     c = jnp.where(column == 2 * u + half, of_columns(p.sum(axis=1), c.shape), c)
                 return c
@@ -215,9 +216,9 @@ def tile_lse(
             def run(group, carry, masked, last=False):
                 """The tiles of a group, whose first scores come in the carry; so go out those of the next group.
 
-                Terms are relative to `top`, the largest logarithm of a tile so far. With a maximum of each tile the
-                kernel took 2.50 ms instead of 2.31 (an H200, 128K tokens, a probe in 64 rows, commit 4ee996a). Should
-                a tile's exceed it by 128 or more, it counts as 128 more.
+                Terms are relative to `top`, `_ABOVE` the largest logarithm of a tile so far. With a maximum of each
+                tile the kernel took 2.50 ms instead of 2.31 (an H200, 128K tokens, a probe in 64 rows, commit 4ee996a).
+                Should a tile's exceed it by 128 or more, it counts as 128 more.
                 """
                 s, top, total = carry
                 c = plgpu.layout_cast(jnp.zeros((ROWS, TILES), jnp.float32), _LAYOUT)
@@ -226,21 +227,21 @@ def tile_lse(
                         c = insert(c, s, top, group, u, masked)
                         continue
                     ahead = None if last and u == STEPS - 2 else u + 2
-                    s, c = multiply(u + 1, lambda c=c, s=s, u=u: insert(c, s, top, group, u, masked), ahead)
+                    s, c = multiply(u + 1, lambda c=c, s=s, u=u: insert(c, s, top, group, u, masked), ahead, group)
                 c = of_columns(top, c.shape) + jnp.minimum(jnp.log2(c), _MOST)
                 tiles_ref.at[batch, head, rows, pl.ds((first + group) * TILES, TILES)][...] = c
-                higher = jnp.maximum(top, c.max(axis=1))
+                higher = jnp.maximum(top, c.max(axis=1) + _ABOVE)
                 total = total * jnp.exp2(top - higher) + jnp.exp2(c - of_columns(higher, c.shape)).sum(axis=1)
                 return s, higher, total
 
             plgpu.barrier_wait(q_full)
             plgpu.barrier_wait(k_full.at[0])
-            s, _ = multiply(0, lambda: jnp.int32(0), 1)
+            s, _ = multiply(0, lambda: jnp.int32(0), 1, jnp.int32(0))
             before = jnp.minimum(whole, some - 1)
+            highest = lax.cond(before > 0, lambda: s.max(axis=1), lambda: hidden(s, 0).max(axis=1))  # of the first keys
             carry = (
                 s,
-                # Of the first keys; where a row may not see them all, of the first alone, which every row sees.
-                lax.cond(before > 0, lambda: s.max(axis=1), lambda: first_column(s)) * log2_scale,
+                highest * log2_scale + _ABOVE,
                 plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _LAYOUT.reduce(1)),
             )
             carry = lax.fori_loop(jnp.int32(0), before, lambda group, x: run(group, x, masked=False), carry)
@@ -274,9 +275,9 @@ def tile_lse(
                 "k_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
             },
             grid=(blocks, b * kv_heads, chunks),
-            grid_names=("rows", "head", "chunk"),
+            grid_names=(axes.ROWS, axes.HEAD, axes.CHUNK),
             num_threads=WARPGROUPS + 1,
-            thread_name="warpgroup",
+            thread_name=axes.WARPGROUP,
             interpret=interpret,
             kernel_name="tile_lse",
             compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
