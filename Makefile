@@ -16,12 +16,13 @@ ifneq ($(shell cat .venv/.folder 2>/dev/null) $(shell $(BIN)/python -c 'import p
 $(shell rm -f .venv/.folder .venv/.runtime .venv/.dev)
 endif
 
-.PHONY: help venv demo test nightly notebooks check docs lint format clean compile-gpus
+.PHONY: help venv demo test sweep nightly notebooks check docs lint format clean compile-gpus
 
 help:
 	@echo "make demo     a real Llama reads a book chapter with dense and with sparse prefill, and answers a question"
-	@echo "make test     the test suite"
-	@echo "make nightly  larger cases of what it checks"
+	@echo "make test     every behaviour once, in minutes"
+	@echo "make sweep    the same behaviours in more cases; CI runs both"
+	@echo "make nightly  larger cases of what they check"
 	@echo "make notebooks  run the notebooks and keep their outputs"
 	@echo "make check    ruff, the documentation and pyright, as CI runs them"
 	@echo "make docs     the documentation site, in .site"
@@ -32,10 +33,15 @@ help:
 demo: .venv/.runtime
 	$(BIN)/minference-jax demo
 
+# `test` and `sweep` share no test; tests/sweeps.py says which is which.
 # Two processes: the suite is mostly compilation, which uses one core, and each process holds about 2 GB. Whole files go
 # to a process, the longest first (tests/conftest.py orders them).
+IN_TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 test: .venv/.dev torch-env
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_TWO) $(PYTEST_ARGS)
+
+sweep: .venv/.dev torch-env
+	$(BIN)/python -m pytest -m sweep $(IN_TWO) $(PYTEST_ARGS)
 
 nightly: .venv/.dev torch-env
 	$(BIN)/python -m pytest -m nightly $(PYTEST_ARGS)

@@ -94,12 +94,13 @@ def make_plan(
     offset = check_q_offset(q_offset, q.shape[1], k.shape[1])
     heads = layer_patterns(pattern, q.shape[2])
     arrays = (q, k, heads, kv_limit(lengths, q.shape[0], k.shape[1]), offset)
-    of_heads = heads.axes()
-    if of_heads is None:  # the index of a stranger has all heads
-        axes = (PER_SEQUENCE, PER_SEQUENCE, WHOLE, PER_SEQUENCE, WHOLE)
-        return by_device(_plan, arrays, axes, PER_SEQUENCE, scale=check_scale(scale, q), axis_name=axis_name)
-    axes = (Q_AXES, KV_AXES, of_heads, PER_SEQUENCE, WHOLE)
-    return by_device(_plan, arrays, axes, PER_HEAD, scale=check_scale(scale, q), axis_name=axis_name)
+    if not heads.built:
+        axes, results = (Q_AXES, KV_AXES, heads.axes(), PER_SEQUENCE, WHOLE), PER_HEAD
+    elif axis_name is None:  # the index of a stranger has all heads
+        axes, results = (PER_SEQUENCE, PER_SEQUENCE, heads.axes(), PER_SEQUENCE, WHOLE), PER_SEQUENCE
+    else:
+        raise ValueError(f"pattern: a plan builder sees all heads of a layer, which axis_name={axis_name!r} divides")
+    return by_device(_plan, arrays, axes, results, scale=check_scale(scale, q), axis_name=axis_name)
 
 
 @partial(jax.jit, static_argnames=("scale", "axis_name"))

@@ -20,6 +20,7 @@ EXTRA_OF = {
     "typer": "cli",
     "matplotlib": "plots",
     "rapidfuzz": "eval",
+    "llguidance": "schema",
     "lm_eval": "harness",
     "torch": "torch",
 }

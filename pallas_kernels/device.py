@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
 
 GPUS = {
     "8.0": ("NVIDIA A100-SXM4-80GB", 108),
@@ -61,6 +62,13 @@ def target() -> Any:
     """The device that programs are made for: that of `lowering_for`, else the default one."""
     named = jax.sharding.get_abstract_mesh().abstract_device
     return named if isinstance(named, _Target) else jax.devices()[0]
+
+
+def on_target(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
+    """A mesh for `jax.shard_map`, inside which `target` is what it is outside."""
+    device = target()
+    abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+    return abstract.update(abstract_device=device) if isinstance(device, _Target) else mesh
 
 
 @dataclasses.dataclass(frozen=True)

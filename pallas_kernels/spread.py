@@ -30,6 +30,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from pallas_kernels.device import on_target
 from pallas_kernels.tracing import under_own_settings
 
 Q_AXES, KV_AXES, PER_HEAD, PER_SEQUENCE, WHOLE = "b.n", "b.k", "bn", "b", ""
@@ -216,7 +217,10 @@ def _by_type(call: _Call, mesh: Any) -> Callable[..., tuple[Array, ...]]:
         split = _Split.of(mesh, call.axes, [x.shape for x in leaves], [jax.typeof(x).sharding.spec for x in leaves])
         given, found = (tuple(map(split.spec, axes)) for axes in (call.axes, call.results))
         placed = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, given, strict=True)]
-        return jax.shard_map(call.local(split), mesh=mesh, in_specs=given, out_specs=found, axis_names=names)(*placed)
+        spread = jax.shard_map(
+            call.local(split), mesh=on_target(mesh), in_specs=given, out_specs=found, axis_names=names
+        )
+        return spread(*placed)
 
     return run
 

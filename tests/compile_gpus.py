@@ -3,8 +3,8 @@
     python tests/compile_gpus.py [8.0 9.0 ...]
 
 Fails on registers spilled in a main loop, on more than a few bytes spilled anywhere, on ptxas performance warnings, and
-on more shared memory than the GPU has. Of Triton's kernels it says only that they compile. With CASES=REGEX in the
-environment it compiles those only.
+on more shared memory than the GPU has; on any spilled register of Triton's kernels. With CASES=REGEX in the environment
+it compiles those only.
 
 Needs, beside jax and jaxlib, the CUDA plugins of the same version and NVIDIA's assembler and disassembler (about 1.4 GB
 together; keep them in a virtual environment of their own):
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,14 +57,14 @@ device_description_str: "{name}"
 class Case(NamedTuple):
     """A call that launches kernels: the function, the shapes of its arguments, and the GPUs that it is for.
 
-    `reported`: ptxas's words on it reach us, which those on Triton's kernels do not.
+    `compiler`: "mosaic", which prints what ptxas says when asked to, or "triton", whose kernels XLA hands to ptxas.
     """
 
     name: str
     call: Callable[..., Any]
     arguments: tuple[Any, ...]
     capabilities: tuple[str, ...] = tuple(SHARED_MEMORY)
-    reported: bool = True
+    compiler: str = "mosaic"
 
 
 class Kernel(NamedTuple):
@@ -76,9 +77,12 @@ class Kernel(NamedTuple):
     spilled_in_loops: int | None
     shared: int
     warnings: list[str]
+    compiler: str = "mosaic"
 
     def complaints(self, capability: str) -> list[str]:
         found = list(self.warnings)
+        if self.compiler == "triton":
+            return [*found, "registers are spilled"] if self.spilled else found
         if self.spilled and self.spilled_in_loops != 0:
             found.append("registers are spilled in a main loop, or ptxas's listing is missing")
         if self.spilled > MOST_SPILLED:
@@ -100,6 +104,7 @@ def cases() -> Iterator[Case]:
     from pallas_kernels.decode.matvec import stacked_matvec
     from pallas_kernels.index.keys import digit_counts, key_lists
     from pallas_kernels.mma.attention import mma_attention
+    from pallas_kernels.rows.quantize import gated_rows, normed_rows, quantized_rows
 
     def warps(q, k, v, plan, lengths, q_offset):
         return mma_attention(q, k, v, plan, lengths=lengths, q_offset=q_offset, return_lse=True)
@@ -134,14 +139,25 @@ def cases() -> Iterator[Case]:
             return decode_attention(q, k, v, layer, lengths, k_scale=scale, v_scale=scale)
 
         arguments = (query, cache, cache, one, prefix, scale)
-        yield Case(f"decode, cache in {name}", decode, arguments, capabilities, reported=False)
+        yield Case(f"decode, cache in {name}", decode, arguments, capabilities, "triton")
 
         def multiply(x, weight, layer, scales):
             return stacked_matvec(x, [weight], layer, scales)
 
         arguments = (shape((1, 4096), jnp.bfloat16), shape((2, 4096, 4096), dtype), one)
         scales = (shape((2, 4096), jnp.float32),) if narrow else ()
-        yield Case(f"matvec in {name}", multiply, (*arguments, scales), capabilities, reported=False)
+        yield Case(f"matvec in {name}", multiply, (*arguments, scales), capabilities, "triton")
+
+    for width in (300, 14336, 32768):
+        x, row, channel = shape((4096, width), jnp.bfloat16), shape((4096,), jnp.float32), shape((width,), jnp.float32)
+        weight = shape((width,), jnp.bfloat16)
+        for offset in (None, 1.0):
+            norm = partial(normed_rows, eps=1e-5, offset=offset)
+            yield Case(f"norm of {width}, offset {offset}", norm, (x, weight), with_fp8, "triton")
+        for activation in ("silu", "gelu"):
+            gate = partial(gated_rows, activation=activation)
+            yield Case(f"{activation} of {width}", gate, (x, x, row, channel, channel), with_fp8, "triton")
+        yield Case(f"rows of {width}", quantized_rows, (x,), with_fp8, "triton")
 
 
 def topology_of(capability: str, devices: int = 1) -> Any:
@@ -173,8 +189,8 @@ def sharding_on(capability: str) -> Any:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
-def compile_all(capability: str, wanted: str) -> None:
-    """Compiles the cases of one GPU, and prints a line of JSON for each kernel."""
+def compile_all(capability: str, compiler: str, wanted: str) -> None:
+    """Compiles the cases of one GPU and compiler, and prints a line of JSON for each kernel."""
     import jax
     from jax.experimental.mosaic.gpu import core
 
@@ -190,7 +206,7 @@ def compile_all(capability: str, wanted: str) -> None:
     core._smem_tree_size = measured
     sharding, answers = sharding_on(capability), os.fdopen(os.dup(1), "w")
     for case in cases():
-        if capability not in case.capabilities or not re.search(wanted, case.name):
+        if capability not in case.capabilities or case.compiler != compiler or not re.search(wanted, case.name):
             continue
         shared.clear()
         arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arguments)
@@ -200,11 +216,21 @@ def compile_all(capability: str, wanted: str) -> None:
             jax.jit(case.call).lower(*arguments).compile()
             log.seek(0)
             text = log.read().decode(errors="replace")
-        if not case.reported:
-            print(json.dumps(case.name), file=answers, flush=True)
-            continue
-        for kernel in kernels_of(case.name, text, shared):
+        found = kernels_of(case.name, text, shared) if compiler == "mosaic" else triton_kernels_of(case.name, text)
+        for kernel in found:
             print(json.dumps(kernel), file=answers, flush=True)
+
+
+def triton_kernels_of(case: str, log: str) -> Iterator[Kernel]:
+    """What XLA's log of one compilation says of each kernel that is not one of XLA's own."""
+    for report in re.split(r"(?=Compiling entry function)", log)[1:]:
+        (name,) = re.findall(r"entry function '(\w+)'", report)
+        if "fusion" in name or "wrapped" in name:
+            continue
+        spilled = max(map(int, re.findall(r"(\d+) bytes spill", report)))
+        (registers,) = map(int, re.findall(r"Used (\d+) registers", report))
+        shared = sum(map(int, re.findall(r"(\d+) bytes smem", report)))
+        yield Kernel(case, name, registers, spilled, None, shared, [], "triton")
 
 
 def kernels_of(case: str, log: str, shared: list[int]) -> Iterator[Kernel]:
@@ -242,34 +268,40 @@ def spills_in_loops(sass: str, variables: int) -> int:
     return sum(int(move[1] or "0", 16) >= variables for move in moves if move)
 
 
+def compiled(capability: str, compiler: str, wanted: str, env: dict[str, str]) -> bool:
+    """Compiles in a process of its own, prints a line for each kernel, and says whether anything failed."""
+    command, failed = [sys.executable, __file__, "--child", capability, compiler, wanted], False
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if not line.startswith("["):
+                print(line, end="")
+                continue
+            kernel = Kernel(*json.loads(line))
+            complaints = kernel.complaints(capability)
+            in_loops = "?" if kernel.spilled_in_loops is None else kernel.spilled_in_loops
+            numbers = f"{kernel.registers:10}{kernel.spilled:8}{in_loops:>9}{kernel.shared:8}"
+            print(f"{capability:5}{kernel.case:42}{kernel.name:24}{numbers}", *complaints, sep="  ", flush=True)
+            failed |= bool(complaints)
+    return failed or child.returncode != 0
+
+
 def main() -> int:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     if sys.argv[1:2] == ["--child"]:
         compile_all(*sys.argv[2:])
         return 0
     env = dict(os.environ, JAX_PLATFORMS="cpu", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", PYTHONPATH=path)
-    env |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_SASS": "1"}
+    logs = {
+        "mosaic": {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_SASS": "1"},
+        "triton": {"TF_CPP_MIN_LOG_LEVEL": "0", "TF_CPP_VMODULE": "subprocess_compilation=3"},
+    }
     failed = False
     wanted = os.environ.get("CASES", "")
     print(f"{'GPU':5}{'case':42}{'kernel':24}{'registers':>10}{'spilled':>8}{'in loops':>9}{'shared':>8}")
     for capability in sys.argv[1:] or SHARED_MEMORY:
-        command = [sys.executable, __file__, "--child", capability, wanted]
-        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
-            assert child.stdout is not None
-            for line in child.stdout:
-                if line.startswith('"'):
-                    print(f"{capability:5}{json.loads(line):42}compiled by Triton", flush=True)
-                    continue
-                if not line.startswith("["):
-                    print(line, end="")
-                    continue
-                kernel = Kernel(*json.loads(line))
-                complaints = kernel.complaints(capability)
-                in_loops = "?" if kernel.spilled_in_loops is None else kernel.spilled_in_loops
-                numbers = f"{kernel.registers:10}{kernel.spilled:8}{in_loops:>9}{kernel.shared:8}"
-                print(f"{capability:5}{kernel.case:42}{kernel.name:24}{numbers}", *complaints, sep="  ", flush=True)
-                failed |= bool(complaints)
-        failed |= child.returncode != 0
+        for compiler, log in logs.items():
+            failed |= compiled(capability, compiler, wanted, env | log)
     return int(failed)
 
 

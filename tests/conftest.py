@@ -28,6 +28,7 @@ os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 import jax
 import jaxtyping
 import pytest
+import sweeps
 
 sys.dont_write_bytecode = False
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -63,10 +64,20 @@ LONGEST = (
 """Files whose tests take more than twenty seconds on one core, the longest first (`--durations=0` tells)."""
 
 
-def pytest_collection_modifyitems(items):
-    """The longest files first, so that no worker is left alone with one of them at the end."""
+@pytest.hookimpl(tryfirst=True)  # before the marks select
+def pytest_collection_modifyitems(config, items):
+    """Marks the sweeps. The longest files come first, so that no worker is left alone with one of them at the end."""
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+    names = [
+        (item.path.name, item.originalname, item.callspec.id if hasattr(item, "callspec") else "") for item in items
+    ]
+    for item, name in zip(items, names, strict=True):
+        if sweeps.is_sweep(*name) and item.get_closest_marker("nightly") is None:
+            item.add_marker("sweep")
+    whole_files = not any("::" in argument for argument in config.args) and not config.getoption("lf")
+    if whole_files and (missing := sweeps.missing(names)):
+        raise pytest.UsageError(f"tests/sweeps.py names tests or cases that are not there: {', '.join(missing)}")
 
 
 MOST_MAPPINGS = 30_000

@@ -6,7 +6,7 @@ import json
 import pytest
 from helpers import run_command
 
-from minference_jax import VerticalSlash
+from minference_jax import PerTile, VerticalSlash
 from minference_jax.checkpoints.presets import CONFIGS
 from minference_jax.patterns import HeadPatterns
 from minference_jax.patterns.rates import RATES
@@ -49,6 +49,8 @@ def test_short_prompts_do_not_pay_and_long_ones_have_to_fit():
         max(longest.values()) < 1 << 20
         and room(LLAMA, "A10", batch=4)["cache in 16 bits"] < longest["cache in 16 bits"]
     )
+    wide = HeadPatterns.uniform(PerTile(1, 1e-5), 32, 32)
+    assert room(LLAMA, "A10", patterns=wide)["cache in 16 bits"] < longest["cache in 16 bits"]
     with pytest.raises(ValueError, match="gpu must be one of H100, H200"):
         outlook(dataclasses.replace(LLAMA), 8192, "V100")
 
@@ -60,6 +62,13 @@ def test_the_command_advises(capsys):
     status, out, _ = run_command(capsys, "advise", "llama-3-8b", "--lengths", "2K", "--gpu", "B200", "--json")
     found = json.loads(out)
     assert status == 0 and found["gpu"] == "B200" and found["lengths"][0]["pattern"] == "dense"
-    for option, value, message in (("--gpu", "V100", "gpu must be one of"), ("--pattern", "dense", "dense attention")):
+    options = ["--lengths", "2K", "--pattern", "per-tile:every=1,threshold=1e-5", "--json"]
+    wide = json.loads(run_command(capsys, "advise", "llama-3-8b", "--gpu", "B200", *options)[1])
+    assert wide["longest_prompts"]["cache in FP8"] < found["longest_prompts"]["cache in FP8"]
+    for option, value, message in (
+        ("--gpu", "V100", "'--gpu': gpu must be one of"),
+        ("--pattern", "dense", "--pattern: dense attention"),
+        ("--batch", "100000", "--batch"),
+    ):
         status, _, error = run_command(capsys, "advise", "llama-3-8b", option, value)
-        assert status == 2 and f"{option}: {message}" in error
+        assert status == 2 and message.replace("'", "") in error

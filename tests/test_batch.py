@@ -11,6 +11,7 @@ from eval_tokenizer import NumberTokenizer
 from helpers import run_command
 
 from minference_jax.jobs import PromptTemplate, batch_replies, read_rows
+from minference_jax.jobs.batch_runner import batches
 from minference_jax.jobs.choices import choice_ids, choice_log_probabilities
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.generate import generate
@@ -130,6 +131,12 @@ def test_the_cache_that_labels_are_scored_on_stays(model):
     first = choice_log_probabilities(model, logits, cache, [[[1, 2], [3, 4]]])
     np.testing.assert_array_equal(first, choice_log_probabilities(model, logits, cache, [[[1, 2], [3, 4]]]))
     np.testing.assert_allclose(np.exp(first).sum(), 1, rtol=1e-6)
+
+
+def test_batches_are_full_and_rows_of_another_attention_apart():
+    sizes = [100, 300, 128, 129, 5, 600, 90]
+    assert batches(sizes, 3, lambda bucket: "dense") == [[5, 1, 3], [0, 2, 4], [6]]
+    assert batches(sizes, 3, lambda bucket: bucket > 256) == [[5, 1], [3, 0, 2], [4, 6]]
 
 
 def test_a_job_goes_on_where_it_was_and_refuses_another(model, tmp_path):

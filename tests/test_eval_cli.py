@@ -33,7 +33,7 @@ def test_eval_writes_results_and_report_and_goes_on(tiny, tmp_path, capsys):
         (["--tasks", "nothing"], 2, "no task is named 'nothing'"),
         (["--lengths", "1024,x"], 2, "--lengths must be lengths with commas"),
         (["--data", "mine.jsonl"], 2, "--data needs --template and --answer"),
-        (["--choices", "a,b"], 2, "with --data only"),
+        (["--choices", "a,b"], 2, "--choices has no effect without --data"),
         (["--methods", "best"], 2, "'best' is neither a file nor a pattern"),
         (["--methods", "searched:dense"], 2, "no budgets to scale"),
     ],

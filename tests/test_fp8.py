@@ -25,7 +25,7 @@ def test_products_of_representable_numbers_are_exact():
     weight = 1.75 * jnp.asarray([[1.0, 4.0, 0.0], [2.0, 1.0, 0.0]])
     numbers, scale = fp8.quantize_weight(weight[None], 1)
     assert numbers.shape == (1, 3, 2) and scale.shape == (1, 3)
-    got = fp8.product(fp8.quantize(x), numbers[0], scale[0], jnp.float32)
+    got = fp8.product(fp8.rows_of(x), numbers[0], scale[0])
     np.testing.assert_array_equal(got, x @ weight)
 
 
@@ -34,7 +34,7 @@ def test_two_summed_axes_and_float16_sums_past_its_range(rng):
     weight = jnp.asarray(rng.standard_normal((1, 4, 8, 5)), jnp.float16)
     numbers, scale = fp8.quantize_weight(weight, 2)
     assert numbers.shape == (1, 5, 4, 8)
-    got = fp8.product(fp8.quantize(attended.reshape(2, 3, 32)), numbers[0], scale[0], jnp.float16)
+    got = fp8.product(fp8.rows_of(attended.reshape(2, 3, 32)), numbers[0], scale[0])
     expected = np.einsum("btnh,nhd->btd", np.asarray(attended, np.float64), np.asarray(weight[0], np.float64))
     assert got.dtype == jnp.float16 and relative_error(got, expected) < 0.06
 
@@ -67,7 +67,7 @@ def test_shapes_are_known_and_half_quantized_parameters_refused():
 
 def test_a_gpu_multiplies_eight_bit_numbers_and_a_cpu_wider_ones():
     def layer(x, weight, scale):
-        return fp8.product(fp8.quantize(x), weight, scale, jnp.bfloat16)
+        return fp8.product(fp8.rows_of(x), weight, scale)
 
     shapes = ((128, 64), jnp.bfloat16), ((32, 64), fp8.DTYPE), ((32,), jnp.float32)
     traced = jax.jit(layer).trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))

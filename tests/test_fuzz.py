@@ -70,7 +70,9 @@ def arguments(number: int):
     return q * jnp.float32(rng.choice([1, 30])), k, v, troubled_plan(rng, case), lengths, offset
 
 
-@pytest.mark.parametrize("plans", [300, pytest.param(10_000, marks=[pytest.mark.nightly, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize(
+    "plans", [40, 300, pytest.param(10_000, marks=[pytest.mark.nightly, pytest.mark.timeout(3600)])]
+)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_random_plans_equal_the_oracle(name, plans):
     atol = 3 * ATOL[jnp.dtype("float32")]

@@ -51,9 +51,8 @@ def test_a_long_prefill_sends_what_the_design_says():
         "all_gather 4096x4x128xbf16 1",  # wq
         "all_gather 4x128x4096xbf16 1",  # wo
         "all_reduce 1x1x4096xbf16 1",  # the last row, which one device has
-        "all_to_all 1x1048576x4x128xbf16 1",  # attention's output
-        "all_to_all 1x131072x32x128xbf16 1",  # q
-        "all_to_all 1x131072x8x128xbf16 2",  # k, v
+        "all_to_all 8x1x16384x4x128xbf16 8",  # attention's output, in pieces of a device's rows
+        "all_to_all 8x1x16384x6x128xbf16 8",  # q, k and v
     ]
 
 

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from minference_jax import AShape, Llama, LlamaConfig, SharedDensity, make_plan, sparse_attention
+from minference_jax.eval.baselines import Dilated
 from minference_jax.parallel import make_mesh
 from minference_jax.patterns import HeadPatterns
 
@@ -85,6 +87,27 @@ def test_one_call_with_a_remainder_says_what_is_left(rng):
     assert out.shape == q.shape
     assert layer.begin(1) is not None
     assert HeadPatterns.uniform(AShape(sink=64, window=64), 1, 4).arrays().begin(1) is None
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+def test_beside_a_plan_builder_each_device_has_the_remainder_of_its_sequences(rng, kind):
+    """A builder sees all heads; the budgets of a part of a prompt are of each sequence too."""
+    q, k = (jnp.asarray(3 * rng.standard_normal((2, 512, n, 16)), jnp.float32) for n in (4, 2))
+    lengths, shared = jnp.asarray([512, 400], jnp.int32), SharedDensity(0.6, 64, threshold=0)
+    heads = (Dilated(sink=2, near=64, far=64, stride=2), shared, shared, AShape(sink=64, window=256))
+    layer = HeadPatterns((heads,)).arrays().layer(0).for_part(lengths // 2, lengths)
+    plans = []
+    for unspent in ([0.4, 0.0], [0.0, 0.0]):
+        layer = dataclasses.replace(layer, unspent=jnp.asarray(unspent, jnp.float32))
+        plans.append(jax.jit(make_plan)(q, k, layer, lengths=lengths))
+    more = (plans[0].block_count - plans[1].block_count)[:, 1:3].sum((1, 2))
+    assert more[0] > 0 and more[1] == 0
+    layer = dataclasses.replace(layer, unspent=jnp.asarray([0.4, 0.0], jnp.float32))
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,))
+    spread = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("x"))) for x in (q, k)]
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(make_plan)(*spread, layer, lengths=lengths), plans[0])
+    with pytest.raises(ValueError, match="a plan builder sees all heads of a layer, which axis_name='x' divides"):
+        make_plan(q, k, layer, axis_name="x")
 
 
 @pytest.mark.parametrize("threshold, expected", [(None, 0.16 / (0.25 * 1024)), (1e-3, 1e-3), (0, 0.0)])

@@ -111,9 +111,14 @@ def captured(model: Any, tokens: Any, layer: int) -> peers.Arrays:
     """Queries, keys and values of one layer of a `Llama` over a prompt `[1, t]`, in 16 bits on a GPU."""
     from minference_jax.models.capture import capture_qkv
 
-    if not 0 <= layer < model.config.num_layers:
-        raise ValueError(f"layer must be in 0 … {model.config.num_layers - 1}, got {layer}")
+    check_layer(model.config, layer)
     return next(qkv for index, qkv in enumerate(capture_qkv(model, tokens)) if index == layer)
+
+
+def check_layer(config: Any, layer: int) -> None:
+    """Raises `ValueError` where a model of this config has no such layer."""
+    if not 0 <= layer < config.num_layers:
+        raise ValueError(f"layer must be in 0 … {config.num_layers - 1}, got {layer}")
 
 
 def to_json(rows: Sequence[OperatorRow]) -> dict[str, Any]:

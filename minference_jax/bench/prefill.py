@@ -172,9 +172,8 @@ def compile_prefill(model: Llama, tokens: Any, **static: Any) -> tuple[Any, floa
     settings = {"rows_at_once": CHUNK, "implementation": None, "return_info": False, "exchange": model.exchange}
     settings |= static
     started = time.perf_counter()
-    program = (
-        prefill_program(model.fp8_projections).lower(model.config, *arguments(model, tokens), **settings).compile()
-    )
+    function = prefill_program(model.fp8_projections, model.exchange)
+    program = function.lower(model.config, *arguments(model, tokens), **settings).compile()
     return program, time.perf_counter() - started
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from minference_jax.cli.completion import complete_pattern
-from minference_jax.cli.console import print_json, stdout, usage
+from minference_jax.cli.console import MAX_BATCH, print_json, stdout, usage
 from minference_jax.cli.lengths import HOW, parse_lengths
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP
@@ -22,7 +22,7 @@ def advise(
         str,
         typer.Option(help=f"{PATTERN_HELP} auto is a rule by length.", autocompletion=complete_pattern),
     ] = "auto",
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at once, for what fits.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Prompts at once, for what fits.")] = 1,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Predict whether sparse attention pays on a GPU, with which rule, and what fits there. Nothing is run.
@@ -45,7 +45,7 @@ def advise(
     gpu = next((name for name in MEMORY if name.lower() == gpu.lower()), gpu)
     with usage("--gpu"):
         rows = [outlook(config, size, gpu, patterns=given, batch=batch) for size in sizes]
-    longest = room(config, gpu, batch=batch)
+    longest = room(config, gpu, patterns=given, batch=batch)
     found: list[dict[str, Any]] = [
         {
             "tokens": row.tokens,

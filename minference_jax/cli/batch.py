@@ -12,6 +12,7 @@ from minference_jax.cli.console import (
     MAX_BATCH,
     chosen_dtype,
     read_full_text,
+    refuse,
     split_names,
     stderr,
     stdout,
@@ -25,6 +26,7 @@ from minference_jax.patterns.text import PATTERN_HELP
 
 
 def batch(
+    ctx: typer.Context,
     file: Annotated[Path, typer.Argument(help="Rows: .jsonl, .csv, .tsv, or lines of text.")],
     prompt: Annotated[str, typer.Option(help="What is asked of each row: {text} is its field text; {{ is a brace.")],
     out: Annotated[Path, typer.Option(help="JSONL, a line for each row; a job that was stopped goes on.")],
@@ -32,13 +34,19 @@ def batch(
         Path | None, typer.Option(help="A Hugging Face directory or a .gguf file; default: the demo's model.")
     ] = None,
     choices: Annotated[str, typer.Option(help="Labels with commas: the reply is one, each with its probability.")] = "",
+    json_schema: Annotated[
+        Path | None, typer.Option(help="A file with a JSON schema: replies are JSON that fits it.")
+    ] = None,
     before: Annotated[
         str, typer.Option(help="A file whose text is put before each prompt, and processed once: one text, many rows.")
     ] = "",
     system: Annotated[str, typer.Option(help="System message.")] = "",
     raw: Annotated[bool, typer.Option(help="Continue the prompt itself, without the chat template.")] = False,
     max_new_tokens: Annotated[int, length_option(help="Of a reply, at most.")] = 256,
-    batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Prompts at once.")] = 8,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, max=MAX_BATCH, help="Prompts at once; default: 8 on a CPU, up to 64 on a GPU."),
+    ] = None,
     pattern: Annotated[
         str,
         typer.Option(
@@ -58,45 +66,48 @@ def batch(
     Example: minference-jax batch reviews.csv --prompt "Is this positive or negative? {text}" --choices
     positive,negative --out replies.jsonl
     """
-    from minference_jax.jobs import PromptTemplate, batch_replies, read_rows
+    from minference_jax.jobs import PromptTemplate, read_rows
+    from minference_jax.jobs.batch import BatchJob
     from minference_jax.jobs.choices import choice_ids
+    from minference_jax.jobs.json_schema import JsonSchema
     from minference_jax.jobs.output import check_job_file
+    from minference_jax.runs.files import strict_json
     from minference_jax.text.tokenizer import load_tokenizer
 
-    # Everything that may be wrong is looked at before the weights are read.
+    # Everything that may be wrong is looked at before the weights are read: arguments, files, what needs the tokenizer.
     dtype = chosen_dtype(dtype)
     labels = split_names("--choices", choices) if choices else []
-    if raw and system:
-        raise usage_error("--raw has no system message")
+    if labels:
+        refuse(ctx, "with --choices", "max_new_tokens", "json_schema")
+    if raw:
+        refuse(ctx, "with --raw", "system")
     with usage("--out"):
         check_job_file(out)
     rows = read_rows(file)
+    schema = None
+    if json_schema is not None:
+        with usage(f"--json-schema: {json_schema}"):
+            schema = strict_json(read_full_text(str(json_schema)))
     text = read_full_text(before).replace("{", "{{").replace("}", "}}") + "\n\n" if before else ""
     with usage("--prompt"):
         template = PromptTemplate(text + prompt)
         template.check(rows)
     model = model_or_demo(model)
-    _, patterns = check_model(model, pattern)
+    config, patterns = check_model(model, pattern)
     tokenizer = load_tokenizer(model)
     if labels:
         with usage("--choices"):
             choice_ids(tokenizer, labels)
+    if schema is not None:
+        with usage("--json-schema"):
+            JsonSchema(schema, tokenizer, config.vocab_size)
+    settings = {"choices": labels, "json_schema": schema, "max_new_tokens": max_new_tokens, "batch": batch}
+    job = BatchJob.of(config, tokenizer, rows, template, system=system, raw=raw, **settings)
+    with usage("--out"):
+        check_job_file(out, job.settings())
     network = load_model(model, patterns, dtype, fp8)
     with progress("Replying to rows", keeps=str(out), unit="rows") as update:
-        replies = batch_replies(
-            network,
-            tokenizer,
-            rows,
-            template,
-            out=out,
-            choices=labels,
-            max_new_tokens=max_new_tokens,
-            batch=batch,
-            system=system,
-            raw=raw,
-            wait=wait,
-            progress=update,
-        )
+        replies = job.run(network, tokenizer, out=out, wait=wait, progress=update)
     for label in labels:
         count = sum(reply.reply == label for reply in replies)
         stdout().print(f"{label}: {count:,} of {len(replies):,}", markup=False)

@@ -16,6 +16,7 @@ from minference_jax.cli.console import (
     chosen_dtype,
     print_json,
     read_full_text,
+    refuse,
     stderr,
     stdout,
     usage,
@@ -30,8 +31,16 @@ from pallas_kernels.backends import find_backend
 app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 
 
+MEASURED = (
+    *("lengths", "methods", "pattern", "dtype", "repeats", "dense_limit"),
+    *("pieces", "mesh", "hosts", "jobs"),
+)
+"""Parameters of `prefill` that say what is measured."""
+
+
 @app.command()
 def prefill(
+    ctx: typer.Context,
     model: Annotated[Path | None, typer.Argument(help="A Hugging Face directory or a .gguf file.")] = None,
     random_weights: Annotated[
         str, typer.Option(help="Instead of a model: a config.json, or llama-3-8b, llama-3.1-8b, qwen2-7b, smollm2.")
@@ -82,6 +91,7 @@ def prefill(
     if plot is not None:
         check_picture("--plot", plot)
     if rows_of is not None:
+        refuse(ctx, "with --rows, which measure nothing", *MEASURED)
         before = _rows(rows_of)
         if json:
             print_json(before)
@@ -93,14 +103,21 @@ def prefill(
     chosen = _methods(methods)
     sizes = parse_lengths("--lengths", lengths)
     limit = parse_length(dense_limit)
+    if not any(name.startswith("minference") for name in chosen):
+        refuse(ctx, "without minference among --methods", "pattern")
+    if mesh and pieces:
+        refuse(ctx, "with --mesh", "pieces")
+    dtype = dtype and chosen_dtype(dtype)  # without one the device decides, which hosts agree on first
     if is_pattern_text(pattern):
         with usage("--pattern"):
             parse_pattern(pattern)
-    network = _network(model, random_weights, dtype, start_mesh(mesh, hosts))
+    config = _config(model, random_weights)
     if pattern:
         with usage("--pattern"):
-            mine = resolve_patterns(pattern, network.config.num_layers, network.config.num_heads)
+            mine = resolve_patterns(pattern, config.num_layers, config.num_heads)
         chosen = {name: (mine if name.startswith("minference") else p, fp8) for name, (p, fp8) in chosen.items()}
+    shared = start_mesh(mesh, hosts)
+    network = _network(model, config, chosen_dtype(dtype), shared)
     rows, name = [], random_weights or str(model)
     try:
         for row in bench.bench_prefill(
@@ -201,6 +218,7 @@ def kernels(
 
 @app.command()
 def operator(
+    ctx: typer.Context,
     patterns: Annotated[list[str], typer.Option("--pattern", help=f"May be repeated: {PATTERN_HELP}")],
     lengths: Annotated[
         str, typer.Option(help="Sequence lengths in tokens; K and M count 1,024 and its square.")
@@ -226,10 +244,12 @@ def operator(
     sizes = parse_lengths("--lengths", lengths)
     rows = []
     if model is None:
+        refuse(ctx, "without --model", "text", "layer")
         with usage("--heads"):
             layout = bench.Layout.parse(heads)
         inputs = ((f"random {layout}", bench.random_arrays(layout, size)) for size in sizes)
     else:
+        refuse(ctx, "with --model", "heads")
         inputs = _captured(model, text, layer, sizes)
     for name, arrays in inputs:
         for row in whole.time_operators(arrays, chosen, inputs=name, turns=repeats):
@@ -244,14 +264,19 @@ def operator(
 def _captured(path: Path, text: str, layer: int, sizes: list[int]) -> Any:
     import jax.numpy as jnp
 
-    from minference_jax.bench.operator import captured
+    from minference_jax.bench.operator import captured, check_layer
     from minference_jax.data import load_text
+    from minference_jax.models.capture import check_capture
     from minference_jax.text.tokenizer import load_tokenizer
 
+    config = _config(path, "")
+    with usage("--layer"):
+        check_layer(config, layer)
+    check_capture(config, max(sizes))
     ids = load_tokenizer(path).encode(read_full_text(text) if text else load_text())
     if len(ids) < max(sizes):
         raise ValueError(f"the text has {len(ids):,} tokens, fewer than {max(sizes):,}; give a longer --text")
-    network = _network(path, "", "")
+    network = _network(path, config, chosen_dtype(""))
     for size in sizes:
         yield f"{path.name}, layer {layer}", captured(network, jnp.asarray([ids[:size]], jnp.int32), layer)
 
@@ -282,15 +307,21 @@ def _methods(names: str) -> dict:
     return {name: METHODS[name] for name in METHODS if name in names.split(",")}
 
 
-def _network(model: Path | None, random_weights: str, dtype: str, mesh: Any = None):
+def _config(model: Path | None, random_weights: str) -> Any:
+    from minference_jax.checkpoints.convert import open_checkpoint
+    from minference_jax.checkpoints.presets import known_config
+    from minference_jax.models.config import LlamaConfig
+
+    return known_config(random_weights) if model is None else LlamaConfig.from_hf(open_checkpoint(model).config)
+
+
+def _network(model: Path | None, config: Any, dtype: str, mesh: Any = None):
+    """The model, or one of random weights where there is none."""
     import jax
 
-    from minference_jax.checkpoints.presets import known_config
     from minference_jax.models.llama import Llama
 
-    dtype = chosen_dtype(dtype)
+    check_mesh(mesh, config)
     if model is not None:
         return Llama.from_pretrained(model, dtype=dtype, mesh=mesh)
-    config = known_config(random_weights)
-    check_mesh(mesh, config)
     return Llama.random(config, jax.random.key(0), dtype, mesh=mesh)

@@ -8,13 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from minference_jax.cli.completion import complete_dtype, complete_pattern
-from minference_jax.cli.console import chosen_dtype, read_full_text, run_facts, stderr, usage, usage_error
+from minference_jax.cli.console import chosen_dtype, read_full_text, refuse, run_facts, stderr, usage, usage_error
 from minference_jax.cli.lengths import length_option
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP
 
 
 def compare(
+    ctx: typer.Context,
     model: Annotated[Path, typer.Option(help="A Hugging Face directory or a .gguf file.")],
     text: Annotated[str, typer.Option(help="A text file; - is standard input. With --task, its haystack.")] = "",
     task: Annotated[str, typer.Option(help="Compare on prompts of this task (see eval) instead of a text.")] = "",
@@ -51,11 +52,10 @@ def compare(
     if not (text or task):
         raise usage_error("give --text or --task")
     dtype = chosen_dtype(dtype)
-    of_task = {"--length": length, "--samples": samples}
-    of_text = {"--tokens": tokens, "--max-new-tokens": max_new_tokens, "--fp8": fp8 or None}
-    for name, value in (of_text if task else of_task).items():
-        if value is not None:
-            raise usage_error(f"{name} is of no use {'with' if task else 'without'} --task")
+    if task:
+        refuse(ctx, "with --task", "tokens", "max_new_tokens", "fp8")
+    else:
+        refuse(ctx, "without --task", "length", "samples")
     from minference_jax.checkpoints.convert import open_checkpoint
     from minference_jax.compare import run_compare
     from minference_jax.compare.page import comparison_page

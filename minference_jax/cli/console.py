@@ -107,6 +107,16 @@ def usage_error(message: str) -> typer.BadParameter:
     return typer.BadParameter(message)
 
 
+def refuse(ctx: typer.Context, why: str, *parameters: str) -> None:
+    """Ends the program with status 2 where one of these parameters was given on the command line, and names its option:
+    it would have no effect, and `why` says when."""
+    options = {parameter.name: parameter.opts[0] for parameter in ctx.command.params}
+    for name in parameters:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise usage_error(f"{options[name]} has no effect {why}")
+
+
 @contextlib.contextmanager
 def usage(option: str) -> Iterator[None]:
     """`ValueError` and `TypeError` within the block mean that the option was used wrongly: they end with status 2."""

@@ -13,6 +13,7 @@ from minference_jax.cli.console import (
     MAX_BATCH,
     chosen_dtype,
     read_full_text,
+    refuse,
     run_facts,
     split_names,
     stderr,
@@ -29,6 +30,7 @@ from minference_jax.patterns.resolve import resolve_patterns
 
 
 def evaluate(
+    ctx: typer.Context,
     model: Annotated[Path | None, typer.Option(help="A Hugging Face directory or a .gguf file.")] = None,
     tasks: Annotated[
         str,
@@ -87,8 +89,9 @@ def evaluate(
     from minference_jax.checkpoints.convert import open_checkpoint
     from minference_jax.eval.own_data import read_own_data
     from minference_jax.eval.report import write_report
-    from minference_jax.eval.results import read_run
+    from minference_jax.eval.results import check_result_file, read_run
     from minference_jax.eval.runner import evaluate as run
+    from minference_jax.eval.runner import run_settings
     from minference_jax.eval.tables import tables
     from minference_jax.eval.tasks import make_tasks
     from minference_jax.models.config import LlamaConfig
@@ -101,19 +104,25 @@ def evaluate(
     dtype = chosen_dtype(dtype)
     sizes = parse_lengths("--lengths", lengths)
     names = split_methods(methods)
+    if not any(map(_has_budget, names)):
+        refuse(ctx, f"with --methods {methods}", "density")
     with usage("--output"):
         check_output_folder(output)
-    # Everything that may be wrong is looked at before the weights are read.
+    # Everything that may be wrong is looked at before the weights are read: arguments, files, what needs the tokenizer.
     chosen: list[Any] = []
-    if data is not None:
+    if data is None:
+        refuse(ctx, "without --data", "template", "answer", "metric", "choices", "max_new_tokens", "raw")
+    else:
         if not (template and answer):
             raise usage_error("--data needs --template and --answer")
+        if choices:
+            refuse(ctx, "with --choices", "max_new_tokens")
+        if not tasks:
+            refuse(ctx, "with --data and no --tasks", "text", "qa", "file", "seed")
         labels = split_names("--choices", choices) if choices else ()
         options = {"choices": labels, "max_new_tokens": max_new_tokens, "chat": not raw}
         with usage("--data"):
             chosen.append(read_own_data(data, template, answer, metric, **options))
-    elif template or answer or choices:
-        raise usage_error("--template, --answer and --choices are of use with --data only")
     book = read_full_text(text) if text else None
     if tasks or not chosen:
         with usage("--tasks"):
@@ -123,19 +132,20 @@ def evaluate(
     check_mesh(shared, config)
     tokenizer = load_tokenizer(model)
     with usage("--methods"):
-        compared = [_method(name, config, tokenizer) for name in names]
+        compared = [_method(name, config, tokenizer, max(sizes), shared) for name in names]
+    settings = {"lengths": sizes, "samples": samples, "batch": batch, "density": density, "seed": seed}
+    with usage("settings"):
+        known = run_settings(tokenizer, chosen, compared, **settings)
+    with usage("--output"):
+        check_result_file(output / "results.jsonl", known)
     network = load_model(model, None, dtype, mesh=shared)
     with progress("Evaluating", keeps=str(output / "results.jsonl"), unit="results") as update:
         results = run(
             network,
             tokenizer,
             chosen,
-            lengths=sizes,
             methods=compared,
-            samples=samples,
-            batch=batch,
-            density=density,
-            seed=seed,
+            **settings,
             path=output / "results.jsonl",
             about={"text": text, "qa": list(map(str, qa or ())), **run_facts(model)},
             wait=wait,
@@ -163,13 +173,30 @@ def split_methods(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _method(name: str, config: Any, tokenizer: Any) -> Any:
+def _has_budget(name: str) -> bool:
+    """Whether `--density` says how much a method visits: not of dense attention, nor of a pattern of its own."""
+    from minference_jax.eval.methods import METHODS
+
+    return name != "dense" and (name in METHODS or name == "static" or name.startswith("searched:"))
+
+
+def _method(name: str, config: Any, tokenizer: Any, longest: int, mesh: Any) -> Any:
     """A name of `METHODS`, `static`, `searched:<file or preset>`, or a pattern that `resolve_patterns` reads.
 
-    Budgets are brought to the density on the end of the package's text, of which prompts rarely begin.
+    Budgets are brought to the density on the end of the package's text, of which prompts rarely begin. Raises
+    `ValueError` for one that prompts of up to `longest` tokens, or a model on this mesh, cannot have.
     """
     from minference_jax.data import load_text
-    from minference_jax.eval.methods import ESTIMATED, METHODS, Method, static_from
+    from minference_jax.eval.methods import BUILT, ESTIMATED, METHODS, Method, static_from
+    from minference_jax.models.capture import check_capture
+
+    if name == "static" or name in ESTIMATED or name.startswith("searched:"):
+        try:
+            check_capture(config, longest, mesh)
+        except ValueError as error:
+            raise ValueError(f"{name} reads a prompt layer by layer: {error}") from None
+    if name in BUILT and mesh is not None and mesh.shape["heads"] > 1:
+        raise ValueError(f"{name} sees all heads of a layer, which the mesh divides; use heads=1")
 
     def other() -> list[int]:
         return tokenizer.encode(load_text())[-32768:]

@@ -17,6 +17,7 @@ from minference_jax.cli.console import (
     print_json,
     read_full_text,
     read_text,
+    refuse,
     stderr,
     stdout,
     usage,
@@ -33,7 +34,15 @@ from minference_jax.runs.files import strict_json
 WRITING = "Writing the reply"
 
 
+OF_TEXT = (
+    *("prompt", "file", "question", "system", "reply_prefix", "raw", "temperature", "top_p", "seed"),
+    *("template", "template_variable", "rope_scaling", "strict", "stats"),
+)
+"""Parameters of a prompt that is a text, and of sampling."""
+
+
 def generate(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A Hugging Face directory or a .gguf file; see --random-weights.")],
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")] = "",
     file: Annotated[list[str] | None, typer.Option(help="Put before the prompt; repeatable; - is stdin.")] = None,
@@ -95,6 +104,7 @@ def generate(
     """
     files = file or []
     if random_weights:
+        refuse(ctx, "with --random-weights, whose prompt is random and whose reply is greedy", *OF_TEXT)
         shared = start_mesh(mesh, hosts)
         _random(model, random_weights, pattern, dtype, max_new_tokens, cache, fp8, prefill_chunk, json, shared)
         return
@@ -105,8 +115,10 @@ def generate(
         raise usage_error(f"--cache must be model, fp8 or int8, got {cache!r}")
     if [*files, prompt].count("-") > 1:
         raise usage_error("standard input can be read once only")
-    if raw and (system or reply_prefix):
-        raise usage_error("--raw takes the text as it is: no --system, no --reply-prefix")
+    if raw:
+        refuse(ctx, "with --raw", "system", "reply_prefix", "template", "template_variable")
+    if temperature == 0:
+        refuse(ctx, "without --temperature above 0", "top_p", "seed")
     text = "\n\n".join(
         filter(None, [*map(read_full_text, files), read_text("-") if prompt == "-" else prompt, question])
     )

@@ -12,12 +12,13 @@ from typing import Annotated, Any
 
 import typer
 
-from minference_jax.cli.console import check_picture, print_json, read_full_text, stdout, usage, usage_error
+from minference_jax.cli.console import check_picture, print_json, read_full_text, refuse, stdout, usage, usage_error
 from minference_jax.cli.lengths import length_option
 from minference_jax.patterns.text import format_pattern
 
 
 def inspect(
+    ctx: typer.Context,
     model: Annotated[Path | None, typer.Argument(help="A Hugging Face directory or a .gguf file.")] = None,
     patterns: Annotated[Path | None, typer.Option(help="A pattern file, ours or MInference's.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the patterns, or --head, to a .png, .pdf or .svg.")] = None,
@@ -42,6 +43,8 @@ def inspect(
         raise usage_error("--plot needs --patterns FILE")
     if head and (plot is None or model is None or not text):
         raise usage_error("--head needs a model, --patterns, --text and --plot")
+    if not head:
+        refuse(ctx, "without --head", "text", "tokens")
     if plot is not None:
         check_picture("--plot", plot)
     from minference_jax.checkpoints.convert import open_checkpoint

@@ -17,6 +17,7 @@ from minference_jax.cli.console import (
     command_line,
     print_json,
     read_full_text,
+    refuse,
     split_names,
     stderr,
     stdout,
@@ -32,7 +33,15 @@ TASK_SEED = 1
 """Of the prompts of `--tasks`; that of `eval` is 0 by default."""
 
 
+SEARCHED = (
+    *("out", "samples", "tasks", "target", "cost", "objective", "budgets", "query_tiles", "end_tiles"),
+    *("plot", "wait", "restart"),
+)
+"""Parameters of a search alone, not of the check of patterns that are there."""
+
+
 def search(
+    ctx: typer.Context,
     texts: Annotated[list[str] | None, typer.Argument(help="More texts, after --text.", show_default=False)] = None,
     model: Annotated[Path | None, typer.Option(help="A Hugging Face directory or a .gguf file.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="A text to search on; repeatable; - is stdin.")] = None,
@@ -100,19 +109,24 @@ def search(
         raise usage_error("give --out FILE for the patterns that are found")
     if patterns and not verify:
         raise usage_error("--patterns is only verified here: give --verify FILES")
-    if verify_tokens and not verify:
-        raise usage_error("--verify-tokens needs --verify FILES")
+    if not verify:
+        refuse(ctx, "without --verify", "verify_tokens")
+    if candidate:
+        refuse(ctx, "with --candidate", "paper")
+    if not texts:
+        refuse(ctx, "with --patterns, which are not searched", *SEARCHED)
     if plot is not None:
-        if not texts:
-            raise usage_error("--plot is of what a search finds; for a file there is inspect --patterns FILE --plot")
         check_picture("--plot", plot)
+    dtype = chosen_dtype(dtype)
     if [*texts, *(verify or [])].count("-") > 1:
         raise usage_error("standard input can be read once only")
 
     from minference_jax.checkpoints.convert import open_checkpoint
+    from minference_jax.models.capture import check_capture
     from minference_jax.models.config import LlamaConfig
     from minference_jax.runs.files import check_output_file
     from minference_jax.search import PAPER, Settings, default_candidates
+    from minference_jax.search.driver import check_samples
     from minference_jax.text.tokenizer import load_tokenizer
 
     with usage("--candidate"):
@@ -131,6 +145,11 @@ def search(
     ids = [row for name in texts for row in _cut(tokenizer, name, tokens, samples, first if name == texts[0] else None)]
     if tasks:
         ids += _prompts(tokenizer, tasks, first, tokens, samples)
+    if texts:
+        with usage("settings"):
+            check_samples([len(row) for row in ids])
+    for length in (*map(len, ids), *(verify_tokens or ([tokens] if verify else []))):
+        check_capture(config, length)
     held_out = [_HeldOut.cut(tokenizer, name, verify_tokens or [tokens]) for name in verify or ()]
     found: dict[str, Any] = {}
     network = _load(model, dtype)
@@ -164,7 +183,6 @@ def _load(model: Path, dtype: str) -> Any:
 
     from minference_jax.models.llama import Llama
 
-    dtype = chosen_dtype(dtype)
     with progress("Reading weights") as update:
         return Llama.from_pretrained(model, dtype=dtype, progress=update)
 

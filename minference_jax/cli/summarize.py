@@ -11,7 +11,7 @@ import typer
 
 from minference_jax.cli.batch import model_or_demo
 from minference_jax.cli.completion import complete_dtype, complete_pattern
-from minference_jax.cli.console import chosen_dtype, print_json, split_names, stderr, stdout, usage
+from minference_jax.cli.console import chosen_dtype, print_json, refuse, split_names, stderr, stdout, usage
 from minference_jax.cli.generate import check_model, load_model
 from minference_jax.cli.lengths import length_option
 from minference_jax.cli.progress import progress
@@ -19,6 +19,7 @@ from minference_jax.patterns.text import PATTERN_HELP
 
 
 def summarize(
+    ctx: typer.Context,
     file: Annotated[Path, typer.Argument(help="Rows: .jsonl, .csv, .tsv, or lines of text.")],
     keywords: Annotated[str, typer.Option(help="What to look for, with commas.")],
     model: Annotated[
@@ -52,22 +53,28 @@ def summarize(
     """
     from minference_jax.jobs import read_rows
     from minference_jax.jobs.output import check_job_file
-    from minference_jax.jobs.summarize import summarize as run
+    from minference_jax.jobs.summarize import SummaryJob
     from minference_jax.text.tokenizer import load_tokenizer
 
     dtype = chosen_dtype(dtype)
     names = split_names("--keywords", keywords)
-    if out is not None:
+    if out is None:
+        refuse(ctx, "without --out", "wait")
+    else:
         with usage("--out"):
             check_job_file(out)
     rows = read_rows(file)
     model = model_or_demo(model)
-    _, patterns = check_model(model, pattern)
+    config, patterns = check_model(model, pattern)
     tokenizer = load_tokenizer(model)
+    with usage("settings"):
+        job = SummaryJob.of(config, tokenizer, rows, names, context, max_new_tokens=max_new_tokens, raw=raw)
+    if out is not None:
+        with usage("--out"):
+            check_job_file(out, job.settings())
     network = load_model(model, patterns, dtype)
     with progress("Reading", keeps=str(out or ""), unit="replies") as update:
-        options = {"context": context, "max_new_tokens": max_new_tokens, "raw": raw, "out": out, "wait": wait}
-        found = run(network, tokenizer, rows, names, progress=update, **options)
+        found = job.run(network, tokenizer, out=out, wait=wait, progress=update)
     if json:
         print_json(dataclasses.asdict(found))
         return

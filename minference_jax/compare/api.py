@@ -86,11 +86,16 @@ def compare(
     from minference_jax.checkpoints.convert import open_checkpoint
     from minference_jax.checkpoints.hub import local_checkpoint
     from minference_jax.compare.jax_side import run_jax
+    from minference_jax.models.config import LlamaConfig
     from minference_jax.models.llama import Llama
+    from minference_jax.patterns.resolve import resolve_patterns
+    from minference_jax.planning.auto import AUTO
 
     model = local_checkpoint(model)
-    config = open_checkpoint(model).config
-    tokens, lengths = _tokens(model, prompt, lengths, config["vocab_size"])
+    config = LlamaConfig.from_hf(open_checkpoint(model).config)
+    if patterns != AUTO:
+        resolve_patterns(patterns, config.num_layers, config.num_heads)
+    tokens, lengths = _tokens(model, prompt, lengths, config.vocab_size)
     positions = _positions(positions, tokens.shape[1])
     with tempfile.TemporaryDirectory(prefix="minference-compare-") as scratch:
         ours, theirs = Path(scratch) / "jax", Path(scratch) / "torch"

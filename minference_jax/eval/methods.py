@@ -222,6 +222,9 @@ ESTIMATED = ("minference", "minference-per-tile", "vertical-only", "slash-only",
 """Those of `METHODS` whose budgets only estimate what they visit, or that are the same in layers that differ:
 `Method.measured` brings them to the density. (minference-question was measured with the same density in all layers.)"""
 
+BUILT = ("dilated", "strided", "longformer", "bigbird", "oracle", "static")
+"""Those that are plan builders, which see all heads of a layer: not for a mesh that divides heads."""
+
 ABOUT: dict[str, str] = {
     "dense": "every earlier key",
     "minference": "columns and near tiles by the last rows' attention",

@@ -153,8 +153,22 @@ class ResultFile(Results):
                 what = f"line {number}: {type(error).__name__} {error}"
                 raise ValueError(f"{self.path} is no file of results: {what}") from None
         if wrong := differences(before, settings):
-            raise ValueError(f"{self.path} is of another run: {wrong}; name another file, or delete it")
+            raise _of_another_run(self.path, wrong)
         self._keep(self._new(results))
+
+
+def check_result_file(path: str | Path, known: Mapping[str, Any]) -> None:
+    """Raises `ValueError` where a file of results is there that does not agree with what is `known` of the settings."""
+    try:
+        before = read_run(path)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return  # there is none, or `ResultFile` says what is wrong with it
+    if wrong := differences({name: before.get(name) for name in known}, json.loads(json.dumps(known))):
+        raise _of_another_run(path, wrong)
+
+
+def _of_another_run(path: str | Path, wrong: str) -> ValueError:
+    return ValueError(f"{path} is of another run: {wrong}; name another file, or delete it")
 
 
 def read_run(path: str | Path) -> dict[str, Any]:

@@ -68,16 +68,12 @@ def evaluate(
     those that its first prompt cannot have, before anything runs. So do names that occur twice and settings out of
     range. Where another process works on `path`, `LockedError` names its process id.
     """
-    _check(lengths, [task.name for task in tasks], [method.name for method in methods], samples, batch, density)
-    for task in tasks:
-        for length in lengths:
-            task.sample(tokenizer, length, 0, seed)
+    settings = run_settings(tokenizer, tasks, methods, lengths, samples, batch, density, seed)
     with contextlib.ExitStack() as stack:
         kept: Results = Results()
         if path is not None:
             stack.enter_context(locked(path, wait=wait))
-            made_by = {"lengths": list(lengths), "samples": samples, "batch": batch, "density": density, "seed": seed}
-            kept = ResultFile(path, made_by | identity(model, tokenizer, tasks, methods), about)
+            kept = ResultFile(path, model_identity(model, tokenizer) | settings, about)
         total = sum(available(task, samples) for task in tasks) * len(lengths) * len(methods)
         models: dict[tuple[str, int], Llama] = {}
         for length, task in itertools.product(lengths, tasks):
@@ -98,9 +94,30 @@ def evaluate(
         return kept.results
 
 
-def identity(model: Llama, tokenizer: Any, tasks: Sequence[Task], methods: Sequence[Method]) -> dict[str, Any]:
-    """What makes results, as names and hashes of content: weights, tokenizer, tasks, methods, the package."""
-    return model_identity(model, tokenizer) | {
+def run_settings(
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    methods: Sequence[Method],
+    lengths: Sequence[int],
+    samples: int,
+    batch: int,
+    density: float,
+    seed: int,
+) -> dict[str, Any]:
+    """What makes results beside the model, as names and hashes of content: settings, tasks, methods.
+
+    Raises, without a model, what `evaluate` raises before anything runs.
+    """
+    _check(lengths, [task.name for task in tasks], [method.name for method in methods], samples, batch, density)
+    for task in tasks:
+        for length in lengths:
+            sample = task.sample(tokenizer, length, 0, seed)
+            if sample.choices:
+                choice_ids(tokenizer, sample.choices)
+    found: dict[str, Any] = {"lengths": list(lengths), "samples": samples, "batch": batch}
+    return found | {
+        "density": density,
+        "seed": seed,
         "tasks": {task.name: content_digest(task) for task in tasks},
         "methods": {method.name: content_digest(method) for method in methods},
     }

@@ -9,8 +9,8 @@ replies = batch_replies(model, tokenizer, rows, template, choices=("positive", "
 ```
 """
 
-from minference_jax.jobs.batch import Reply as Reply
 from minference_jax.jobs.batch import batch_replies as batch_replies
+from minference_jax.jobs.batch_runner import Reply as Reply
 from minference_jax.jobs.prompt_template import PromptTemplate as PromptTemplate
 from minference_jax.jobs.rows import read_rows as read_rows
 from minference_jax.jobs.summarize import summarize as summarize

@@ -62,12 +62,16 @@ class JobFile:
         _replace(self.path, "".join(_line(self.rows[row]) for row in sorted(self.rows)))
 
 
-def check_job_file(path: str | Path) -> None:
-    """Raises `ValueError` unless `path` can be written and holds nothing, or says beside it what made it."""
+def check_job_file(path: str | Path, known: Mapping[str, Any] | None = None) -> None:
+    """Raises `ValueError` unless `path` can be written and holds nothing, or says beside it what made it, which must
+    agree with what is `known` of the settings."""
     path = Path(path)
     check_output_file(path)
     if path.exists() and path.stat().st_size and not _beside(path).exists():
         raise ValueError(f"{path} exists, and {_beside(path).name} that says what made it does not: name another")
+    if known and _beside(path).exists():
+        before = _settings(_beside(path))
+        _compare(path, {name: before.get(name) for name in known}, json.loads(json.dumps(known)))
 
 
 def _beside(path: Path) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 
 from minference_jax.jobs.output import JobFile
 from minference_jax.models.cache import KVCache
+from minference_jax.models.config import LlamaConfig
 from minference_jax.models.generate import generate
 from minference_jax.models.llama import Llama
 from minference_jax.runs.identity import content_digest, model_identity
@@ -78,46 +79,98 @@ def summarize(
     longer than the model's;
     `LockedError` where another process works on `out`.
     """
-    if not rows:
-        raise ValueError("rows: there must be at least one")
-    names = [keyword.strip() for keyword in keywords]
-    if not names or not all(names) or len({name.casefold() for name in names}) < len(names):
-        raise ValueError(f"keywords must be one or more that differ, got {list(keywords)}")
-    context = context or model.config.context_length
-    if context is None:
-        raise ValueError("context must be given: the model does not say how long its own is")
-    if context > (model.config.context_length or context):
-        raise ValueError(f"context {context} is longer than the model's, {model.config.context_length}")
-    texts = [_text(row) for row in rows]
-    ask = _Asker(model, tokenizer, max_new_tokens, raw, progress)
-    room = context - max_new_tokens - max(len(ask.prompt(READ, "", name)) for name in names)
-    if max_new_tokens < 1 or room < 16:
-        raise ValueError(f"context {context} has no room for text beside a question and {max_new_tokens} new tokens")
-    parts = _parts(tokenizer, texts, room)
-    folded = [text.casefold() for text in texts]
-    mentioned = {name: [row for row, text in enumerate(folded) if name.casefold() in text] for name in names}
-    # Questions about one part follow each other, so that its text is processed once.
-    asked = [(part, name) for part in parts for name in names if not part.rows.isdisjoint(mentioned[name])]
-    with contextlib.ExitStack() as stack:
-        if out is not None:
-            stack.enter_context(locked(out, wait=wait))
-            made_by = {"context": context, "max_new_tokens": max_new_tokens, "raw": raw, "keywords": names}
-            ask.file = JobFile(out, made_by | _identity(model, tokenizer, texts))
+    job = SummaryJob.of(model.config, tokenizer, rows, keywords, context, max_new_tokens=max_new_tokens, raw=raw)
+    return job.run(model, tokenizer, out=out, wait=wait, progress=progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class SummaryJob:
+    """What `summarize` is asked to do, checked, which takes no weights: `of` raises what is wrong with it.
+
+    - `texts`: of each row. `parts`: the texts as they are read, `room` tokens at most.
+    """
+
+    texts: tuple[str, ...]
+    keywords: tuple[str, ...]
+    parts: tuple[_Part, ...]
+    room: int
+    context: int
+    max_new_tokens: int
+    raw: bool
+
+    @classmethod
+    def of(
+        cls,
+        config: LlamaConfig,
+        tokenizer: Any,
+        rows: Sequence[Mapping[str, Any]],
+        keywords: Sequence[str],
+        context: int | None = None,
+        *,
+        max_new_tokens: int = 96,
+        raw: bool = False,
+    ) -> SummaryJob:
+        """The job of these rows, for a model of this config. Arguments and errors are those of `summarize`."""
+        if not rows:
+            raise ValueError("rows: there must be at least one")
+        names = tuple(keyword.strip() for keyword in keywords)
+        if not names or not all(names) or len({name.casefold() for name in names}) < len(names):
+            raise ValueError(f"keywords must be one or more that differ, got {list(keywords)}")
+        context = context or config.context_length
+        if context is None:
+            raise ValueError("context must be given: the model does not say how long its own is")
+        if context > (config.context_length or context):
+            raise ValueError(f"context {context} is longer than the model's, {config.context_length}")
+        room = context - max_new_tokens - max(len(_question(tokenizer, raw, READ, "", name)) for name in names)
+        if max_new_tokens < 1 or room < 16:
+            raise ValueError(
+                f"context {context} has no room for text beside a question and {max_new_tokens} new tokens"
+            )
+        texts = tuple(map(_text, rows))
+        return cls(texts, names, tuple(_parts(tokenizer, texts, room)), room, context, max_new_tokens, raw)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the replies beside the model, for `output.check_job_file`."""
+        return {
+            "context": self.context,
+            "max_new_tokens": self.max_new_tokens,
+            "raw": self.raw,
+            "keywords": list(self.keywords),
+            "texts": content_digest(list(self.texts)),
+        }
+
+    def run(
+        self,
+        model: Llama,
+        tokenizer: Any,
+        *,
+        out: str | Path | None = None,
+        wait: bool = False,
+        progress: Progress | None = None,
+    ) -> Summary:
+        """The summary. Arguments and errors are those of `summarize`."""
+        ask = _Asker(model, tokenizer, self.max_new_tokens, self.raw, progress)
+        names, folded = self.keywords, [text.casefold() for text in self.texts]
+        mentioned = {name: [row for row, text in enumerate(folded) if name.casefold() in text] for name in names}
+        # Questions about one part follow each other, so that its text is processed once.
+        asked = [(part, name) for part in self.parts for name in names if not part.rows.isdisjoint(mentioned[name])]
         notes: dict[str, list[str]] = {name: [] for name in names}
         cited: dict[str, list[int]] = {name: [] for name in names}
-        ask.total = len(asked)
-        if progress is not None and ask.file is not None and ask.file.rows:
-            progress(len(ask.file.rows), max(len(asked), len(ask.file.rows)))
-        for part, name in asked:
-            reply = ask(READ, part.text, name)
-            found = [int(row) for row in re.findall(r"\[(\d{1,9})\]", reply) if int(row) in part.rows]
-            cited[name] += found or [row for row in mentioned[name] if row in part.rows][:CITED]
-            notes[name].append(reply)
-        summaries = {name: _joined(ask, tokenizer, notes[name], name, room) for name in names}
-    return Summary(
-        len(rows),
-        len(parts),
-        tuple(
+        with contextlib.ExitStack() as stack:
+            if out is not None:
+                stack.enter_context(locked(out, wait=wait))
+                model_is = {"model": content_digest((model.config, model.patterns, model.auto))}
+                ask.file = JobFile(out, model_identity(model, tokenizer) | self.settings() | model_is)
+            ask.total = len(asked)
+            if progress is not None and ask.file is not None and ask.file.rows:
+                progress(len(ask.file.rows), max(len(asked), len(ask.file.rows)))
+            for part, name in asked:
+                reply = ask(READ, part.text, name)
+                found = [int(row) for row in re.findall(r"\[(\d{1,9})\]", reply) if int(row) in part.rows]
+                cited[name] += found or [row for row in mentioned[name] if row in part.rows][:CITED]
+                notes[name].append(reply)
+            summaries = {name: _joined(ask, tokenizer, notes[name], name, self.room) for name in names}
+        findings = (
             Finding(
                 name,
                 tuple(mentioned[name]),
@@ -126,8 +179,8 @@ def summarize(
                 tuple(dict.fromkeys(cited[name])),
             )
             for name in names
-        ),
-    )
+        )
+        return Summary(len(self.texts), len(self.parts), tuple(findings))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,11 +247,10 @@ def _joined(ask: _Asker, tokenizer: Any, notes: list[str], keyword: str, room: i
     return notes[0].strip() if notes else ""
 
 
-def _identity(model: Llama, tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
-    return model_identity(model, tokenizer) | {
-        "model": content_digest((model.config, model.patterns, model.auto)),
-        "texts": content_digest(list(texts)),
-    }
+def _question(tokenizer: Any, raw: bool, template: str, text: str, keyword: str) -> list[int]:
+    """Token ids of a question."""
+    words = template.replace("{keyword}", keyword).replace("{text}", text)
+    return tokenizer.encode(words) if raw else tokenizer.apply_chat_template([{"role": "user", "content": words}])
 
 
 class _Asker:
@@ -212,13 +264,6 @@ class _Asker:
         self.file: JobFile | None = None
         self.done = self.total = 0
 
-    def prompt(self, template: str, text: str, keyword: str) -> list[int]:
-        """Token ids of a question."""
-        words = template.replace("{keyword}", keyword).replace("{text}", text)
-        if self._raw:
-            return self._tokenizer.encode(words)
-        return self._tokenizer.apply_chat_template([{"role": "user", "content": words}])
-
     def __call__(self, template: str, text: str, keyword: str) -> str:
         """The reply, from the file if it is there."""
         number, self.done = self.done, self.done + 1
@@ -229,7 +274,7 @@ class _Asker:
         if text != self._text:  # nothing but the template would be shared
             self._cache, self._text = None, text
         ends = self._tokenizer.eos_token_ids
-        ids = self.prompt(template, text, keyword)
+        ids = _question(self._tokenizer, self._raw, template, text, keyword)
         options = {"max_new_tokens": self._max_new_tokens, "eos_token_ids": ends, "cache": self._cache}
         answer = generate(self._model, [ids], **options)
         self._cache = answer.cache

@@ -32,12 +32,17 @@ def capture_qkv(
     what the padding tokens gave; attention never lets them reach a valid row. Raises `ValueError` for a model on a
     mesh, and for prompts that dual chunk attention is for.
     """
-    if model.mesh is not None:
-        raise ValueError("model is on a mesh; single layers are captured on one device: model.on(None)")
     tokens, lengths = check_tokens(tokens, lengths)
-    if (chunks := chunks_for(model.config, tokens.shape[1])) is not None:
-        raise ValueError(f"beyond {chunks.chunk_size:,} tokens this model has dual chunk attention, which is dense")
+    check_capture(model.config, tokens.shape[1], model.mesh)
     return _layers(model.config, model.params(), tokens, lengths)
+
+
+def check_capture(config: LlamaConfig, tokens: int, mesh: Any = None) -> None:
+    """Raises the `ValueError` of `capture_qkv` for a config, prompts of so many tokens, and a mesh."""
+    if mesh is not None:
+        raise ValueError("model is on a mesh; single layers are captured on one device: model.on(None)")
+    if (chunks := chunks_for(config, tokens)) is not None:
+        raise ValueError(f"beyond {chunks.chunk_size:,} tokens this model has dual chunk attention, which is dense")
 
 
 def _layers(config: LlamaConfig, params: forward.Params, tokens: Array, lengths: Array) -> Iterator[Any]:

@@ -109,15 +109,15 @@ def _expert(
     def of(name: str) -> Array:
         return entry(layer, name, expert)
 
-    def product(name: str, x: Array, rows: tuple[Array, Array] | None) -> Array:
+    def product(name: str, x: Array, rows: fp8.Rows | None) -> Array:
         if rows is not None:
-            y = fp8.product(rows, of(name), of(f"{name}_scale"), x.dtype)
+            y = fp8.product(rows, of(name), of(f"{name}_scale"))
         else:
             y = jnp.dot(x, of(name), precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)
         return y + of(f"b_{name}") if f"b_{name}" in layer else y
 
-    def quantized(x: Array) -> tuple[Array, Array] | None:
-        return fp8.quantize(x) if "expert_gate_scale" in layer else None
+    def quantized(x: Array) -> fp8.Rows | None:
+        return fp8.rows_of(x) if "expert_gate_scale" in layer else None
 
     rows = quantized(x)
     hidden = gated(config, product("expert_gate", x, rows), product("expert_up", x, rows))

@@ -28,6 +28,7 @@ from minference_jax.models.rope import LayerRope, layer_rope, turns
 from minference_jax.models.stacked import Layer, StackedLayer
 from minference_jax.models.window import attend_layer, decode_layer, with_sinks
 from minference_jax.parallel.exchange import ONE, Exchange
+from minference_jax.parallel.stream import cut, to_heads, to_rows, whole
 from pallas_kernels.tracing import vary_alike
 
 Params = Mapping[str, Array]
@@ -76,11 +77,11 @@ def layer_qkv(
     config: LlamaConfig, layer: Layer, x: Array, rope: LayerRope, positions: Int32[Array, " t"], chunk: int
 ) -> tuple[Array, Array, Array]:
     """One layer's q, k, v for rows at these positions, in chunks."""
+    return map_chunks(partial(_project, config, layer, rope), (x, positions[None]), chunk)
 
-    def project(_: Array, rows: Array, positions: Array) -> tuple[Array, Array, Array]:
-        return project_qkv(config, layer, rows, turns(config, rope, positions))
 
-    return map_chunks(project, (x, positions[None]), chunk)
+def _project(config: LlamaConfig, layer: Layer, rope: LayerRope, _: Array, rows: Array, positions: Array) -> Any:
+    return project_qkv(config, layer, rows, turns(config, rope, positions))
 
 
 def attend(
@@ -180,18 +181,22 @@ def prefill(
         if unspent is not None:
             layer_patterns = dataclasses.replace(layer_patterns, unspent=unspent)
         layer = exchange.whole_layer(config, StackedLayer(stacked, index) if layer is None else layer)
-        qkv = layer_qkv(config, layer, x, layer_rope(config, rope_lengths, index), positions, chunk)
-        q, k, v = (exchange.to_heads(in_order(y, order), t) for y in qkv)
-        if cache is not None and order is not None:
-            cache = cache.write(index, q_offset, *(exchange.to_heads(y, t) for y in qkv[1:]))
-        elif cache is not None:
-            cache = cache.write(index, q_offset, k, v)
+        rope = layer_rope(config, rope_lengths, index)
+
+        def projected(first: Array, rows: Array, positions: Array) -> tuple[Array, ...]:
+            qkv = _project(config, layer, rope, first, rows, positions)
+            kept = () if order is None or cache is None else qkv[1:]  # a cache has the model's order of heads
+            return (*(in_order(y, order) for y in qkv), *kept)
+
+        q, k, v, *kept = to_heads(exchange, projected, x, positions[None], t, chunk)
+        if cache is not None:
+            cache = cache.write(index, q_offset, *(kept or (k, v)))
 
         sinks = layer.get("sinks")
         options = {"implementation": implementation, "return_info": keep == "info"}
         served = partial(attend, **options, exchange=exchange, sinks=sinks)
 
-        def whole() -> tuple[Array, Any, Array | None]:
+        def attended() -> tuple[Array, Any, Array | None]:
             if chunks is not None:
                 options = {"start": q_offset[None], "lengths": seen, "whole": rope_lengths}
                 if start is None or cache is None:
@@ -203,22 +208,27 @@ def prefill(
             return attend_to_cache(served, q, cache, index, layer_patterns, start=start, lengths=lengths)
 
         where = {"start": start, "lengths": seen, "own": exchange.own_queries, "sinks": sinks, "unspent": unspent}
-        out, info, unspent = attend_layer(config, index, (q, k, v), cache, whole, **where)
-        out = in_order(exchange.to_rows(out), None if order is None else jnp.argsort(order))
-        x = map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), chunk, in_place=True)
-        return (x, cache, unspent), {"nothing": None, "info": info, "hidden": x}[keep]
+        out, info, unspent = attend_layer(config, index, (q, k, v), cache, attended, **where)
+        back = None if order is None else jnp.argsort(order)
+
+        def finished(_: Array, x: Array, out: Array) -> Array:
+            return finish_layer(config, layer, x, in_order(out, back))
+
+        x = to_rows(exchange, finished, x, out, chunk)
+        return (x, cache, unspent), {"info": info, "hidden": whole(x) if keep == "hidden" else None}.get(keep)
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
     stacked = stacked_layers(params)
     table = exchange.whole(config, params, "embed")
     unspent = None if patterns is None else patterns.begin(tokens.shape[0])
-    carry = vary_alike((embed(config, table, exchange.own_rows(tokens)), cache, unspent), lengths)
+    x = cut(exchange, embed(config, table, exchange.own_rows(tokens)))
+    carry = vary_alike((x, cache, unspent), lengths)
     inputs = (indices, None if _mixed(config) else stacked, patterns, order)
     (x, cache, _), kept = jax.lax.scan(step, carry, inputs)
     if cache is not None:
         written = jax.lax.dynamic_update_slice(cache.tokens, tokens, (jnp.int32(0), q_offset))
         cache = dataclasses.replace(cache, tokens=written, lengths=seen)
-    return x, cache, kept
+    return whole(x), cache, kept
 
 
 def last_logits(

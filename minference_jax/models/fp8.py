@@ -11,19 +11,17 @@ are independent, so a projection ends 3.6 % from the exact one (as a ratio of no
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float8e4m3fn
 
 from pallas_kernels.device import Device
-
-DTYPE = jnp.float8_e4m3fn
-LARGEST = 448.0
-"""Largest finite e4m3 number."""
+from pallas_kernels.rows.quantize import DTYPE, LARGEST, quantized_rows, unsupported_reason
+from pallas_kernels.tracing import without_axes
 
 CONTRACTED = {
     "wq": 1,
@@ -61,22 +59,68 @@ def quantize(
     return (x * inverse[..., None]).astype(DTYPE), scale
 
 
+class Rows(NamedTuple):
+    """Quantized rows x ≈ numbers · scale, and the dtype of x, which their products are to have."""
+
+    numbers: Float8e4m3fn[Array, "*rows i"]
+    scale: Float[Array, "*rows"]
+    dtype: Any
+
+
+def rows_of(x: Float[Array, "*rows i"]) -> Rows:
+    """x, quantized: on GPUs in one pass."""
+    numbers, scale = either(quantized_rows, lambda x: x, x.reshape(-1, x.shape[-1]))
+    return Rows(numbers.reshape(x.shape), scale.reshape(x.shape[:-1]), x.dtype)
+
+
+def either(
+    kernel: Callable[..., Any], plain: Callable[..., Array], *arrays: Array
+) -> tuple[Float8e4m3fn[Array, "m i"], Float[Array, " m"]]:
+    """`quantize(plain(*arrays))`, or on a GPU that can `kernel(*arrays)`, which does both in one pass.
+
+    The first array decides whether the kernel can serve. Derivatives are those of the plain form.
+    """
+
+    def chain(*arrays: Array) -> Any:
+        return quantize(plain(*arrays))
+
+    if Device.default().platform != "gpu" or unsupported_reason(arrays[0]) is not None:
+        return chain(*arrays)
+
+    @jax.custom_jvp
+    def run(*arrays: Array) -> Any:
+        return jax.lax.platform_dependent(*arrays, cuda=without_axes(kernel), default=chain)
+
+    run.defjvp(lambda primals, tangents: jax.jvp(chain, primals, tangents))
+    return run(*arrays)
+
+
 def product(
-    rows: tuple[Float8e4m3fn[Array, "*rows i"], Float[Array, "*rows"]],
-    weight: Float8e4m3fn[Array, "*out *in"],
-    channel_scale: Float[Array, "*out"],
-    dtype: Any,
+    rows: Rows, weight: Float8e4m3fn[Array, "*out *in"], channel_scale: Float[Array, "*out"]
 ) -> Float[Array, "*rows *out"]:
-    """Quantized rows times quantized weights, scales applied, in `dtype`; i is the product of the weight's `in` axes.
+    """Quantized rows times quantized weights, scales applied; i is the product of the weight's `in` axes."""
+    y = rescaled(unscaled(rows, weight), rows.scale.reshape(-1), channel_scale.reshape(-1), rows.dtype)
+    return y.reshape(*rows.scale.shape, *channel_scale.shape)
+
+
+def rescaled(
+    y: Float[Array, "m o"], row_scale: Float[Array, " m"], channel_scale: Float[Array, " o"], dtype: Any
+) -> Float[Array, "m o"]:
+    """A product of plain e4m3 numbers with its scales, in `dtype`."""
+    return (y.astype(jnp.float32) * row_scale[:, None] * channel_scale[None]).astype(dtype)
+
+
+def unscaled(rows: Rows, weight: Float8e4m3fn[Array, "*out *in"]) -> Float[Array, "m o"]:
+    """The product of plain e4m3 numbers; m and o are the products of the rows' axes and of the weight's `out` axes.
 
     On a GPU an e4m3 matrix product, from compute capability 8.9 on; before, the same numbers in bfloat16, which holds
     them exactly (half the memory, no faster); elsewhere in float32. Sums of e4m3 products exceed float16, so a float16
     model has them in float32 until they are scaled.
     """
-    x, row_scale = rows
-    flat_x, flat_w = x.reshape(-1, x.shape[-1]), weight.reshape(-1, x.shape[-1])
+    inside = rows.numbers.shape[-1]
+    flat_x, flat_w = rows.numbers.reshape(-1, inside), weight.reshape(-1, inside)
     contract = (((1,), (1,)), ((), ()))
-    wide = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+    wide = jnp.bfloat16 if rows.dtype == jnp.bfloat16 else jnp.float32
 
     def narrow_product(x: Array, w: Array) -> Array:
         if Device.default().reason_against_fp8() is not None:
@@ -86,9 +130,7 @@ def product(
     def wide_product(x: Array, w: Array) -> Array:
         return jax.lax.dot_general(x.astype(jnp.float32), w.astype(jnp.float32), contract).astype(wide)
 
-    y = jax.lax.platform_dependent(flat_x, flat_w, cuda=narrow_product, default=wide_product)
-    y = y.astype(jnp.float32) * row_scale.reshape(-1, 1) * channel_scale.reshape(1, -1)
-    return y.astype(dtype).reshape(*row_scale.shape, *channel_scale.shape)
+    return jax.lax.platform_dependent(flat_x, flat_w, cuda=narrow_product, default=wide_product)
 
 
 @partial(jax.jit, static_argnames="contracted")

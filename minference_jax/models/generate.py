@@ -227,8 +227,8 @@ def _valid_counts(new: np.ndarray, finished: np.ndarray, eos: tuple[int, ...]) -
 
 def _programs() -> int:
     """How many programs this process has compiled for the functions below and for prefill."""
-    functions: tuple[Any, ...] = (programs.prefill, programs.prefill_fp8, _first_token, _decode_steps)
-    return sum(function._cache_size() for function in functions)
+    functions: tuple[Any, ...] = (_first_token, _decode_steps)
+    return programs.programs_compiled() + sum(function._cache_size() for function in functions)
 
 
 @jax.jit

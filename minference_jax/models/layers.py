@@ -6,6 +6,7 @@ A layer's parameters are a plain mapping name → array, as `params.layer_shapes
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,14 @@ from minference_jax.models.experts import gated, mixture
 from minference_jax.models.rope import Turns, apply_rope
 from minference_jax.models.stacked import Layer, StackedLayer
 from minference_jax.parallel.mesh import HEADS
+from pallas_kernels.rows.quantize import Activation, gated_rows, normed_rows
+from pallas_kernels.tracing import vary_alike
+
+MLP = ("w_gate", "w_up", "w_down")
+"""The weights of the MLP that every layer has, or the first ones of a model with experts."""
+
+KERNEL_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_tanh": "gelu"}
+"""Activations that a kernel computes on the way into an FP8 product."""
 
 
 def matmul(equation: str, x: Array, weight: Array) -> Array:
@@ -26,16 +35,22 @@ def matmul(equation: str, x: Array, weight: Array) -> Array:
     return jnp.einsum(equation, x, weight, precision=precision)
 
 
-def project(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"]) -> list[Array]:
+def project(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"] | fp8.Rows) -> list[Array]:
     """x times each of the named weights `[*in, *out]`, or their FP8 form, for which x is quantized once."""
+    if isinstance(x, fp8.Rows) or quantizes(layer, names, x):
+        rows = x if isinstance(x, fp8.Rows) else fp8.rows_of(x.reshape(*x.shape[:2], -1))
+        return [fp8.product(rows, layer[name], layer[f"{name}_scale"]) for name in names]
     if isinstance(layer, StackedLayer) and layer.serves(names, x):
         return layer.matvec(names, x)
-    if f"{names[0]}_scale" in layer:
-        rows = fp8.quantize(x.reshape(*x.shape[:2], -1))
-        return [fp8.product(rows, layer[name], layer[f"{name}_scale"], x.dtype) for name in names]
     inside = "abc"[: x.ndim - 2]
     outs = ("uvw"[: layer[name].ndim - len(inside)] for name in names)
     return [matmul(f"st{inside},{inside}{o}->st{o}", x, layer[n]) for n, o in zip(names, outs, strict=True)]
+
+
+def quantizes(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"]) -> bool:
+    """Whether `project` quantizes x for these weights."""
+    served = isinstance(layer, StackedLayer) and layer.serves(names, x)
+    return not served and f"{names[0]}_scale" in layer
 
 
 def rms_norm(
@@ -57,6 +72,22 @@ def norm(config: LlamaConfig, x: Float[Array, "*rows d"], weight: Float[Array, "
     return rms_norm(x, weight, config.rms_norm_eps, config.traits.norm_offset)
 
 
+def into_block(
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], weight: str, names: tuple[str, ...]
+) -> Float[Array, "b t d"] | fp8.Rows:
+    """The residual stream as a block's first weights take it: normalised where the model does so before the block, and
+    then quantized for weights in FP8.
+    """
+    if not config.traits.pre_norms:
+        return x
+    if not quantizes(layer, names, x):
+        return norm(config, x, layer[weight])
+    options: dict[str, Any] = {"eps": config.rms_norm_eps, "offset": config.traits.norm_offset}
+    kernel, plain = partial(normed_rows, **options), partial(rms_norm, **options)
+    numbers, scale = fp8.either(kernel, plain, x.reshape(-1, x.shape[-1]), layer[weight])
+    return fp8.Rows(numbers.reshape(x.shape), scale.reshape(x.shape[:-1]), x.dtype)
+
+
 def wide_norm(config: LlamaConfig, x: Float[Array, "b t n h"], weight: Float[Array, "n h"], heads: int) -> Array:
     """The model's RMSNorm over all heads of a row at once. A device of a mesh may have some of the `heads` only."""
     if x.shape[2] == heads:
@@ -72,8 +103,8 @@ def project_qkv(
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]:
     """Normalised input → queries and keys after RoPE, and values."""
     traits = config.traits
-    x = norm(config, x, layer["attn_norm"]) if traits.pre_norms else x
-    q, k, v = project(layer, ("wq", "wk", "wv"), x)
+    weights = ("wq", "wk", "wv")
+    q, k, v = project(layer, weights, into_block(config, layer, x, "attn_norm", weights))
     if traits.qkv_bias:
         q, k, v = q + layer["bq"], k + layer["bk"], v + layer["bv"]
     if traits.qk_norm:
@@ -93,15 +124,16 @@ def finish_layer(
     out = project(layer, ("wo",), attended)[0]
     out = out + layer["bo"] if traits.o_bias else out
     x = x + _added(config, out, layer["post_attn_norm"] if traits.post_norms else None)
-    rows = norm(config, x, layer["mlp_norm"]) if traits.pre_norms else x
-    out = _mlp_or_experts(config, layer, rows)
+    out = _mlp_or_experts(config, layer, x)
     return x + _added(config, out, layer["post_mlp_norm"] if traits.post_norms else None)
 
 
-def _mlp_or_experts(config: LlamaConfig, layer: Layer, rows: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+def _mlp_or_experts(config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """Either of the residual stream, which it normalises where the model does so before."""
     experts = config.traits.experts
     if experts is None:
-        return mlp(config, layer, rows)
+        return mlp(config, layer, into_block(config, layer, x, "mlp_norm", MLP[:2]))
+    rows = norm(config, x, layer["mlp_norm"]) if config.traits.pre_norms else x
     if not experts.first:
         return experts_and_shared(config, layer, rows)
     assert isinstance(layer, StackedLayer)  # of whose parameters each layer has a part
@@ -118,8 +150,7 @@ def experts_and_shared(config: LlamaConfig, layer: Layer, x: Float[Array, "b t d
     out = mixture(config, layer, x)
     if config.traits.experts is None or not config.traits.experts.shared:
         return out
-    gate, up = project(layer, ("shared_gate", "shared_up"), x)
-    return out + project(layer, ("shared_down",), gated(config, gate, up))[0]
+    return out + mlp(config, layer, x, ("shared_gate", "shared_up", "shared_down"))
 
 
 def _added(config: LlamaConfig, out: Array, post_norm: Array | None) -> Array:
@@ -128,13 +159,39 @@ def _added(config: LlamaConfig, out: Array, post_norm: Array | None) -> Array:
     return out if config.traits.residual_scale == 1 else out * jnp.asarray(config.traits.residual_scale, out.dtype)
 
 
-def mlp(config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-    """The gated MLP."""
-    gate, up = project(layer, ("w_gate", "w_up"), x)
-    if config.traits.mlp_bias:
+def mlp(
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | fp8.Rows, names: tuple[str, str, str] = MLP
+) -> Float[Array, "b t d"]:
+    """The gated MLP of weights with these names. Only that of `MLP` may have biases."""
+    into, out_of, biased = names[:2], names[2:], config.traits.mlp_bias and names == MLP
+    if not biased and (isinstance(x, fp8.Rows) or quantizes(layer, into, x)):
+        return project(layer, out_of, _gated_rows(config, layer, into, x))[0]
+    gate, up = project(layer, into, x)
+    if biased:
         gate, up = gate + layer["b_gate"], up + layer["b_up"]
-    out = project(layer, ("w_down",), gated(config, gate, up))[0]
-    return out + layer["b_down"] if config.traits.mlp_bias else out
+    out = project(layer, out_of, gated(config, gate, up))[0]
+    return out + layer["b_down"] if biased else out
+
+
+def _gated_rows(
+    config: LlamaConfig, layer: Layer, names: tuple[str, str], x: Float[Array, "b t d"] | fp8.Rows
+) -> fp8.Rows:
+    """The activation of an MLP with FP8 weights, quantized for the next: their scales, too, are applied on the way."""
+    rows = x if isinstance(x, fp8.Rows) else fp8.rows_of(x)
+
+    def plain(gate: Array, up: Array, row_scale: Array, gate_scale: Array, up_scale: Array) -> Array:
+        gate, up = (fp8.rescaled(y, row_scale, scale, rows.dtype) for y, scale in ((gate, gate_scale), (up, up_scale)))
+        return gated(config, gate, up)
+
+    products = (fp8.unscaled(rows, layer[name]) for name in names)
+    arrays = (*products, rows.scale.reshape(-1), *(layer[f"{name}_scale"] for name in names))
+    activation = KERNEL_ACTIVATIONS.get(config.traits.activation)
+    if activation is None:
+        numbers, scale = fp8.quantize(plain(*arrays))
+    else:
+        numbers, scale = fp8.either(partial(gated_rows, activation=activation), plain, *arrays)
+    shape = rows.scale.shape
+    return fp8.Rows(numbers.reshape(*shape, -1), scale.reshape(shape), rows.dtype)
 
 
 def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *, in_place: bool = False) -> Any:
@@ -156,6 +213,7 @@ def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *,
     out: Any = arrays[0]
     if not in_place:
         shapes = jax.eval_shape(fn, jnp.int32(0), *(a[:, :chunk] for a in arrays))
-        out = jax.tree.map(lambda s: jnp.zeros((s.shape[0], t, *s.shape[2:]), s.dtype), shapes)
+        out = jax.tree.map(lambda s: jax.lax.empty((s.shape[0], t, *s.shape[2:]), s.dtype), shapes)
+        out = vary_alike(out, arrays)
     out = jax.lax.fori_loop(0, t // chunk, lambda i, o: run(o, i * chunk, chunk), out)
     return run(out, t - t % chunk, t % chunk) if t % chunk else out

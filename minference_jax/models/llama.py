@@ -355,7 +355,8 @@ class Llama(nnx.Module):
         patterns = self.patterns_for(tokens.shape[1], None if start is None else extent)
         if self.auto and chunks_for(self.config, extent) is not None:
             patterns = None
-        result = programs.prefill_program(self.fp8_projections, self.embed[...], tokens, lengths, rope_lengths, start)(
+        inputs = (self.embed[...], tokens, lengths, rope_lengths, start)
+        result = programs.prefill_program(self.fp8_projections, self.exchange, *inputs)(
             self.config,
             self.params(),
             patterns,

@@ -147,15 +147,26 @@ _compiled = partial(
     static_argnames=("config", "rows_at_once", "implementation", "return_info", "exchange"),
     donate_argnames=("cache",),
 )
-prefill = _compiled(_run_prefill)
 # Of FP8 products XLA would compile and time Triton kernels beside cuBLASLt's, for more than a minute.
-prefill_fp8 = _compiled(_run_prefill, compiler_options={"xla_gpu_enable_triton_gemm": False})
+_FP8 = {"xla_gpu_enable_triton_gemm": False}
+# Devices of one host copy what they exchange straight into each other's memory, which leaves the multiprocessors alone.
+_COPIES = {"xla_gpu_use_memcpy_local_p2p": True}
+_prefill_of = {
+    (fp8, mesh): _compiled(_run_prefill, compiler_options=(_FP8 if fp8 else {}) | (_COPIES if mesh else {}))
+    for fp8 in (False, True)
+    for mesh in (False, True)
+}
 
 
-def prefill_program(fp8_projections: bool, *inputs: Any) -> Any:
+def prefill_program(fp8_projections: bool, exchange: Exchange, *inputs: Any) -> Any:
     """The jitted function that prefills; nested in another, the plain one: options are for whole programs."""
     nested = any(isinstance(x, Tracer) for x in inputs)
-    return prefill_fp8 if fp8_projections and not nested else prefill
+    return _prefill_of[(False, False) if nested else (fp8_projections, exchange.size > 1)]
+
+
+def programs_compiled() -> int:
+    """How many prefill programs this process has compiled."""
+    return sum(function._cache_size() for function in _prefill_of.values())
 
 
 def decode_step(

@@ -63,8 +63,8 @@ class StackedLayer(Mapping[str, Array]):
             if not scales:
                 return [x @ weight for weight in layer]
             factors = [jax.lax.dynamic_index_in_dim(scale, index, keepdims=False) for scale in scales]
-            rows = fp8.quantize(x)
-            return [fp8.product(rows, weight, scale, x.dtype) for weight, scale in zip(layer, factors, strict=True)]
+            rows = fp8.rows_of(x)
+            return [fp8.product(rows, weight, scale) for weight, scale in zip(layer, factors, strict=True)]
 
         outs = jax.lax.platform_dependent(flat, weights, self.index, scales, cuda=stacked_matvec, default=sliced)
         shapes = (

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
@@ -26,6 +27,7 @@ from minference_jax.parallel.mesh import HEADS, ROWS
 from minference_jax.parallel.sharded_layer import GatheredLayer, ShardedLayer, gather
 from minference_jax.parallel.specs import ALL, is_fp8, param_axes, place, specs_of
 from minference_jax.zigzag import Zigzag
+from pallas_kernels.device import on_target
 from pallas_kernels.sizes import QUERY_TILE
 
 OF_HEADS = PartitionSpec(None, None, HEADS)
@@ -74,7 +76,8 @@ class Exchange:
             return function(*args)
         specs = tuple(specs_of(config, self.mesh, arg) for arg in args)
         out = PartitionSpec() if out is None else out
-        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
+        mesh = on_target(self.mesh)
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
 
     everywhere = PartitionSpec()
     """Of a result that every device has."""
@@ -137,26 +140,33 @@ class Exchange:
         found = jnp.take_along_axis(x, jnp.argmax(own, axis=1)[:, None, None], axis=1)
         return jax.lax.psum(jnp.where(own.any(axis=1)[:, None, None], found, 0), (ROWS, HEADS))
 
-    def to_heads(self, x: Float[Array, "b rows n h"], t: int) -> Float[Array, "b t heads h"]:
-        """From some rows of all heads to all t rows of some heads."""
-        if self.size == 1:
-            return x
-        x = jax.lax.all_to_all(x, HEADS, split_axis=2, concat_axis=1, tiled=True)
+    def grouped(self, x: Float[Array, "b rows n h"]) -> Float[Array, "groups b rows heads h"]:
+        """Rows of all heads, those of each device that has heads of its own together."""
+        b, rows, n, h = x.shape
+        return jnp.moveaxis(x.reshape(b, rows, self.heads, n // self.heads, h), 2, 0)
+
+    def joined(self, x: Float[Array, "groups b rows heads h"]) -> Float[Array, "b rows n h"]:
+        """The way back from `grouped`."""
+        groups, b, rows, heads, h = x.shape
+        return jnp.moveaxis(x, 0, 2).reshape(b, rows, groups * heads, h)
+
+    def contiguous(self, x: Array) -> Array:
+        """x in the order of its axes, written so by what computes it: XLA would leave that to a copy of its own."""
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    def swap(self, x: Float[Array, "groups b rows heads h"]) -> Float[Array, "groups b rows heads h"]:
+        """What each device has for the i-th one becomes what the i-th one has from each."""
+        return jax.lax.all_to_all(x, HEADS, split_axis=0, concat_axis=0, tiled=True)
+
+    def all_rows_of_heads(self, x: Float[Array, "groups b rows heads h"], t: int) -> Float[Array, "b t heads h"]:
+        """All t rows of this device's heads, from the rows that it received from each device."""
+        x = jnp.moveaxis(x, 0, 1)
+        x = x.reshape(x.shape[0], -1, *x.shape[3:])
         return self.in_order(x if self.rows == 1 else jax.lax.all_gather(x, ROWS, axis=1, tiled=True), 1, t)
 
     def own_queries(self, x: Float[Array, "b t heads h"]) -> Float[Array, "b own heads h"]:
         """Of all rows of some heads, those that this device attends for."""
         return x if self.zigzag is None else self.zigzag.own(x)
-
-    def to_rows(self, x: Float[Array, "b own heads h"]) -> Float[Array, "b rows n h"]:
-        """The way back from `own_queries`."""
-        if self.size == 1:
-            return x
-        if self.zigzag is not None:
-            return jax.lax.all_to_all(x, HEADS, split_axis=1, concat_axis=2, tiled=True)
-        t = x.shape[1]
-        x = jnp.pad(x, [(0, 0), (0, self._slice(t) * self.size - t), (0, 0), (0, 0)])
-        return jax.lax.all_to_all(x, HEADS, split_axis=1, concat_axis=2, tiled=True)
 
     def whole_layer(self, config: LlamaConfig, layer: Layer) -> Layer:
         """A layer's parameters, gathered; what belongs to heads inside attention stays a slice."""

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minference_jax.patterns.base import Budgets, Pattern, PlanBuilder
 from minference_jax.patterns.text import as_pattern
-from pallas_kernels.spread import PER_HEAD, PER_SEQUENCE
+from pallas_kernels.spread import PER_HEAD, PER_SEQUENCE, WHOLE
 
 
 @partial(
@@ -56,14 +56,22 @@ class LayerPatterns:
             return [(None, self.budgets[0])]
         return [(self.kind == code, budgets) for code, budgets in enumerate(self.budgets)]
 
-    def axes(self) -> LayerPatterns | None:
+    @property
+    def built(self) -> bool:
+        """Whether a plan builder occurs, which sees all heads of a layer at once."""
+        return any(isinstance(leaf, Pattern) for leaf in jax.tree.leaves(self, is_leaf=_is_pattern))
+
+    def axes(self) -> LayerPatterns:
         """For each leaf of one layer, `[heads]` or `[b, heads]`, its axes as `pallas_kernels.spread` writes them.
 
-        None where a plan builder occurs, whose own arrays have any shape.
+        Heads stay whole beside a plan builder. Its own arrays have any shape, and stay whole altogether.
         """
-        if any(isinstance(leaf, Pattern) for leaf in jax.tree.leaves(self, is_leaf=lambda x: isinstance(x, Pattern))):
-            return None
-        axes = jax.tree.map(lambda leaf: PER_HEAD[-leaf.ndim :], dataclasses.replace(self, unspent=None))
+        letters = PER_SEQUENCE + "." if self.built else PER_HEAD
+
+        def own(leaf: Any) -> str:
+            return WHOLE if _is_pattern(leaf) else letters[-leaf.ndim :]
+
+        axes = jax.tree.map(own, dataclasses.replace(self, unspent=None), is_leaf=_is_pattern)
         return axes if self.unspent is None else dataclasses.replace(axes, unspent=PER_SEQUENCE)
 
     def begin(self, b: int) -> Float[Array, " b"] | None:
@@ -248,6 +256,10 @@ def _check_registered(patterns: Iterable[Pattern]) -> None:
                 f"{pattern!r} is no pytree: put @jax.tree_util.register_static over {type(pattern).__name__}, or "
                 "jax.tree_util.register_dataclass if it holds arrays"
             )
+
+
+def _is_pattern(leaf: Any) -> bool:
+    return isinstance(leaf, Pattern)
 
 
 def _identity(pattern: Pattern) -> Any:

@@ -220,6 +220,14 @@ def longest_prompt(config: LlamaConfig, available: float, **options: Any) -> int
     return 128 * low
 
 
+def prompts_at_once(config: LlamaConfig, available: float, most: int, **options: Any) -> int:
+    """The most prompts, `most` or a half, a quarter, … of it, for which `memory_need(config, batch=…, **options)` stays
+    within `available` bytes; 1 where not even two fit."""
+    while most > 1 and memory_need(config, batch=most, **options).total > available:
+        most //= 2
+    return most
+
+
 ONE_DEVICE = AbstractMesh((1, 1), AXES)
 
 WAYS: dict[str, dict[str, Any]] = {

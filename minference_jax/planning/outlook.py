@@ -16,7 +16,7 @@ from minference_jax.models.config import LlamaConfig
 from minference_jax.models.params import layer_shapes, layers_with
 from minference_jax.patterns import HeadPatterns
 from minference_jax.patterns.rates import MARGIN, RATES, predicted, rates_of
-from minference_jax.planning.auto import auto_patterns
+from minference_jax.planning.auto import AUTO, auto_patterns
 from minference_jax.planning.memory import GPUS, USABLE, WAYS, longest_prompt, memory_need
 
 MEMORY: dict[str, float] = {
@@ -101,9 +101,10 @@ def other_operations(config: LlamaConfig) -> float:
     return 2 * total
 
 
-def room(config: LlamaConfig, gpu: str, *, batch: int = 1) -> dict[str, int]:
-    """The longest prompt of each of `memory.WAYS` on `gpu`, for the patterns of "auto"."""
-    return {way: longest_prompt(config, _bytes(gpu), batch=batch, **options) for way, options in WAYS.items()}
+def room(config: LlamaConfig, gpu: str, *, patterns: HeadPatterns | None = None, batch: int = 1) -> dict[str, int]:
+    """The longest prompt of each of `memory.WAYS` on `gpu`. `patterns`: None for those of "auto" at each length."""
+    asked: dict[str, Any] = {"patterns": AUTO if patterns is None else patterns, "batch": batch}
+    return {way: longest_prompt(config, _bytes(gpu), **asked, **options) for way, options in WAYS.items()}
 
 
 def source(gpu: str) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
@@ -156,8 +155,7 @@ class Search:
     def __init__(self, model: Llama, samples: Array, lengths: Array | None, settings: Settings):
         self.model, self.settings = model, settings
         self.tokens, self.lengths = check_tokens(samples, lengths)
-        if int(jnp.min(self.lengths)) < 128:
-            raise ValueError("samples must have at least 128 tokens each")
+        check_samples(np.asarray(self.lengths).tolist())
 
     def identity(self) -> dict[str, Any]:
         """What makes this search this one, as JSON: shapes, dtype, config, weights, samples, settings, version."""
@@ -196,6 +194,12 @@ class Search:
         assert state.calibration is not None
         records = [state.layers[index] for index in range(layers)]
         return choose(records, *state.calibration, self.settings, self.tokens.shape[1])
+
+
+def check_samples(lengths: Sequence[int]) -> None:
+    """Raises `ValueError` for samples of these lengths that are too short to be searched on."""
+    if min(lengths) < 128:
+        raise ValueError(f"samples must have at least 128 tokens each, got {min(lengths)}")
 
 
 def choose(

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import axes
 from pallas_kernels import tables as hopper_tables
 from pallas_kernels.device import Device
 from pallas_kernels.hopper.assembler import ignores_setmaxnreg
@@ -178,9 +179,9 @@ def attend_prepared(
             out_type=out_type,
             scratch_types=scratch_types(launch, return_lse),
             grid=(rounds.thread_blocks,),
-            grid_names=("block",),
+            grid_names=(axes.BLOCK,),
             num_threads=3,
-            thread_name="warpgroup",
+            thread_name=axes.WARPGROUP,
             interpret=interpret,
             kernel_name="sparse_attention",
             compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),

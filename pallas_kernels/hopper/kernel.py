@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import axes
 from pallas_kernels.hopper import compute, serial
 from pallas_kernels.hopper.buffers import Buffers
 from pallas_kernels.hopper.config import COMPUTE_WARPGROUPS
@@ -33,7 +34,7 @@ _MEMORY = COMPUTE_WARPGROUPS  # index of the memory warpgroup
 
 def kernel_body(launch: Launch, refs: Refs, scratch: dict[str, Any]) -> None:
     """What one thread block does."""
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup = lax.axis_index(axes.WARPGROUP)
 
     @pl.when(warpgroup == _MEMORY)
     def _():

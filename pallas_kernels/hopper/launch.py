@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import axes
 from pallas_kernels.hopper.config import KernelConfig, Rounds
 from pallas_kernels.launches import Refs, item_at
 
@@ -53,14 +54,14 @@ class Launch:
 
 def share_of(launch: Launch) -> jax.Array:
     """Number of query tiles that this thread block takes."""
-    first, chain = launch.rounds.of(lax.axis_index("block"))
+    first, chain = launch.rounds.of(lax.axis_index(axes.BLOCK))
     left = launch.work - first
     return jnp.clip(lax.div(left + (launch.rounds.lanes - 1), jnp.int32(launch.rounds.lanes)), 0, chain)
 
 
 def item_of(launch: Launch, refs: Refs, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(head of all sequences, query tile) of this thread block's `turn`-th item."""
-    index = launch.rounds.of(lax.axis_index("block"))[0] + turn * launch.rounds.lanes
+    index = launch.rounds.of(lax.axis_index(axes.BLOCK))[0] + turn * launch.rounds.lanes
     return item_at(refs, launch.query_tiles, index)
 
 

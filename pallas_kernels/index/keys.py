@@ -18,6 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, math, memref, nvvm, scf
 from jaxtyping import Array, Int, UInt16
 
+from pallas_kernels import axes
 from pallas_kernels.device import DEFAULT_MULTIPROCESSORS
 from pallas_kernels.tracing import without_axes
 
@@ -201,9 +202,9 @@ def _launch(
             out_type=out_type,
             scratch_types=scratch,
             grid=(grid,),
-            grid_names=("block",),
+            grid_names=(axes.BLOCK,),
             num_threads=1,
-            thread_name="warpgroup",
+            thread_name=axes.WARPGROUP,
             kernel_name=name,
         )
     )(*arrays)

@@ -26,6 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import axes
 from pallas_kernels.device import DEFAULT_MULTIPROCESSORS
 from pallas_kernels.hopper.registers import exp2, hidden_after
 from pallas_kernels.sizes import KEY_TILE
@@ -123,13 +124,13 @@ def tile_lse(
     log2_scale = scale * math.log2(math.e)
 
     def body(q_ref, k_ref, position_ref, bounds_ref, tiles_ref, chunks_ref, q_smem, k_smem, q_full, k_full, k_free):
-        z, chunk = lax.axis_index("head"), lax.axis_index("chunk")
-        block = blocks - 1 - lax.axis_index("rows")  # those with the most keys first
+        z, chunk = lax.axis_index(axes.HEAD), lax.axis_index(axes.CHUNK)
+        block = blocks - 1 - lax.axis_index(axes.ROWS)  # those with the most keys first
         batch, head = lax.div(z, jnp.int32(kv_heads)), lax.rem(z, jnp.int32(kv_heads))
         first = chunk * per_chunk
         whole = jnp.clip(bounds_ref[batch, block, 0] - first, 0, per_chunk)
         some = jnp.clip(bounds_ref[batch, block, 1] - first, 0, per_chunk)
-        warpgroup = lax.axis_index("warpgroup")
+        warpgroup = lax.axis_index(axes.WARPGROUP)
 
         def load():
             for w in range(WARPGROUPS):
@@ -274,9 +275,9 @@ def tile_lse(
                 "k_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
             },
             grid=(blocks, b * kv_heads, chunks),
-            grid_names=("rows", "head", "chunk"),
+            grid_names=(axes.ROWS, axes.HEAD, axes.CHUNK),
             num_threads=WARPGROUPS + 1,
-            thread_name="warpgroup",
+            thread_name=axes.WARPGROUP,
             interpret=interpret,
             kernel_name="tile_lse",
             compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import axes
 from pallas_kernels import tables as kernel_tables
 from pallas_kernels.device import Device
 from pallas_kernels.launches import Refs, differentiable
@@ -174,7 +175,7 @@ def attend(
             out_type=out_type,
             scratch_types=scratch_types(launch),
             grid=(b * n, launch.query_tiles * launch.blocks_per_tile),
-            grid_names=("head", "block"),
+            grid_names=(axes.HEAD, axes.BLOCK),
             interpret=interpret,
             kernel_name="sparse_attention_mma",
             compiler_params=plgpu.CompilerParams(

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import tables
+from pallas_kernels import axes, tables
 from pallas_kernels.hopper.registers import SUM_COLUMNS, raised, rescaled
 from pallas_kernels.launches import Refs, item_at
 from pallas_kernels.mma import product
@@ -28,8 +28,8 @@ from pallas_kernels.mma.softmax import probabilities
 
 def kernel_body(launch: Launch, refs: Refs, scratch: dict[str, Any]) -> None:
     """What one thread block does."""
-    z, per_tile = lax.axis_index("head"), jnp.int32(launch.blocks_per_tile)
-    late, part = (op(lax.axis_index("block"), per_tile) for op in (lax.div, lax.rem))
+    z, per_tile = lax.axis_index(axes.HEAD), jnp.int32(launch.blocks_per_tile)
+    late, part = (op(lax.axis_index(axes.BLOCK), per_tile) for op in (lax.div, lax.rem))
     part = per_tile - 1 - part
     if refs.order is None:
         tile = launch.query_tiles - 1 - late

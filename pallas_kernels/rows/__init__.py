@@ -1,0 +1,1 @@
+"""Rows on their way into an FP8 product: normalised or gated and quantized, in one pass over memory."""

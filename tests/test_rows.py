@@ -1,0 +1,137 @@
+"""Rows on their way into an FP8 product: the kernels (interpreted) against the jnp chain, one contract for all."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minference_jax.models import LlamaConfig, fp8
+from minference_jax.models.config import Traits
+from minference_jax.models.experts import gated
+from minference_jax.models.layers import finish_layer, map_chunks, rms_norm
+from minference_jax.models.llama import Llama
+from pallas_kernels.device import Device, lowering_for
+from pallas_kernels.rows.quantize import Tile, gated_rows, normed_rows, quantized_rows, unsupported_reason
+
+SIZES = np.array([1, 1e4, 1e-4, 1e-30, 0, 1e30, 1])
+"""What each row's numbers are multiplied with, before an infinity and a NaN are put into the last two."""
+
+
+def activation_of(name):
+    config = LlamaConfig(61, 32, 40, 1, 1, 1, 32, traits=Traits(activation=name))
+
+    def plain(gate, up, row_scale, gate_scale, up_scale):
+        gate = fp8.rescaled(gate, row_scale, gate_scale, gate.dtype)
+        return gated(config, gate, fp8.rescaled(up, row_scale, up_scale, up.dtype))
+
+    return plain
+
+
+CASES = {
+    "plain": (quantized_rows, lambda x: x),
+    "norm": (partial(normed_rows, eps=1e-5), partial(rms_norm, eps=1e-5)),
+    "norm, offset": (partial(normed_rows, eps=1e-5, offset=1.0), partial(rms_norm, eps=1e-5, offset=1.0)),
+    "silu": (gated_rows, activation_of("silu")),
+    "gelu": (partial(gated_rows, activation="gelu"), activation_of("gelu_tanh")),
+}
+
+
+def arguments(rng, name, width):
+    x = rng.standard_normal((len(SIZES), width)) * SIZES[:, None]
+    x[-2, 3], x[-1, 5] = np.inf, np.nan
+    columns = rng.uniform(0.5, 2, (2, width))
+    if name == "plain":
+        return [jnp.asarray(x, jnp.bfloat16)]
+    if name.startswith("norm"):
+        return [jnp.asarray(y, jnp.bfloat16) for y in (x, columns[0])]
+    up, scale = rng.standard_normal(x.shape), rng.uniform(0.5, 2, len(x))
+    wide = [jnp.asarray(y, jnp.bfloat16) for y in (x, up)]
+    return wide + [jnp.asarray(y, jnp.float32) for y in (scale, *columns)]
+
+
+# Rows of 300 are no multiple of a piece, and 7 rows none of a thread block's 2; rows of 96 are less than a piece.
+@pytest.mark.parametrize(("width", "tile"), [(300, Tile(2, 1, 1)), (96, None)])
+@pytest.mark.parametrize("name", CASES)
+def test_a_kernel_gives_what_the_chain_gives(rng, name, width, tile):
+    kernel, plain = CASES[name]
+    arrays = arguments(rng, name, width)
+    numbers, scale = kernel(*arrays, tile=tile, interpret=True)
+    expected, expected_scale = fp8.quantize(plain(*arrays))
+    assert numbers.dtype == fp8.DTYPE and scale.dtype == jnp.float32 and numbers.shape == (len(SIZES), width)
+    got, want = (np.asarray(y.astype(jnp.float32)) for y in (numbers, expected))
+    whole = np.isfinite(want).all(axis=1)
+    # A row with a NaN or an infinity in it is one of NaNs after any product.
+    np.testing.assert_array_equal(np.isnan(got).any(axis=1), ~whole)
+    if name not in ("silu", "gelu"):
+        np.testing.assert_allclose(scale, expected_scale, rtol=1e-6)
+        assert (got != want)[whole].mean() < 1e-3  # a sum in another order may cross a rounding boundary
+        return
+    # jnp rounds to bfloat16 (half a unit in 2^8) six times before, and the largest number of a row is not spared.
+    np.testing.assert_allclose(np.asarray(scale)[whole], np.asarray(expected_scale)[whole], rtol=6 / 256)
+    got, want = (y[whole] * np.asarray(s)[whole, None] for y, s in ((got, scale), (want, expected_scale)))
+    largest = 448 * np.asarray(scale)[whole, None]
+    step = np.maximum(np.abs(want) / 8, largest / 500)  # of e4m3, or of what a tanh in bfloat16 leaves of small ones
+    assert (np.abs(got - want) <= 1.1 * step).all()
+
+
+def test_what_the_kernels_cannot_serve_they_refuse():
+    for x in (jnp.zeros((2, 64)), jnp.zeros((2, 40_000), jnp.bfloat16), jnp.zeros((0, 64), jnp.bfloat16)):
+        assert unsupported_reason(x) is not None
+        with pytest.raises(ValueError, match="quantized_rows: "):
+            quantized_rows(x)
+    huge = jax.ShapeDtypeStruct((1 << 20, 2048), jnp.bfloat16)
+    assert "addresses less than" in str(unsupported_reason(huge))
+
+
+@pytest.mark.filterwarnings("ignore:.*Triton:DeprecationWarning")
+@pytest.mark.parametrize("capability", ["8.0", "9.0"])
+def test_a_prefill_in_fp8_holds_the_kernels_where_a_gpu_has_the_numbers(capability):
+    config = LlamaConfig(61, 64, 128, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32)
+    for dtype, names in (("bfloat16", ("quantized_rows", "normed_rows", "gated_rows")), ("float32", ())):
+        model = jax.eval_shape(
+            lambda dtype=dtype: Llama.random(config, jax.random.key(0), dtype).with_fp8_projections()
+        )
+        tokens = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+        with lowering_for(capability):
+            traced = jax.jit(lambda model, tokens: model.prefill(tokens)[0]).trace(model, tokens)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        for name in ("quantized_rows", "normed_rows", "gated_rows"):
+            assert (name in text) == (capability == "9.0" and name in names)
+
+
+def test_derivatives_are_those_of_the_chain(rng, monkeypatch):
+    arrays = arguments(rng, "silu", 96)
+    arrays = [*(y[:3] for y in arrays[:3]), *arrays[3:]]
+    plain = activation_of("silu")
+
+    def value(quantized, *arrays):
+        numbers, scale = quantized(*arrays)
+        return jnp.sum(numbers.astype(jnp.float32) * scale[:, None])
+
+    def gradient(quantized):
+        return jax.jit(jax.grad(partial(value, quantized), argnums=(0, 3)))(*arrays)
+
+    expected = gradient(lambda *y: fp8.quantize(plain(*y)))
+    monkeypatch.setattr(Device, "default", staticmethod(lambda: Device("gpu", "9.0")))
+    for got, want in zip(gradient(partial(fp8.either, gated_rows, plain)), expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_kernels_and_chunks_under_shard_map_with_checked_axes(monkeypatch):
+    monkeypatch.setattr(Device, "default", staticmethod(lambda: Device("gpu", "9.0")))
+    config, mesh = LlamaConfig(61, 64, 128, 1, 2, 1, 32), jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Auto,))
+    layer = {
+        name.removeprefix("layers."): y
+        for name, y in Llama.random(config, jax.random.key(0), "bfloat16").with_fp8_projections().params().items()
+    }
+    layer = {name: y[0] for name, y in layer.items() if y.ndim and name not in ("embed", "final_norm", "lm_head")}
+
+    def finished(x, out):
+        return map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), 8)
+
+    x, out = jnp.ones((2, 24, 64), jnp.bfloat16), jnp.ones((2, 24, 2, 32), jnp.bfloat16)
+    spec = jax.sharding.PartitionSpec("x")
+    found = jax.jit(jax.shard_map(finished, mesh=mesh, in_specs=(spec, spec), out_specs=spec))(x, out)
+    np.testing.assert_array_equal(found.astype(jnp.float32), jax.jit(finished)(x, out).astype(jnp.float32))
