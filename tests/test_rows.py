@@ -10,7 +10,7 @@ import pytest
 from minference_jax.models import LlamaConfig, fp8
 from minference_jax.models.config import Traits
 from minference_jax.models.experts import gated
-from minference_jax.models.layers import rms_norm
+from minference_jax.models.layers import finish_layer, map_chunks, rms_norm
 from minference_jax.models.llama import Llama
 from pallas_kernels.device import Device, lowering_for
 from pallas_kernels.rows.quantize import Tile, gated_rows, normed_rows, quantized_rows, unsupported_reason
@@ -117,3 +117,21 @@ def test_derivatives_are_those_of_the_chain(rng, monkeypatch):
     monkeypatch.setattr(Device, "default", staticmethod(lambda: Device("gpu", "9.0")))
     for got, want in zip(gradient(partial(fp8.either, gated_rows, plain)), expected, strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+def test_kernels_and_chunks_under_shard_map_with_checked_axes(monkeypatch):
+    monkeypatch.setattr(Device, "default", staticmethod(lambda: Device("gpu", "9.0")))
+    config, mesh = LlamaConfig(61, 64, 128, 1, 2, 1, 32), jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Auto,))
+    layer = {
+        name.removeprefix("layers."): y
+        for name, y in Llama.random(config, jax.random.key(0), "bfloat16").with_fp8_projections().params().items()
+    }
+    layer = {name: y[0] for name, y in layer.items() if y.ndim and name not in ("embed", "final_norm", "lm_head")}
+
+    def finished(x, out):
+        return map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), 8)
+
+    x, out = jnp.ones((2, 24, 64), jnp.bfloat16), jnp.ones((2, 24, 2, 32), jnp.bfloat16)
+    spec = jax.sharding.PartitionSpec("x")
+    found = jax.jit(jax.shard_map(finished, mesh=mesh, in_specs=(spec, spec), out_specs=spec))(x, out)
+    np.testing.assert_array_equal(found.astype(jnp.float32), jax.jit(finished)(x, out).astype(jnp.float32))

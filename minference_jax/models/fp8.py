@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Float8e4m3fn
 
 from pallas_kernels.device import Device
 from pallas_kernels.rows.quantize import DTYPE, LARGEST, quantized_rows, unsupported_reason
+from pallas_kernels.tracing import without_axes
 
 CONTRACTED = {
     "wq": 1,
@@ -88,7 +89,7 @@ def either(
 
     @jax.custom_jvp
     def run(*arrays: Array) -> Any:
-        return jax.lax.platform_dependent(*arrays, cuda=kernel, default=chain)
+        return jax.lax.platform_dependent(*arrays, cuda=without_axes(kernel), default=chain)
 
     run.defjvp(lambda primals, tangents: jax.jvp(chain, primals, tangents))
     return run(*arrays)

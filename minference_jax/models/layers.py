@@ -20,6 +20,7 @@ from minference_jax.models.rope import Turns, apply_rope
 from minference_jax.models.stacked import Layer, StackedLayer
 from minference_jax.parallel.mesh import HEADS
 from pallas_kernels.rows.quantize import Activation, gated_rows, normed_rows
+from pallas_kernels.tracing import vary_alike
 
 MLP = ("w_gate", "w_up", "w_down")
 """The weights of the MLP that every layer has, or the first ones of a model with experts."""
@@ -213,5 +214,6 @@ def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *,
     if not in_place:
         shapes = jax.eval_shape(fn, jnp.int32(0), *(a[:, :chunk] for a in arrays))
         out = jax.tree.map(lambda s: jax.lax.empty((s.shape[0], t, *s.shape[2:]), s.dtype), shapes)
+        out = vary_alike(out, arrays)
     out = jax.lax.fori_loop(0, t // chunk, lambda i, o: run(o, i * chunk, chunk), out)
     return run(out, t - t % chunk, t % chunk) if t % chunk else out
