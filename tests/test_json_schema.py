@@ -62,6 +62,9 @@ def test_every_reply_fits_and_a_job_goes_on(model, tokenizer, tmp_path):
     assert run(model, tokenizer, OBJECT, max_new_tokens=64, out=out) == replies and out.read_text() == text
     with pytest.raises(ValueError, match=r"of another job: json_schema .*, max_new_tokens 64 instead of 63"):
         run(model, tokenizer, {"enum": ["good"]}, max_new_tokens=63, out=out)
+    backwards = OBJECT | {"properties": dict(reversed(OBJECT["properties"].items()))}  # keys of replies come so, too
+    with pytest.raises(ValueError, match="of another job: json_schema "):
+        run(model, tokenizer, backwards, max_new_tokens=64, out=out)
 
 
 def test_steps_are_one_program_and_a_cut_reply_is_marked(model, tokenizer):
@@ -86,6 +89,7 @@ def test_the_likeliest_allowed_token_is_taken():
     [
         ({"type": "word"}, "json_schema: .*word"),
         ([], "json_schema must be an object, got list"),
+        (True, "json_schema must be an object, got bool"),
         ({"type": "string", "unevaluatedItems": False, "contains": 3}, "json_schema: "),
     ],
 )
@@ -99,6 +103,8 @@ def test_what_a_schema_needs(model, tokenizer, monkeypatch):
         run(model, tokenizer, OBJECT, choices=("a", "b"))
     with pytest.raises(ValueError, match="a fast tokenizer of Hugging Face"):
         JsonSchema(OBJECT, object(), 300)
+    with pytest.raises(ValueError, match="json_schema: vocab size too small"):
+        JsonSchema(OBJECT, tokenizer, 100)
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     with pytest.raises(
         ModuleNotFoundError, match=r"a JSON schema needs llguidance: pip install 'minference-jax\[schema\]'"
@@ -114,7 +120,12 @@ def test_the_command(folder, tmp_path, capsys):
     status, _, errors = run_command(capsys, *command)
     assert status == 0, errors
     assert {json.loads(json.loads(line)["reply"]) for line in out.read_text().splitlines()} <= {"good", "bad"}
-    for text, message in (("{", "schema.json: "), ('{"type": "word"}', "--json-schema: json_schema: ")):
+    wrong = (
+        ("{", "schema.json: "),
+        ("null", "--json-schema: json_schema must be an object, got NoneType"),
+        ('{"type": "word"}', "--json-schema: json_schema: "),
+    )
+    for text, message in wrong:
         schema.write_text(text)
         status, _, errors = run_command(capsys, *command)
         assert status == 2 and message in errors

@@ -45,7 +45,7 @@ def batch(
     max_new_tokens: Annotated[int, length_option(help="Of a reply, at most.")] = 256,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, max=MAX_BATCH, help="Prompts at once; default: 8 on a CPU, up to 64 on a GPU."),
+        typer.Option(min=1, max=MAX_BATCH, help="Prompts at once; default: up to 8 on a CPU, 64 on a GPU."),
     ] = None,
     pattern: Annotated[
         str,
@@ -98,7 +98,7 @@ def batch(
     if labels:
         with usage("--choices"):
             choice_ids(tokenizer, labels)
-    if schema is not None:
+    if json_schema is not None:  # what the file holds may be null, which is no schema
         with usage("--json-schema"):
             JsonSchema(schema, tokenizer, config.vocab_size)
     settings = {"choices": labels, "json_schema": schema, "max_new_tokens": max_new_tokens, "batch": batch}

@@ -28,11 +28,11 @@ SPACES: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", 
 class JsonSchema:
     """A JSON schema for the replies of a model with this tokenizer.
 
-    **Arguments:** `schema`: a JSON schema, as `json.loads` gives it. `tokenizer`: of `load_tokenizer`, a fast one of
-    Hugging Face. `vocab_size`: the model's.
+    **Arguments:** `schema`: an object, as `json.loads` gives it; keys of replies come in the order of its properties.
+    `tokenizer`: of `load_tokenizer`, a fast one of Hugging Face. `vocab_size`: the model's.
 
-    **Raises:** ValueError for a schema that is none or has keywords that are not supported, and for a tokenizer without
-    an end; ModuleNotFoundError where llguidance is missing.
+    **Raises:** ValueError for a schema that is none or has keywords that are not supported, for a tokenizer without an
+    end, and for one with more tokens than the model; ModuleNotFoundError where llguidance is missing.
     """
 
     def __init__(self, schema: Any, tokenizer: Any, vocab_size: int):
@@ -41,10 +41,13 @@ class JsonSchema:
         fast = getattr(getattr(tokenizer, "hf", None), "backend_tokenizer", None)
         if fast is None or not tokenizer.eos_token_ids:
             raise ValueError("json_schema needs a fast tokenizer of Hugging Face with a token that ends a reply")
-        if not isinstance(schema, dict | bool):
+        if not isinstance(schema, dict):
             raise ValueError(f"json_schema must be an object, got {type(schema).__name__}")
         self.schema = schema
-        tokens = LLTokenizer(fast.to_str(), n_vocab=vocab_size, eos_token=list(tokenizer.eos_token_ids))
+        try:
+            tokens = LLTokenizer(fast.to_str(), n_vocab=vocab_size, eos_token=list(tokenizer.eos_token_ids))
+        except ValueError as error:
+            raise ValueError(f"json_schema: {error}") from None
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=SPACES)  # pyright: ignore[reportArgumentType]
         if error := LLMatcher.validate_grammar(grammar, tokens):
             raise ValueError(f"json_schema: {error}")
