@@ -151,6 +151,8 @@ def test_a_job_goes_on_where_it_was_and_refuses_another(model, tmp_path):
     done = []
     again = batch_replies(model, tokenizer, rows, template, out=out, progress=lambda n, _: done.append(n), **options)
     assert again == whole and out.read_text() == text and done[0] == 2
+    # Without a batch it is the file's: what fits may have changed since.
+    assert batch_replies(model, tokenizer, rows, template, out=out, **options | {"batch": None}) == whole
     with pytest.raises(ValueError, match="is of another job: batch 2 instead of 3"):
         batch_replies(model, tokenizer, rows, template, out=out, **options | {"batch": 3})
     other = model.with_patterns("a-shape:sink=64,window=64")

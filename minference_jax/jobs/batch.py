@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from minference_jax.jobs.batch_runner import BatchRunner, Reply, batches, shared_tokens
 from minference_jax.jobs.choices import choice_ids
 from minference_jax.jobs.json_schema import JsonSchema
-from minference_jax.jobs.output import JobFile
+from minference_jax.jobs.output import JobFile, job_settings
 from minference_jax.jobs.prompt_template import PromptTemplate
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
@@ -60,9 +61,10 @@ def batch_replies(
     - `choices`: labels that a reply must be one of. The reply is the most probable one, and each one's probability is
       given; `max_new_tokens` then means nothing.
     - `json_schema`: a JSON schema, as `json.loads` gives it, that replies fit (those that `max_new_tokens` does not cut
-      short). The likeliest of the tokens is taken that a fitting text can go on with.
-    - `batch`: prompts at once. A batch has prompts of one length bucket, is filled up with shorter ones, and the last
-      batch by repeating a prompt. None: 8 on a CPU, and on a GPU as many as fit its memory, up to 64.
+      short). Each token is the likeliest of those that a fitting text can go on with.
+    - `batch`: prompts at once. A batch has prompts of one length bucket, and is filled up with shorter ones, or else by
+      repeating its last. None: as many as `out` was begun with; for a new job as many as fit in memory, up to 8 on a
+      CPU and 64 on a GPU.
     - `system`: the system message; `raw`: no chat template, the prompt is continued as it is.
     - `wait`: where another process works on `out`, wait until it is done.
 
@@ -125,7 +127,7 @@ class BatchJob:
         """What decides the replies beside the model, as far as it is known without it, for `output.check_job_file`."""
         known = {
             "choices": list(self.labels),
-            "json_schema": None if self.schema is None else self.schema.schema,
+            "json_schema": None if self.schema is None else json.dumps(self.schema.schema),  # its order counts
             "max_new_tokens": 0 if self.labels else self.room,
             "prompts": content_digest([np.asarray(prompt, np.int32) for prompt in self.prompts]),
         }
@@ -141,18 +143,20 @@ class BatchJob:
         progress: Progress | None = None,
     ) -> list[Reply]:
         """The replies, in the order of the rows. Arguments and errors are those of `batch_replies`."""
-        batch = self._at_once(model)
         shared = shared_tokens(self.prompts)
         sizes = [len(prompt) - shared for prompt in self.prompts]
-        groups = batches(sizes, batch, lambda bucket: model.patterns_at(bucket, shared + bucket))
         with contextlib.ExitStack() as stack:
-            file, kept = None, {}
+            file, kept, batch = None, {}, self.batch
             if out is not None:
                 stack.enter_context(locked(out, wait=wait))
+                # What fits may differ from one device to another, and from the default of another version.
+                batch = batch or job_settings(out).get("batch") or self._at_once(model)
                 made_by = model_identity(model, tokenizer) | self.settings() | {"batch": batch}
                 made_by["model"] = content_digest((model.config, model.patterns, model.auto))
                 file = JobFile(out, made_by)
                 kept = file.rows
+            batch = batch or self._at_once(model)
+            groups = batches(sizes, batch, lambda bucket: model.patterns_at(bucket, shared + bucket))
             at_once = min(batch, max(map(len, groups)))
             kind = {"labels": self.labels, "schema": self.schema}
             runner = BatchRunner(model, tokenizer, self.prompts, shared, at_once, self.room, **kind)
@@ -173,9 +177,7 @@ class BatchJob:
             return [replies[row] for row in range(len(self.prompts))]
 
     def _at_once(self, model: Llama) -> int:
-        """Prompts at once: as many as were asked for, or as many as the device takes."""
-        if self.batch is not None:
-            return self.batch
+        """Prompts at once of a new job whose batch was not given: as many as the device takes."""
         longest = bucket_length(max(map(len, self.prompts))) + bucket_length(self.room)
         return prompts_at_once(
             model.config,

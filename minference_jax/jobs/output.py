@@ -69,9 +69,15 @@ def check_job_file(path: str | Path, known: Mapping[str, Any] | None = None) -> 
     check_output_file(path)
     if path.exists() and path.stat().st_size and not _beside(path).exists():
         raise ValueError(f"{path} exists, and {_beside(path).name} that says what made it does not: name another")
-    if known and _beside(path).exists():
-        before = _settings(_beside(path))
+    if known and (before := job_settings(path)):
         _compare(path, {name: before.get(name) for name in known}, json.loads(json.dumps(known)))
+
+
+def job_settings(path: str | Path) -> dict[str, Any]:
+    """What made the job of which `path` is the file; empty where none was begun. Raises `ValueError` where that cannot
+    be read."""
+    beside = _beside(Path(path))
+    return _settings(beside) if beside.exists() else {}
 
 
 def _beside(path: Path) -> Path:
