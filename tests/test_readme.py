@@ -82,6 +82,12 @@ def test_the_command_line_takes_what_it_names(command):
     assert found.make_context(name, arguments, parent=context).params
 
 
+def test_commands_of_a_page_keep_jobs_in_files_of_their_own():
+    for text in (README, *PAGES.values()):
+        files = re.findall(r"^minference-jax .* --out (\S+)", text, re.MULTILINE)
+        assert len(set(files)) == len(files)
+
+
 def test_links_lead_somewhere():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert len(links) > 8
