@@ -79,8 +79,8 @@ def prefill(
 ) -> None:
     """Time prefill: lengths times methods, with the share of attention, index and projections.
 
-    Compiled programs are kept (see JAX_COMPILATION_CACHE_DIR in the README): the compile column says which ones came
-    from there, and what tracing and loading them took.
+    Compiled programs are kept between runs, in the user's cache or where JAX_COMPILATION_CACHE_DIR says: the compile
+    column says which ones came from there, and what tracing and loading them took.
 
     Example: minference-jax bench prefill --random-weights llama-3-8b --lengths 8K,128K
     """

@@ -180,7 +180,6 @@ def _patterns(name: str, config: Any) -> Any:
 
 
 def _load(model: Path, dtype: str) -> Any:
-
     from minference_jax.models.llama import Llama
 
     with progress("Reading weights") as update:

@@ -76,8 +76,7 @@ def summarize(
       settings made it. `wait`: where another process works on it, wait until it is done.
 
     **Raises:** ValueError for no rows, keywords that are empty or not distinct, and a context that holds no text or is
-    longer than the model's;
-    `LockedError` where another process works on `out`.
+    longer than the model's; `LockedError` where another process works on `out`.
     """
     job = SummaryJob.of(model.config, tokenizer, rows, keywords, context, max_new_tokens=max_new_tokens, raw=raw)
     return job.run(model, tokenizer, out=out, wait=wait, progress=progress)

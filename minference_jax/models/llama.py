@@ -23,13 +23,7 @@ from jaxtyping import Array, Float, Int32
 from minference_jax.extras import naming_extra
 from minference_jax.models import forward, fp8, programs
 from minference_jax.models.cache import KVCache, cache_dtype
-from minference_jax.models.checks import (
-    check_lengths,
-    check_params,
-    check_patterns,
-    check_start,
-    check_tokens,
-)
+from minference_jax.models.checks import check_lengths, check_params, check_patterns, check_start, check_tokens
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.dual_chunk import chunks_for
 from minference_jax.models.params import param_shapes as param_shapes
