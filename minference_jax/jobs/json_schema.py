@@ -67,7 +67,7 @@ class Replies:
         self.done = np.zeros(len(matchers), bool)
 
     def allowed(self) -> UInt32[np.ndarray, "b words"]:
-        """Which tokens may come next, a bit each, 32 in a word; any for a reply that is done."""
+        """Which tokens may come next, a bit each, 32 in a word; after a reply that is done, those that end one."""
         return np.stack([np.frombuffer(matcher.compute_bitmask(), np.uint32) for matcher in self._matchers])
 
     def take(self, chosen: Int32[np.ndarray, " b"]) -> None:
