@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(config, items):
     for item, name in zip(items, names, strict=True):
         if sweeps.is_sweep(*name) and item.get_closest_marker("nightly") is None:
             item.add_marker("sweep")
-    whole_files = not any("::" in argument for argument in config.args) and not config.getoption("lf")
+    whole_files = not any("::" in argument for argument in config.args) and not config.getoption("lf", default=False)
     if whole_files and (missing := sweeps.missing(names)):
         raise pytest.UsageError(f"tests/sweeps.py names tests or cases that are not there: {', '.join(missing)}")
 

@@ -151,7 +151,7 @@ _compiled = partial(
 _FP8 = {"xla_gpu_enable_triton_gemm": False}
 # Devices of one host copy what they exchange straight into each other's memory, which leaves the multiprocessors alone.
 _COPIES = {"xla_gpu_use_memcpy_local_p2p": True}
-_prefill_of = {
+_prefill_of: dict[tuple[bool, bool], Any] = {
     (fp8, mesh): _compiled(_run_prefill, compiler_options=(_FP8 if fp8 else {}) | (_COPIES if mesh else {}))
     for fp8 in (False, True)
     for mesh in (False, True)

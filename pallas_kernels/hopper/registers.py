@@ -7,7 +7,7 @@ long as the matrix products; a polynomial of degree 3 is as exact as 16-bit prob
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -164,15 +164,7 @@ def _any_above(x: mgpu.FragmentedArray, limit: float) -> ir.Value:
 
     NaN is not greater than anything, and hides no other element.
     """
-    elements = []
-    for register in x.registers.flat:
-        if isinstance(register.type, ir.VectorType):
-            places = range(ir.VectorType(register.type).shape[0])
-            at = [ir.DenseI64ArrayAttr.get([i]) for i in places]
-            elements += [vector.extract(register, dynamic_position=[], static_position=i) for i in at]
-        else:
-            elements.append(register)
-    largest = functools.reduce(arith.maxnumf, elements)
+    largest = functools.reduce(arith.maxnumf, _numbers(x))
     above = arith.cmpf(arith.CmpFPredicate.OGT, largest, arith.constant(ir.F32Type.get(), limit))
     return nvvm.vote_sync(arith.constant(ir.IntegerType.get_signless(32), -1), above, "any")
 
@@ -183,18 +175,40 @@ def _in_warps_where(
     function: Callable[..., list[mgpu.FragmentedArray]],
 ) -> list[mgpu.FragmentedArray]:
     """function(*arrays), of the same shapes and layouts, in warps where the predicate holds; else the arrays."""
-    flat = [register for x in arrays for register in x.registers.flat]
-    branch = scf.IfOp(predicate, [register.type for register in flat], has_else=True)
+    flat = [number for x in arrays for number in _numbers(x)]
+    branch = scf.IfOp(predicate, [number.type for number in flat], has_else=True)
     with ir.InsertionPoint(branch.then_block):
-        scf.yield_([register for x in function(*arrays) for register in x.registers.flat])
+        scf.yield_([number for x in function(*arrays) for number in _numbers(x)])
     with ir.InsertionPoint(branch.else_block):  # pyright: ignore[reportCallIssue, reportArgumentType]
         scf.yield_(flat)
     results = iter(branch.results)
+    return [_with_numbers(x, results) for x in arrays]
+
+
+def _numbers(x: mgpu.FragmentedArray) -> list[ir.Value]:
+    """The elements that each thread holds, one by one."""
+    found = []
+    for register in x.registers.flat:
+        places = range(ir.VectorType(register.type).shape[0]) if isinstance(register.type, ir.VectorType) else None
+        if places is None:
+            found.append(register)
+        else:
+            at = [ir.DenseI64ArrayAttr.get([i]) for i in places]
+            found += [vector.extract(register, dynamic_position=[], static_position=i) for i in at]
+    return found
+
+
+def _with_numbers(x: mgpu.FragmentedArray, numbers: Iterator[ir.Value]) -> mgpu.FragmentedArray:
+    """An array of x's layout that holds these elements."""
+    registers, kind = x.tree_flatten()
     made = []
-    for x in arrays:
-        registers, kind = x.tree_flatten()
-        made.append(x.tree_unflatten(kind, [next(results) for _ in registers]))
-    return made
+    for register in registers:
+        if isinstance(register.type, ir.VectorType):
+            size = ir.VectorType(register.type).shape[0]
+            made.append(vector.from_elements(register.type, [next(numbers) for _ in range(size)]))
+        else:
+            made.append(next(numbers))
+    return x.tree_unflatten(kind, made)
 
 
 def _polynomial_registers(x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:

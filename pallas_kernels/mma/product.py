@@ -20,7 +20,13 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float, Int
 
 _ROWS = 64  # of four warps
-LAYOUT = plgpu.Layout.WGMMA  # of results: the registers of mma's accumulators
+LAYOUT = plgpu.Layout.WGMMA  # of results: the registers of mma's accumulators, in pairs
+SINGLES = plgpu.Layout.TILED(  # the same, each number by itself
+    mgpu.fragmented_array.Tiling(((_ROWS, 8), (16, 8), (8, 8), (2,), (1,))),
+    warp_dims=(-8,),
+    lane_dims=(-4, -3),
+    vector_dim=-1,
+)
 
 
 def scores(queries: Any, keys: Any, rows: int, transforms: tuple[Any, Any], swizzle: int) -> Float[Array, "m s"]:
