@@ -110,7 +110,7 @@ def check_q_offset(q_offset: int | Int[Array, ""], q_len: int, kv_len: int) -> I
     return clamped(q_offset, 0, kv_len) // QUERY_TILE * QUERY_TILE
 
 
-def check_scale(scale: float | None, q: Float[Array, "b t n h"]) -> float:
+def check_scale(scale: float | None, q: Float[Array, "*lead h"]) -> float:
     """The static softmax scale, by default 1/sqrt(head_dim)."""
     if scale is None:
         return q.shape[-1] ** -0.5

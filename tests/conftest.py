@@ -6,12 +6,13 @@ compiled is kept in .pytest_cache/jax, which the workers of pytest-xdist, the ch
 Python's own bytecode is kept too, also where PYTHONDONTWRITEBYTECODE is set: a child process that parses the sources of
 JAX and transformers anew takes five to ten seconds longer to start.
 
-With CHECK_ARRAYS=1, annotated shapes and dtypes are checked at every call (jaxtyping and beartype), in this process.
+Annotated shapes and dtypes are checked at every call (jaxtyping and beartype), in this process, unless CHECK_ARRAYS=0.
 """
 
 import gc
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
@@ -34,7 +35,7 @@ sys.dont_write_bytecode = False
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "float32")
 
-if os.environ.get("CHECK_ARRAYS") == "1":
+if os.environ.get("CHECK_ARRAYS") != "0" and find_spec("beartype") is not None:
     jaxtyping.install_import_hook(["minference_jax", "pallas_kernels"], "array_annotations.check_arrays")
 
 # Traces are millions of small objects that stay: collecting garbage as rarely as this saves a twentieth of the time.
