@@ -109,7 +109,7 @@ class Tokenizer:
         """What selects the template: None for the only one."""
         known = self.hf.chat_template
         if not known:
-            raise ValueError("this checkpoint has no chat template: encode the prompt as plain text (--raw in commands)")
+            raise ValueError("this checkpoint has no chat template: encode the prompt as plain text (commands: --raw)")
         if not isinstance(known, dict):
             if template not in (None, "default"):
                 raise ValueError(f"this checkpoint has one chat template, and none of the name {template!r}")
