@@ -149,7 +149,7 @@ def test_a_narrow_pattern_sees_less(rng):
     assert model.with_patterns(Dense()).layer_patterns is None
 
 
-def test_bad_arguments_are_named(rng):
+def test_bad_arguments_are_named(rng, unchecked):
     model = model_of(BASE)
     params = model.params()
     tokens = jnp.asarray(prompt(rng, 2, 10))

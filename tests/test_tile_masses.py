@@ -139,7 +139,7 @@ def test_says_what_it_cannot_serve():
     )
 
 
-def test_errors_name_the_argument():
+def test_errors_name_the_argument(unchecked):
     q, k, rows, share, _, _ = (jnp.zeros(x.shape, x.dtype) for x in avals())
     for arguments, options, error, words in (
         ((q, k, rows.astype(jnp.float32), share), {}, TypeError, "rows must be int32"),

@@ -154,7 +154,7 @@ def prefill(
     implementation: str | None = None,
     exchange: Exchange = ONE,
     order: Int32[Array, "layers k"] | None = None,
-) -> tuple[Float[Array, "b t d"], KVCache | None, Any]:
+) -> tuple[Float[Array, "b rows d"], KVCache | None, Any]:
     """Runs all layers over a prompt or a part of one.
 
     `start` None: the rows are the whole prompt, and attend to each other. Otherwise they stand at positions start…,
