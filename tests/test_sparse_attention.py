@@ -75,7 +75,7 @@ def swapped(heads, kv_heads, positions):
     return tuple(jnp.zeros((1, count, positions, 32)) for count in (heads, kv_heads, kv_heads))
 
 
-def test_bad_arguments_name_themselves(rng):
+def test_bad_arguments_name_themselves(rng, unchecked):
     q, k, v = random_qkv(rng, 1, 128, 128, 4, 2, 64)
     plan = a_shape_plan(1, 4, sink=1, window=64)
     cases = [

@@ -59,7 +59,7 @@ def test_head_picture_holds_what_numpy_finds(rng):
     assert picture.density == pytest.approx(mask.sum() / np.tri(t).sum(), abs=1e-5)
 
 
-def test_head_picture_is_written_and_mistakes_are_named(rng, tmp_path):
+def test_head_picture_is_written_and_mistakes_are_named(rng, tmp_path, unchecked):
     q = jnp.asarray(rng.normal(size=(1, 200, 2, 8)), jnp.float32)
     picture = head_picture(q, q, Dense(), 0)
     assert picture.recall == pytest.approx(1)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int32
 from minference_jax.models.layers import map_chunks
 from minference_jax.parallel.exchange import Exchange
 
-Pieces = tuple[Float[Array, "b rows d"], ...]
+Pieces = tuple[Float[Array, "b _ d"], ...]
 """Some rows in order, on one device all of them in one piece."""
 
 PIECES, LEAST = 8, 2048

@@ -106,7 +106,7 @@ class Budgets(abc.ABC):
         **Returns:** a `SparsePlan`; parts that the family does not use are None.
         """
 
-    def shares(self) -> Float[Array, " n"] | None:
+    def shares(self) -> Float[Array, "*layers n"] | None:
         """Of each head of a layer the density that it may leave unspent to later layers, inf for heads of others.
 
         None for a family that leaves nothing.

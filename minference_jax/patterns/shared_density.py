@@ -159,7 +159,7 @@ class SharedDensityBudgets(Budgets):
     every: int
     question_width: int
 
-    def shares(self) -> Float[Array, " n"] | None:
+    def shares(self) -> Float[Array, "*layers n"] | None:
         return self.density
 
     def index(self, q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], where: Where) -> SparsePlan:
