@@ -21,8 +21,8 @@ def check_arrays(function):
     """`function`, checked at each call: its array arguments and results have the dtypes and shapes of its annotations.
 
     Other annotations are pyright's business: tests put doubles in the place of tokenizers, and wrong values on purpose.
-    Abstract shapes pass for arguments, as some functions look at nothing else; so do NumPy's arrays, which JAX takes, and
-    lists, of which functions make arrays.
+    Abstract shapes pass for arguments, as some functions look at nothing else; so do NumPy's arrays, which JAX takes,
+    and lists, of which functions make arrays.
     Constructors are not checked: JAX rebuilds pytrees around tracers, abstract shapes and stacks of layers.
     """
     if function.__name__ == "__init__":

@@ -55,7 +55,7 @@ def attend_to_cache(
     *,
     start: Int32[Array, ""],
     lengths: Int32[Array, " b"],
-) -> tuple[Float[Array, "b t n h"], Any, Float[Array, " b"] | None]:
+) -> tuple[Float[Array, "b own n h"], Any, Float[Array, " b"] | None]:
     """`attend(q, k, v, patterns, lengths=…, q_offset=start)` to one layer of the cache, which holds the part itself.
 
     `lengths`: of the whole sequences. Of `attend`'s information the arrays are those of the prefix that was read, all

@@ -89,7 +89,7 @@ def attend_layer(
     own: Callable[[Array], Array] = lambda out: out,
     sinks: Float[Array, " n"] | None = None,
     unspent: Float[Array, " b"] | None = None,
-) -> tuple[Float[Array, "b t n h"], Any, Float[Array, " b"] | None]:
+) -> tuple[Float[Array, "b own n h"], Any, Float[Array, " b"] | None]:
     """Attention of one layer's prefill: to its window where it has one, else `whole()`, which also says what it did
     and what it leaves to later layers (of the `unspent` before it).
 
