@@ -16,7 +16,7 @@ ifneq ($(shell cat .venv/.folder 2>/dev/null) $(shell $(BIN)/python -c 'import p
 $(shell rm -f .venv/.folder .venv/.runtime .venv/.dev)
 endif
 
-.PHONY: help venv demo test sweep nightly notebooks check docs lint format clean compile-gpus
+.PHONY: help venv demo test sweep nightly notebooks check types docs lint format clean compile-gpus
 
 help:
 	@echo "make demo     a real Llama reads a book chapter with dense and with sparse prefill, and answers a question"
@@ -49,7 +49,10 @@ nightly: .venv/.dev torch-env
 notebooks: .venv/.dev torch-env
 	$(BIN)/python tests/notebook_runs.py $(NOTEBOOKS)
 
-check: lint docs
+check:
+	@$(MAKE) --no-print-directory --jobs 2 types lint docs
+
+types: .venv/.dev
 	$(BIN)/pyright
 
 # The site, in .site. A warning is an error: a link that leads nowhere, a name that is not there.

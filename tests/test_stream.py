@@ -23,7 +23,7 @@ def test_pieces_are_the_rows_in_order(monkeypatch):
     assert len(stream.cut(Exchange(), x)) == 1
 
 
-@pytest.mark.parametrize("mesh", [{"heads": 2}, {"rows": 2, "heads": 1}], ids=str)
+@pytest.mark.parametrize("mesh", [{"heads": 2}, {"rows": 2, "heads": 1}], ids=("heads", "rows"))
 def test_a_prefill_in_pieces_is_that_of_one_device(monkeypatch, mesh):
     monkeypatch.setattr(stream, "LEAST", 40)
     tokens = np.random.default_rng(0).integers(0, 96, (2, 300))
