@@ -6,7 +6,8 @@ compiled is kept in .pytest_cache/jax, which the workers of pytest-xdist, the ch
 Python's own bytecode is kept too, also where PYTHONDONTWRITEBYTECODE is set: a child process that parses the sources of
 JAX and transformers anew takes five to ten seconds longer to start.
 
-Annotated shapes and dtypes are checked at every call (jaxtyping and beartype), in this process, unless CHECK_ARRAYS=0.
+Annotated shapes and dtypes are checked at every call (jaxtyping and beartype), in this process, unless CHECK_ARRAYS=0
+or beartype is not installed.
 """
 
 import gc

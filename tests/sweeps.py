@@ -1,8 +1,9 @@
 """The sweeps: what `make test` leaves to `make sweep`, because another test or case has the behaviour already.
 
-`make test` runs every behaviour once, in minutes. `make sweep` runs it again: for more families, dtypes and settings,
-in processes of their own, on real weights, and for longer. CI runs both. `conftest.py` gives what is named here the
-mark `sweep`; the mark `nightly`, for what takes many minutes, stands beside the test.
+`make test` runs every behaviour once, in minutes, but for two whose entries say that nothing else has them. `make
+sweep` runs it again: for more families, dtypes and settings, in processes of their own, on real weights, and for
+longer. CI runs both. `conftest.py` gives what is named here the mark `sweep`; the mark `nightly`, for what takes many
+minutes, stands beside the test.
 """
 
 from fnmatch import fnmatchcase

@@ -215,7 +215,8 @@ def prefill(
             return finish_layer(config, layer, x, in_order(out, back))
 
         x = to_rows(exchange, finished, x, out, chunk)
-        return (x, cache, unspent), {"info": info, "hidden": whole(x) if keep == "hidden" else None}.get(keep)
+        hidden = whole(x) if keep == "hidden" else None
+        return (x, cache, unspent), {"nothing": None, "info": info, "hidden": hidden}[keep]
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
     stacked = stacked_layers(params)

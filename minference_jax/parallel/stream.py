@@ -22,8 +22,10 @@ Pieces = tuple[Float[Array, "b _ d"], ...]
 """Some rows in order, on one device all of them in one piece."""
 
 PIECES, LEAST = 8, 2048
-"""Pieces that a device's rows are cut into, and rows of one at least: an eighth of what is sent is waited for, and
-fewer rows would leave matrix products below a GPU's rate. The program holds each piece by itself."""
+"""Pieces that a device's rows are cut into, and rows of one at least. The last piece to heads and the first one back
+are waited for; the program holds each piece by itself. On two H200s (128K tokens, FP8, commit 67d022b) half of the time
+of what is sent was hidden, and products of 8,192 rows took 6 % longer a row than those of 16,384. Other numbers of
+pieces were not measured."""
 
 
 def cut(exchange: Exchange, x: Float[Array, "b rows d"]) -> Pieces:

@@ -16,7 +16,7 @@ heads; rows outside attention are 1 / N of r, and q, k, v and the output of thes
 exchanged for.
 
 The first two are exact. The last is checked against what XLA allocates when it compiles for an H100: it is 1 to 15 %
-above, and up to 40 % for one prompt in parts.
+above, and up to 40 % for one prompt in parts; on a mesh of 8 it is 4 % below (1M tokens, for 7.29 GiB).
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 A row's scale needs its largest number, so a compiler's kernels go over a row twice, and compute twice what it is made
 of. Here a thread block holds whole rows in registers between the two, as float32.
 
-Cost: the bytes of the inputs and of the numbers. Arithmetic hides behind them below some 30 instructions an element,
-which is why activations are in float32 and not rounded in between. What threads load lies as what they store, four
-elements each: the compiler then moves nothing between them.
+Activations are in float32 and not rounded in between: the gated kernel has some 30 instructions an element, and does
+not hide them behind its bytes (2.6 TB/s on an H200 at [16384, 14336], commit 67d022b; the others 3.1 at [16384, 4096]).
+What threads load lies as what they store, four elements each: the compiler then moves nothing between them.
 """
 
 from __future__ import annotations
@@ -224,7 +224,11 @@ def _launch(
 
 
 def _tile(width: int) -> Tile:
-    """A row of up to 1,024 elements for a warp, and so on to 16 warps."""
+    """A row of up to 1,024 elements for a warp, and so on to 16 warps.
+
+    On an H200 (commit 67d022b) the gated kernel took .447 ms so at [16384, 14336], with 4 pieces ahead .435, with 8
+    warps .457, with two rows .481; jnp .804.
+    """
     return Tile(1, min(16, max(1, pl.next_power_of_2(width) // 1024)), 2)
 
 
