@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from typing import Self
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from minference_jax.models import fp8
-from pallas_kernels.decode.matvec import stacked_matvec, unsupported_reason
+from minference_jax.models.fp8 import CONTRACTED
+from minference_jax.models.norms import rms_norm
+from pallas_kernels.decode.matvec import Norm, normed_matvec, stacked_matvec, unsupported_reason
+from pallas_kernels.rows.quantize import Activation
 
 Layer = Mapping[str, Array]
+
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 
 
 class StackedLayer(Mapping[str, Array]):
@@ -50,27 +56,70 @@ class StackedLayer(Mapping[str, Array]):
         zeros = (jnp.int32(0),) * (whole.ndim - 2)
         return jax.lax.dynamic_slice(whole, (self.index, index, *zeros), (1, 1, *whole.shape[2:]))[0, 0]
 
+    def own(self) -> StackedLayer:
+        """What this device has of the layer."""
+        return self
+
+    def joined(self, names: tuple[str, ...], outs: list[Array]) -> list[Array]:
+        """Products with the named weights from those with what this device has of them."""
+        return outs
+
     def serves(self, names: tuple[str, ...], x: Float[Array, "b t *in"]) -> bool:
         """Whether `matvec` can multiply x with these weights: a row a sequence, 16 or 8 bits, whole tiles."""
         return x.shape[1] == 1 and unsupported_reason(*self._flat(names, x)) is None
 
-    def matvec(self, names: tuple[str, ...], x: Float[Array, "b 1 *in"]) -> list[Float[Array, "b 1 *out"]]:
-        """x times the named weights `[*in, *out]` of this layer, or their FP8 form; x is not quantized for that."""
+    def matvec(
+        self,
+        names: tuple[str, ...],
+        x: Float[Array, "b 1 *in"],
+        *,
+        activation: Activation | None = None,
+        dtype: Any = None,
+    ) -> list[Float[Array, "b 1 *out"]]:
+        """x times the named weights `[*in, *out]` of this layer, or their FP8 form; x is not quantized for that.
+
+        `activation`: of two weights, that of the first product times the second. `dtype`: of the results, None for x's.
+        """
         flat, weights, scales = self._flat(names, x)
+        options: dict[str, Any] = {"activation": activation, "dtype": dtype}
+        kernel, plain = partial(stacked_matvec, **options), partial(_products, **options)
+        outs = jax.lax.platform_dependent(flat, weights, self.index, scales, cuda=kernel, default=plain)
+        return self._shaped(names, outs, x.shape[:2])
 
-        def sliced(x: Array, weights: list[Array], index: Array, scales: list[Array]) -> list[Array]:
-            layer = [jax.lax.dynamic_index_in_dim(weight, index, keepdims=False) for weight in weights]
-            if not scales:
-                return [x @ weight for weight in layer]
-            factors = [jax.lax.dynamic_index_in_dim(scale, index, keepdims=False) for scale in scales]
-            rows = fp8.rows_of(x)
-            return [fp8.product(rows, weight, scale) for weight, scale in zip(layer, factors, strict=True)]
+    def normed_matvec(
+        self,
+        names: tuple[str, ...],
+        x: Float[Array, "1 1 d"],
+        added: Float[Array, "1 1 d"],
+        norm: Norm,
+        *,
+        activation: Activation | None = None,
+    ) -> tuple[Float[Array, "1 1 d"], list[Float[Array, "1 1 *out"]]]:
+        """x + added, and `matvec` of its norm, whose stacked weights `norm` has."""
+        flat, weights, scales = self._flat(names, x)
+        options: dict[str, Any] = {"eps": norm.eps, "offset": norm.offset}
 
-        outs = jax.lax.platform_dependent(flat, weights, self.index, scales, cuda=stacked_matvec, default=sliced)
+        def kernel(x: Array, added: Array, norm: Array, weights: list[Array], layer: Array, scales: list[Array]) -> Any:
+            return normed_matvec(x, added, Norm(norm, **options), weights, layer, scales, activation=activation)
+
+        def plain(x: Array, added: Array, norm: Array, weights: list[Array], layer: Array, scales: list[Array]) -> Any:
+            x = x + added.astype(x.dtype)
+            row = rms_norm(x, jax.lax.dynamic_index_in_dim(norm, layer, keepdims=False), **options)
+            return x, _products(row, weights, layer, scales, activation=activation, dtype=None)
+
+        inputs = (flat, added.reshape(flat.shape), norm.weight, weights, self.index, scales)
+        total, outs = jax.lax.platform_dependent(*inputs, cuda=kernel, default=plain)
+        return total.reshape(x.shape), self._shaped(names, outs, x.shape[:2])
+
+    def _shaped(self, names: tuple[str, ...], outs: list[Array], rows: tuple[int, ...]) -> list[Array]:
+        """Products with the free axes of their weights."""
         shapes = (
-            self.stacked[f"{n}_scale"].shape[1:] if scales else self.stacked[n].shape[x.ndim - 1 :] for n in names
+            self.stacked[f"{name}_scale"].shape[1:]
+            if f"{name}_scale" in self.stacked
+            else self.stacked[name].shape[CONTRACTED[name] + 1 :]
+            for name in names
         )
-        return [out.reshape(*x.shape[:2], *shape) for out, shape in zip(outs, shapes, strict=True)]
+        return [out.reshape(*rows, *shape) for out, shape in zip(outs, shapes, strict=False)]
 
     def _flat(self, names: tuple[str, ...], x: Array) -> tuple[Array, list[Array], list[Array]]:
         """x, weights and scales with their summed and their free axes as one each."""
@@ -79,6 +128,21 @@ class StackedLayer(Mapping[str, Array]):
             return flat, [w.reshape(w.shape[0], flat.shape[1], -1) for w in weights], []
         scales = [self.stacked[f"{name}_scale"].reshape(weights[0].shape[0], -1) for name in names]
         return flat, [w.reshape(w.shape[0], -1, flat.shape[1]) for w in weights], scales  # the other way round
+
+
+def _products(
+    x: Array, weights: list[Array], layer: Array, scales: list[Array], *, activation: Activation | None, dtype: Any
+) -> list[Array]:
+    """`stacked_matvec` in jnp, of slices; with FP8 weights x is quantized too."""
+    sliced = [jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False) for weight in weights]
+    if scales:
+        factors = [jax.lax.dynamic_index_in_dim(scale, layer, keepdims=False) for scale in scales]
+        rows = fp8.rows_of(x)
+        outs = [fp8.product(rows, weight, scale) for weight, scale in zip(sliced, factors, strict=True)]
+    else:
+        outs = [x @ weight for weight in sliced]
+    outs = outs if activation is None else [ACTIVATIONS[activation](outs[0]) * outs[1]]
+    return [out.astype(dtype or x.dtype) for out in outs]
 
 
 def entry(layer: Layer, name: str, index: Int32[Array, ""]) -> Array:
