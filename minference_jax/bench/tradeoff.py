@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+KEPT = ("lengths", "samples", "density", "date", "device", "versions")
+"""What is kept of each evaluation: no paths, as its command has, for the file is made to be shown."""
+
+
 def to_json(
     points: Sequence[Point], runs: Sequence[Run], rows: Sequence[OperatorRow], environments: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -29,13 +33,14 @@ def to_json(
     facts: dict[str, Any] = {}
     for run in runs:
         facts |= {name: run.settings[name] for name in SAME if name in run.settings}
+    told = [{**run.settings, **run.about} for run in runs]
     models = dict.fromkeys(str(run.about["model"]) for run in runs if "model" in run.about)
     return {
         "environment": environment,
         "inputs": ", ".join(sorted({kind_of_inputs(row) for row in rows})),
         "model": ", ".join(models),
         "settings": facts,
-        "evaluations": [dict(run.about) for run in runs],
+        "evaluations": [{name: known[name] for name in KEPT if name in known} for known in told],
         "rows": [dataclasses.asdict(point) for point in points],
     }
 

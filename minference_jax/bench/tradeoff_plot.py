@@ -113,6 +113,8 @@ def _loss_scale(panel: Any, points: Sequence[Point]) -> None:
         marks = [x for x in (-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50) if low <= x <= high]
         panel.set_xticks(marks, [f"{x}".replace("-", "\N{MINUS SIGN}") for x in marks])
         panel.set_xticks([], minor=True)
+    else:
+        panel.set_xlim(min(1.1 * low, -LINEAR / 4), max(1.1 * high, LINEAR))
 
 
 def _speed_scale(panel: Any, speedups: Sequence[float]) -> None:
@@ -123,6 +125,8 @@ def _speed_scale(panel: Any, speedups: Sequence[float]) -> None:
         marks = [m for m in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if slow / 1.25 <= m <= fast * 1.25]
         panel.set_yticks(marks, [f"{m:g}" for m in marks])
         panel.set_yticks([], minor=True)
+    else:
+        panel.margins(y=0.1)  # room for what is written above the fastest
 
 
 def _label(panel: Any, points: Sequence[Point], colours: Mapping[str, str]) -> None:
