@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from minference_jax.models import fp8
-from minference_jax.models.fp8 import CONTRACTED
 from minference_jax.models.norms import rms_norm
 from pallas_kernels.decode.matvec import Norm, normed_matvec, stacked_matvec, unsupported_reason
 from pallas_kernels.rows.quantize import Activation
@@ -84,7 +83,7 @@ class StackedLayer(Mapping[str, Array]):
         options: dict[str, Any] = {"activation": activation, "dtype": dtype}
         kernel, plain = partial(stacked_matvec, **options), partial(_products, **options)
         outs = jax.lax.platform_dependent(flat, weights, self.index, scales, cuda=kernel, default=plain)
-        return self._shaped(names, outs, x.shape[:2])
+        return self._shaped(names, outs, x)
 
     def normed_matvec(
         self,
@@ -94,32 +93,34 @@ class StackedLayer(Mapping[str, Array]):
         norm: Norm,
         *,
         activation: Activation | None = None,
+        dtype: Any = None,
     ) -> tuple[Float[Array, "1 1 d"], list[Float[Array, "1 1 *out"]]]:
         """x + added, and `matvec` of its norm, whose stacked weights `norm` has."""
         flat, weights, scales = self._flat(names, x)
-        options: dict[str, Any] = {"eps": norm.eps, "offset": norm.offset}
+        eps, offset = norm.eps, norm.offset
+        options: dict[str, Any] = {"activation": activation, "dtype": dtype}
 
-        def kernel(x: Array, added: Array, norm: Array, weights: list[Array], layer: Array, scales: list[Array]) -> Any:
-            return normed_matvec(x, added, Norm(norm, **options), weights, layer, scales, activation=activation)
+        def kernel(x: Array, added: Array, norm: Array, *product: Any) -> Any:
+            return normed_matvec(x, added, Norm(norm, eps, offset), *product, **options)
 
         def plain(x: Array, added: Array, norm: Array, weights: list[Array], layer: Array, scales: list[Array]) -> Any:
             x = x + added.astype(x.dtype)
-            row = rms_norm(x, jax.lax.dynamic_index_in_dim(norm, layer, keepdims=False), **options)
-            return x, _products(row, weights, layer, scales, activation=activation, dtype=None)
+            row = rms_norm(x, jax.lax.dynamic_index_in_dim(norm, layer, keepdims=False), eps, offset)
+            return x, _products(row, weights, layer, scales, **options)
 
         inputs = (flat, added.reshape(flat.shape), norm.weight, weights, self.index, scales)
         total, outs = jax.lax.platform_dependent(*inputs, cuda=kernel, default=plain)
-        return total.reshape(x.shape), self._shaped(names, outs, x.shape[:2])
+        return total.reshape(x.shape), self._shaped(names, outs, x)
 
-    def _shaped(self, names: tuple[str, ...], outs: list[Array], rows: tuple[int, ...]) -> list[Array]:
-        """Products with the free axes of their weights."""
+    def _shaped(self, names: tuple[str, ...], outs: list[Array], x: Array) -> list[Array]:
+        """Products of x with the free axes of their weights."""
         shapes = (
             self.stacked[f"{name}_scale"].shape[1:]
             if f"{name}_scale" in self.stacked
-            else self.stacked[name].shape[CONTRACTED[name] + 1 :]
+            else self.stacked[name].shape[x.ndim - 1 :]
             for name in names
         )
-        return [out.reshape(*rows, *shape) for out, shape in zip(outs, shapes, strict=False)]
+        return [out.reshape(*x.shape[:2], *shape) for out, shape in zip(outs, shapes, strict=False)]
 
     def _flat(self, names: tuple[str, ...], x: Array) -> tuple[Array, list[Array], list[Array]]:
         """x, weights and scales with their summed and their free axes as one each."""
@@ -140,7 +141,7 @@ def _products(
         rows = fp8.rows_of(x)
         outs = [fp8.product(rows, weight, scale) for weight, scale in zip(sliced, factors, strict=True)]
     else:
-        outs = [x @ weight for weight in sliced]
+        outs = [jnp.matmul(x, weight, preferred_element_type=dtype) for weight in sliced]
     outs = outs if activation is None else [ACTIVATIONS[activation](outs[0]) * outs[1]]
     return [out.astype(dtype or x.dtype) for out in outs]
 
