@@ -10,13 +10,15 @@ import pytest
 from helpers import relative_error
 
 from minference_jax.models import cache as caches
-from minference_jax.models import forward, stacked
+from minference_jax.models import forward, stacked, stream
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.llama import Llama
+from minference_jax.models.norms import rms_norm
 from minference_jax.models.rope import Turns
 from pallas_kernels.decode import attention
 from pallas_kernels.decode.append import rotate_and_append, unsupported_reason
+from pallas_kernels.decode.norm import add_and_norm
 from pallas_kernels.decode.split import split_attention
 
 
@@ -24,7 +26,7 @@ def interpret_kernels(monkeypatch):
     """Kernels, interpreted, where a GPU would run them."""
     for module, name in (
         (stacked, "stacked_matvec"),
-        (stacked, "normed_matvec"),
+        (stream, "add_and_norm"),
         (caches, "rotate_and_append"),
     ):
         monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
@@ -50,6 +52,15 @@ def test_queries_and_keys_are_turned_and_rows_written_where_they_belong(rng):
         got = rotate_and_append(q, k, v, cos, sin, scale, cache.k, cache.v, jnp.int32(1), positions, interpret=True)
         for x, y in zip(got, (expected[0], expected[1].k, expected[1].v), strict=True):
             np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("offset", [None, 1.0])
+def test_the_norm_of_a_sum(rng, offset):
+    x, added = (jnp.asarray(100 * rng.standard_normal((2, 200)), dtype) for dtype in ("bfloat16", "float32"))
+    weights = jnp.asarray(rng.uniform(0.5, 2, (2, 200)), jnp.bfloat16)
+    total, rows = add_and_norm(x, added, weights, jnp.int32(1), eps=1e-5, offset=offset, interpret=True)
+    np.testing.assert_array_equal(total, x + added.astype(jnp.bfloat16))
+    assert rows.dtype == jnp.bfloat16 and relative_error(rows, rms_norm(total, weights[1], 1e-5, offset)) < 6e-3
 
 
 def test_it_says_what_it_cannot_serve():

@@ -23,21 +23,20 @@ from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.dual_chunk import chunks_for, dual_chunk_attention, places
 from minference_jax.models.layers import (
-    Stream,
     enter_attention,
     finish_layer,
     leave_layer,
     map_chunks,
-    norm,
     project_qkv,
 )
+from minference_jax.models.norms import norm
 from minference_jax.models.part_attention import attend_to_cache
 from minference_jax.models.rope import LayerRope, Turns, layer_rope, turns
 from minference_jax.models.stacked import Layer, StackedLayer
+from minference_jax.models.stream import Stream
 from minference_jax.models.window import attend_layer, decode_layer, with_sinks
 from minference_jax.parallel.exchange import ONE, Exchange
 from minference_jax.parallel.stream import cut, to_heads, to_rows, whole
-from pallas_kernels.decode.matvec import Norm
 from pallas_kernels.tracing import vary_alike
 
 Params = Mapping[str, Array]
@@ -69,28 +68,17 @@ def embed(
 
 
 def logits(
-    config: LlamaConfig, params: Params, x: Float[Array, "b t d"] | Stream, exchange: Exchange = ONE
+    config: LlamaConfig, params: Params, x: Float[Array, "b t d"], exchange: Exchange = ONE
 ) -> Float[Array, "b t vocab"]:
     """Final norm and head, float32. Each device of a mesh may have a slice of the head; x is then the same on all."""
-    y = _head(config, params, x if isinstance(x, Stream) else Stream(x))
+    x = norm(config, x, params["final_norm"])
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    head, equation = (params["embed"], "btd,vd->btv") if config.tie_embeddings else (params["lm_head"], "btd,dv->btv")
+    y = jnp.einsum(equation, x, head, precision=precision, preferred_element_type=jnp.float32)
     y = exchange.join(config, y)
     y = y if config.traits.logit_divisor == 1 else y / config.traits.logit_divisor
     cap = config.traits.logit_cap
     return y if cap is None else cap * jnp.tanh(y / cap)
-
-
-def _head(config: LlamaConfig, params: Params, stream: Stream) -> Float[Array, "b t vocab"]:
-    """The head's product with the norm of the residual stream."""
-    names = ("lm_head",)
-    if not config.tie_embeddings:
-        head = StackedLayer({name: params[name][None] for name in ("final_norm", *names)}, jnp.int32(0))
-        if stream.added is not None and stream.x.shape[:2] == (1, 1) and head.serves(names, stream.x):
-            entry = Norm(head.stacked["final_norm"], config.rms_norm_eps, config.traits.norm_offset)
-            return head.normed_matvec(names, *stream, entry, dtype=jnp.float32)[1][0]
-    x = norm(config, stream.whole(), params["final_norm"])
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    head, equation = (params["embed"], "btd,vd->btv") if config.tie_embeddings else (params["lm_head"], "btd,dv->btv")
-    return jnp.einsum(equation, x, head, precision=precision, preferred_element_type=jnp.float32)
 
 
 def layer_qkv(
@@ -309,7 +297,7 @@ def decode(
     written = cache.tokens.at[rows, positions].set(tokens, mode="drop")
     longer = positions + (1 if active is None else active.astype(jnp.int32))
     cache = dataclasses.replace(cache, tokens=written, lengths=jnp.minimum(longer, cache.capacity))
-    return logits(config, params, stream, exchange)[:, 0], cache
+    return logits(config, params, stream.whole(), exchange)[:, 0], cache
 
 
 def log_likelihoods(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,11 @@ from jaxtyping import Array, Float
 from minference_jax.models import fp8
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.experts import gated, mixture
-from minference_jax.models.norms import rms_norm
+from minference_jax.models.norms import norm, rms_norm
 from minference_jax.models.rope import Turns, apply_rope
 from minference_jax.models.stacked import ACTIVATIONS, Layer, StackedLayer
+from minference_jax.models.stream import Stream
 from minference_jax.parallel.mesh import HEADS
-from pallas_kernels.decode.matvec import Norm
 from pallas_kernels.rows.quantize import Activation, gated_rows, normed_rows
 from pallas_kernels.tracing import vary_alike
 
@@ -69,11 +69,6 @@ def quantizes(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"]) 
     return not served and f"{names[0]}_scale" in layer
 
 
-def norm(config: LlamaConfig, x: Float[Array, "*rows d"], weight: Float[Array, " d"]) -> Float[Array, "*rows d"]:
-    """The model's RMSNorm."""
-    return rms_norm(x, weight, config.rms_norm_eps, config.traits.norm_offset)
-
-
 def into_block(
     config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], weight: str, names: tuple[str, ...]
 ) -> Float[Array, "b t d"] | fp8.Rows:
@@ -90,20 +85,6 @@ def into_block(
     return fp8.Rows(numbers.reshape(x.shape), scale.reshape(x.shape[:-1]), x.dtype)
 
 
-class Stream(NamedTuple):
-    """The residual stream, and what the last block adds to it, not added yet (None: nothing).
-
-    In decoding the kernel of the next product does that: a kernel of its own would take longer than the addition.
-    """
-
-    x: Float[Array, "b t d"]
-    added: Float[Array, "b t d"] | None = None
-
-    def whole(self) -> Float[Array, "b t d"]:
-        """The sum, in the stream's dtype."""
-        return self.x if self.added is None else self.x + self.added.astype(self.x.dtype)
-
-
 def enter_block(
     config: LlamaConfig,
     layer: Layer,
@@ -115,13 +96,9 @@ def enter_block(
     """The whole residual stream, and what `project` makes of it with a block's first weights, normalised where the
     model does so before the block.
     """
-    x, added = stream
-    if isinstance(layer, StackedLayer) and added is not None and x.shape[:2] == (1, 1) and config.traits.pre_norms:
-        own = layer.own()
-        if own.serves(names, x):
-            entry = Norm(layer.stacked[weight], config.rms_norm_eps, config.traits.norm_offset)
-            x, outs = own.normed_matvec(names, x, added, entry, activation=activation)
-            return x, layer.joined(names, outs)
+    if config.traits.pre_norms and stream.added is not None and isinstance(layer, StackedLayer):
+        x, rows = stream.normed(config, layer.stacked[weight], layer.index)
+        return x, project(layer, names, rows, activation=activation)
     x = stream.whole()
     return x, project(layer, names, into_block(config, layer, x, weight, names), activation=activation)
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from minference_jax.models.config import LlamaConfig
+
 
 def rms_norm(
     x: Float[Array, "*rows d"], weight: Float[Array, " d"], eps: float, offset: float | None = None
@@ -19,3 +21,8 @@ def rms_norm(
     if offset is not None:
         return (y * (offset + weight.astype(jnp.float32))).astype(x.dtype)
     return weight * y.astype(x.dtype)
+
+
+def norm(config: LlamaConfig, x: Float[Array, "*rows d"], weight: Float[Array, " d"]) -> Float[Array, "*rows d"]:
+    """The model's RMSNorm."""
+    return rms_norm(x, weight, config.rms_norm_eps, config.traits.norm_offset)

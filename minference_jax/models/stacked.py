@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from minference_jax.models import fp8
-from minference_jax.models.norms import rms_norm
-from pallas_kernels.decode.matvec import Norm, normed_matvec, stacked_matvec, unsupported_reason
+from pallas_kernels.decode.matvec import stacked_matvec, unsupported_reason
 from pallas_kernels.rows.quantize import Activation
 
 Layer = Mapping[str, Array]
@@ -55,14 +54,6 @@ class StackedLayer(Mapping[str, Array]):
         zeros = (jnp.int32(0),) * (whole.ndim - 2)
         return jax.lax.dynamic_slice(whole, (self.index, index, *zeros), (1, 1, *whole.shape[2:]))[0, 0]
 
-    def own(self) -> StackedLayer:
-        """What this device has of the layer."""
-        return self
-
-    def joined(self, names: tuple[str, ...], outs: list[Array]) -> list[Array]:
-        """Products with the named weights from those with what this device has of them."""
-        return outs
-
     def serves(self, names: tuple[str, ...], x: Float[Array, "b t *in"]) -> bool:
         """Whether `matvec` can multiply x with these weights: a row a sequence, 16 or 8 bits, whole tiles."""
         return x.shape[1] == 1 and unsupported_reason(*self._flat(names, x)) is None
@@ -84,33 +75,6 @@ class StackedLayer(Mapping[str, Array]):
         kernel, plain = partial(stacked_matvec, **options), partial(_products, **options)
         outs = jax.lax.platform_dependent(flat, weights, self.index, scales, cuda=kernel, default=plain)
         return self._shaped(names, outs, x)
-
-    def normed_matvec(
-        self,
-        names: tuple[str, ...],
-        x: Float[Array, "1 1 d"],
-        added: Float[Array, "1 1 d"],
-        norm: Norm,
-        *,
-        activation: Activation | None = None,
-        dtype: Any = None,
-    ) -> tuple[Float[Array, "1 1 d"], list[Float[Array, "1 1 *out"]]]:
-        """x + added, and `matvec` of its norm, whose stacked weights `norm` has."""
-        flat, weights, scales = self._flat(names, x)
-        eps, offset = norm.eps, norm.offset
-        options: dict[str, Any] = {"activation": activation, "dtype": dtype}
-
-        def kernel(x: Array, added: Array, norm: Array, *product: Any) -> Any:
-            return normed_matvec(x, added, Norm(norm, eps, offset), *product, **options)
-
-        def plain(x: Array, added: Array, norm: Array, weights: list[Array], layer: Array, scales: list[Array]) -> Any:
-            x = x + added.astype(x.dtype)
-            row = rms_norm(x, jax.lax.dynamic_index_in_dim(norm, layer, keepdims=False), eps, offset)
-            return x, _products(row, weights, layer, scales, **options)
-
-        inputs = (flat, added.reshape(flat.shape), norm.weight, weights, self.index, scales)
-        total, outs = jax.lax.platform_dependent(*inputs, cuda=kernel, default=plain)
-        return total.reshape(x.shape), self._shaped(names, outs, x)
 
     def _shaped(self, names: tuple[str, ...], outs: list[Array], x: Array) -> list[Array]:
         """Products of x with the free axes of their weights."""

@@ -62,18 +62,6 @@ class ShardedLayer(StackedLayer):
     def entry(self, name: str, index: Int32[Array, ""]) -> Array:
         return gather(super().entry(name, index), self.axes[f"layers.{name}"][2:])
 
-    def own(self) -> StackedLayer:
-        return StackedLayer(self.stacked, self.index)
-
-    def joined(self, names: tuple[str, ...], outs: list[Array]) -> list[Array]:
-        """Sums, in float32, of what devices have of projections into the residual stream; heads of all their parts."""
-        cut = self._cut(names)
-        if names in (OUT_OF_HEADS, *OUT_OF_MLP) and cut:
-            return [jax.lax.psum(out.astype(jnp.float32), cut) for out in outs]
-        if names == INTO_HEADS and ROWS in cut:
-            return [jax.lax.all_gather(out, ROWS, axis=-1, tiled=True) for out in outs]
-        return outs
-
     def serves(self, names: tuple[str, ...], x: Float[Array, "b t *in"]) -> bool:
         return True
 
@@ -85,11 +73,14 @@ class ShardedLayer(StackedLayer):
         activation: Activation | None = None,
         dtype: Any = None,
     ) -> list[Float[Array, "b 1 *out"]]:
-        if names == OUT_OF_HEADS and ROWS in self._cut(names):  # x has whole heads, the weights a part of each
+        cut = tuple(name for axis in self.axes[f"layers.{names[0]}"] for name in axis)
+        if names == OUT_OF_HEADS and ROWS in cut:  # x has whole heads, the weights a part of each
             size = self.stacked["wo"].shape[-2 if "wo_scale" not in self.stacked else -1]
             x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(ROWS) * size, size, axis=-1)
-        outs = self.joined(names, project(self.own(), names, x, activation=activation, dtype=dtype))
-        return [out.astype(dtype or x.dtype) for out in outs]
-
-    def _cut(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(name for axis in self.axes[f"layers.{names[0]}"] for name in axis)
+        own, summed = StackedLayer(self.stacked, self.index), names in (OUT_OF_HEADS, *OUT_OF_MLP) and cut
+        outs = project(own, names, x, activation=activation, dtype=jnp.float32 if summed else dtype)
+        if summed:
+            return [jax.lax.psum(out, cut).astype(dtype or x.dtype) for out in outs]
+        if names == INTO_HEADS and ROWS in cut:
+            return [jax.lax.all_gather(out, ROWS, axis=-1, tiled=True) for out in outs]
+        return outs
