@@ -148,13 +148,17 @@ def _kernel(
     block, layer = pl.program_id(0), layer_ref[0]
     rows, inside = x_ref.shape
     each = jnp.arange(ROWS, dtype=jnp.int32)
-    at = jnp.minimum(each, rows - 1)
-    size = size_ref[at][:, None] if narrow else None
+    size = size_ref[jnp.minimum(each, rows - 1)][:, None] if narrow else None
+
+    def columns_of(ref, first, count):
+        """Some columns of every row, and which rows there are. In two dimensions the compiler loads them ahead."""
+        column = first + jnp.arange(count, dtype=jnp.int32)
+        at = (jnp.broadcast_to(x, (ROWS, count)) for x in (each[:, None], column[None]))
+        return ref.at[tuple(at)], jnp.broadcast_to(each[:, None] < rows, (ROWS, count))
 
     def operand(first):
-        # Two-dimensional, as the compiler wants what it is to load ahead; rows that are not there cost nothing.
-        mask = jnp.broadcast_to(each[:, None] < rows, (ROWS, tile.inside))
-        x = plgpu.load(x_ref.at[at, pl.ds(first, tile.inside)], mask=mask, other=0)
+        source, there = columns_of(x_ref, first, tile.inside)
+        x = plgpu.load(source, mask=there, other=0)
         # GPUs turn e4m3 into float16 in one instruction, into bfloat16 in many.
         return (x.astype(jnp.float32) / size).astype(jnp.float16) if narrow else x
 
@@ -182,8 +186,7 @@ def _kernel(
                 factors = [ref[layer, out][None] for ref in scale_refs[place:][:group]]
                 totals = [y * size * factor for y, factor in zip(totals, factors, strict=True)]
             y = totals[0] if activation is None else ACTIVATIONS[activation](totals[0]) * totals[1]
-            number = column + jnp.arange(tile.out, dtype=jnp.int32)
-            row, number = (jnp.broadcast_to(x, y.shape) for x in (each[:, None], number[None]))
-            plgpu.store(out_ref.at[row, number], y.astype(out_ref.dtype), mask=row < rows)
+            target, there = columns_of(out_ref, column, tile.out)
+            plgpu.store(target, y.astype(out_ref.dtype), mask=there)
 
         before += count

@@ -10,8 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-WIDEST = 32_768
-"""Elements of the longest row: 64 registers of each thread."""
+WIDEST = 16_384
+"""Elements of the longest row: 32 of each thread."""
 
 
 def add_and_norm(
@@ -28,7 +28,7 @@ def add_and_norm(
 
     **Arguments:**
 
-    - `x`: `[b, d]`, bfloat16 or float16, d at most 32,768. `added`: in any floating dtype, rounded to x's first.
+    - `x`: `[b, d]`, bfloat16 or float16, d at most 16,384. `added`: in any floating dtype, rounded to x's first.
     - `weight`: in x's dtype, of all layers. `layer`: int32 scalar, one of them.
     - `eps`, `offset` (static): with an offset, the weight is offset + weight in float32, and rounding comes after it.
     - `interpret` (static): run the kernel on a CPU, for tests.
