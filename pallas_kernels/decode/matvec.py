@@ -91,7 +91,7 @@ def stacked_matvec(
         if len(outs) != 2 or outs[0] != outs[1]:
             raise ValueError(f"stacked_matvec: an activation takes two weights of one width, got {outs}")
         outs = outs[:1]
-    size = jnp.maximum(jnp.max(jnp.abs(x.astype(jnp.float32)), axis=1), TINY)
+    size = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=1)
     body = partial(
         _kernel, tile=tile, columns=[out // tile.out for out in outs], narrow=bool(scales), activation=activation
     )
@@ -148,7 +148,7 @@ def _kernel(
     block, layer = pl.program_id(0), layer_ref[0]
     rows, inside = x_ref.shape
     each = jnp.arange(ROWS, dtype=jnp.int32)
-    size = size_ref[jnp.minimum(each, rows - 1)][:, None] if narrow else None
+    size = jnp.maximum(size_ref[jnp.minimum(each, rows - 1)], TINY)[:, None] if narrow else None
 
     def columns_of(ref, first, count):
         """Some columns of every row, and which rows there are. In two dimensions the compiler loads them ahead."""
