@@ -35,11 +35,13 @@ def matmul(equation: str, x: Array, weight: Array) -> Array:
     return jnp.einsum(equation, x, weight, precision=precision)
 
 
-def project(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"] | fp8.Rows) -> list[Array]:
+def project(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"] | fp8.Part | fp8.Rows) -> list[Array]:
     """x times each of the named weights `[*in, *out]`, or their FP8 form, for which x is quantized once."""
     if isinstance(x, fp8.Rows) or quantizes(layer, names, x):
-        rows = x if isinstance(x, fp8.Rows) else fp8.rows_of(x.reshape(*x.shape[:2], -1))
-        return [fp8.product(rows, layer[name], layer[f"{name}_scale"]) for name in names]
+        if not isinstance(x, fp8.Rows):
+            x = fp8.rows_of(x.flat() if isinstance(x, fp8.Part) else x.reshape(*x.shape[:2], -1))
+        return [fp8.product(x, layer[name], layer[f"{name}_scale"]) for name in names]
+    x = _plain(x)
     if isinstance(layer, StackedLayer) and layer.serves(names, x):
         return layer.matvec(names, x)
     inside = "abc"[: x.ndim - 2]
@@ -47,9 +49,13 @@ def project(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"] | f
     return [matmul(f"st{inside},{inside}{o}->st{o}", x, layer[n]) for n, o in zip(names, outs, strict=True)]
 
 
-def quantizes(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"]) -> bool:
+def _plain(x: Array | fp8.Part) -> Array:
+    return x.rows if isinstance(x, fp8.Part) else x
+
+
+def quantizes(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"] | fp8.Part) -> bool:
     """Whether `project` quantizes x for these weights."""
-    served = isinstance(layer, StackedLayer) and layer.serves(names, x)
+    served = isinstance(layer, StackedLayer) and layer.serves(names, _plain(x))
     return not served and f"{names[0]}_scale" in layer
 
 
@@ -73,19 +79,17 @@ def norm(config: LlamaConfig, x: Float[Array, "*rows d"], weight: Float[Array, "
 
 
 def into_block(
-    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], weight: str, names: tuple[str, ...]
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | fp8.Part, weight: str, names: tuple[str, ...]
 ) -> Float[Array, "b t d"] | fp8.Rows:
     """The residual stream as a block's first weights take it: normalised where the model does so before the block, and
     then quantized for weights in FP8.
     """
     if not config.traits.pre_norms:
-        return x
+        return _plain(x)
     if not quantizes(layer, names, x):
-        return norm(config, x, layer[weight])
+        return norm(config, _plain(x), layer[weight])
     options: dict[str, Any] = {"eps": config.rms_norm_eps, "offset": config.traits.norm_offset}
-    kernel, plain = partial(normed_rows, **options), partial(rms_norm, **options)
-    numbers, scale = fp8.either(kernel, plain, x.reshape(-1, x.shape[-1]), layer[weight])
-    return fp8.Rows(numbers.reshape(x.shape), scale.reshape(x.shape[:-1]), x.dtype)
+    return fp8.either(partial(normed_rows, **options), partial(rms_norm, **options), x, layer[weight])
 
 
 def wide_norm(config: LlamaConfig, x: Float[Array, "b t n h"], weight: Float[Array, "n h"], heads: int) -> Array:
@@ -99,7 +103,7 @@ def wide_norm(config: LlamaConfig, x: Float[Array, "b t n h"], weight: Float[Arr
 
 
 def project_qkv(
-    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], turns: Turns
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | fp8.Part, turns: Turns
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]:
     """Normalised input → queries and keys after RoPE, and values."""
     traits = config.traits
@@ -117,7 +121,7 @@ def project_qkv(
 
 
 def finish_layer(
-    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], attended: Float[Array, "b t n h"]
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], attended: Float[Array, "b t n h"] | fp8.Part
 ) -> Float[Array, "b t d"]:
     """Output projection and MLP (or experts), each added to the residual stream."""
     traits = config.traits
@@ -189,7 +193,7 @@ def _gated_rows(
     if activation is None:
         numbers, scale = fp8.quantize(plain(*arrays))
     else:
-        numbers, scale = fp8.either(partial(gated_rows, activation=activation), plain, *arrays)
+        numbers, scale, _ = fp8.either(partial(gated_rows, activation=activation), plain, *arrays)
     shape = rows.scale.shape
     return fp8.Rows(numbers.reshape(*shape, -1), scale.reshape(shape), rows.dtype)
 
