@@ -97,8 +97,7 @@ def either(
     Both take x as `[rows, i]`; a part of a longer array `[b, t, i]` the kernel takes from it, by its own `part`.
     Derivatives are those of the plain form.
     """
-    part = x if isinstance(x, Part) else None
-    given = x if part is None else part.rows
+    given, place = (x.rows, (x.whole, x.start)) if isinstance(x, Part) else (x, None)
     rows = given.reshape(-1, given.shape[-1])
 
     def chain(rows: Array, source: Any, *others: Array) -> Any:
@@ -120,7 +119,7 @@ def either(
 
     run.defjvp(derivative)
     served = Device.default().platform == "gpu" and unsupported_reason(rows) is None
-    numbers, scale = (run if served else chain)(rows, None if part is None else (part.whole, part.start), *others)
+    numbers, scale = (run if served else chain)(rows, place, *others)
     return Rows(numbers.reshape(*given.shape[:-1], -1), scale.reshape(given.shape[:-1]), given.dtype)
 
 

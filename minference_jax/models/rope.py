@@ -95,9 +95,9 @@ def layer_rope(config: LlamaConfig, sequence_lengths: Int32[Array, " b"], layer:
 class Turns(NamedTuple):
     """float32 cos and sin of every position's angles, and what queries are multiplied by (None: nothing)."""
 
-    cos: Float[Array, "#b t r"]
-    sin: Float[Array, "#b t r"]
-    queries: Float[Array, "#b t"] | None = None
+    cos: Float[Array, "*rows r"]
+    sin: Float[Array, "*rows r"]
+    queries: Float[Array, "*rows"] | None = None
 
 
 def turns(config: LlamaConfig, rope: LayerRope, positions: Int32[Array, "#b t"]) -> Turns:

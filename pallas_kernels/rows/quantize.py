@@ -158,7 +158,7 @@ def gated_rows(
 
     **Returns**, **Raises:** as `quantized_rows`.
     """
-    act = {"silu": _silu, "gelu": _gelu}[activation]
+    act = ACTIVATIONS[activation]
 
     def product(refs: Refs, piece: Piece, rows: list[Array], loaded: list[list[Array]]) -> list[Array]:
         scales, *channels = refs
@@ -286,3 +286,7 @@ def _silu(x: Array) -> Array:
 def _gelu(x: Array) -> Array:
     # (1 + tanh(y)) / 2 is 1 / (1 + exp(-2y)), which keeps its precision where it is small.
     return x / (1 + jnp.exp2(-2 * LOG2_E * 0.7978845608 * (x + 0.044715 * x * x * x)))
+
+
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {"silu": _silu, "gelu": _gelu}
+"""Activations of float32 numbers, inside kernels."""
