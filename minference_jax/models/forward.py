@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 import pallas_kernels
+from minference_jax.models import fp8
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.dual_chunk import chunks_for, dual_chunk_attention, places
@@ -85,10 +86,12 @@ def layer_qkv(
     config: LlamaConfig, layer: Layer, x: Array, rope: LayerRope, positions: Int32[Array, " t"], chunk: int
 ) -> tuple[Array, Array, Array]:
     """One layer's q, k, v for rows at these positions, in chunks."""
-    return map_chunks(partial(_project, config, layer, rope), (x, positions[None]), chunk)
+
+    q, k, v = to_heads(ONE, partial(_project, config, layer, rope), (x,), positions[None], x.shape[1], chunk)
+    return q, k, v
 
 
-def _project(config: LlamaConfig, layer: Layer, rope: LayerRope, _: Array, rows: Array, positions: Array) -> Any:
+def _project(config: LlamaConfig, layer: Layer, rope: LayerRope, rows: fp8.Part, positions: Array) -> Any:
     return project_qkv(config, layer, rows, turns(config, rope, positions))
 
 
@@ -191,8 +194,8 @@ def prefill(
         layer = exchange.whole_layer(config, StackedLayer(stacked, index) if layer is None else layer)
         rope = layer_rope(config, rope_lengths, index)
 
-        def projected(first: Array, rows: Array, positions: Array) -> tuple[Array, ...]:
-            qkv = _project(config, layer, rope, first, rows, positions)
+        def projected(rows: fp8.Part, positions: Array) -> tuple[Array, ...]:
+            qkv = _project(config, layer, rope, rows, positions)
             kept = () if order is None or cache is None else qkv[1:]  # a cache has the model's order of heads
             return (*(in_order(y, order) for y in qkv), *kept)
 
@@ -219,8 +222,10 @@ def prefill(
         out, info, unspent = attend_layer(config, index, (q, k, v), cache, attended, **where)
         back = None if order is None else jnp.argsort(order)
 
-        def finished(_: Array, x: Array, out: Array) -> Array:
-            return finish_layer(config, layer, x, in_order(out, back))
+        def finished(x: Array, out: Array | fp8.Part) -> Array:
+            if back is not None:
+                out = in_order(out.rows if isinstance(out, fp8.Part) else out, back)
+            return finish_layer(config, layer, x, out)
 
         x = to_rows(exchange, finished, x, out, chunk)
         hidden = whole(x) if keep == "hidden" else None

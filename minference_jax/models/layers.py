@@ -24,6 +24,9 @@ from minference_jax.parallel.mesh import HEADS
 from pallas_kernels.rows.quantize import Activation, gated_rows, normed_rows
 from pallas_kernels.tracing import vary_alike
 
+QKV = ("wq", "wk", "wv")
+"""The weights of queries, keys and values."""
+
 MLP = ("w_gate", "w_up", "w_down")
 """The weights of the MLP that every layer has, or the first ones of a model with experts."""
 
@@ -40,7 +43,7 @@ def matmul(equation: str, x: Array, weight: Array) -> Array:
 def project(
     layer: Layer,
     names: tuple[str, ...],
-    x: Float[Array, "b t *in"] | fp8.Rows,
+    x: Float[Array, "b t *in"] | fp8.Part | fp8.Rows,
     *,
     activation: Activation | None = None,
     dtype: Any = None,
@@ -50,12 +53,14 @@ def project(
     `activation`: of two weights, that of the first product times the second, instead. `dtype`: of the results, where
     their sums need not be rounded to x's.
     """
-    if isinstance(layer, StackedLayer) and not isinstance(x, fp8.Rows) and layer.serves(names, x):
-        return layer.matvec(names, x, activation=activation, dtype=dtype)
+    if isinstance(layer, StackedLayer) and not isinstance(x, fp8.Rows) and layer.serves(names, _plain(x)):
+        return layer.matvec(names, _plain(x), activation=activation, dtype=dtype)
     if isinstance(x, fp8.Rows) or quantizes(layer, names, x):
-        rows = x if isinstance(x, fp8.Rows) else fp8.rows_of(x.reshape(*x.shape[:2], -1))
-        outs = [fp8.product(rows, layer[name], layer[f"{name}_scale"]) for name in names]
+        if not isinstance(x, fp8.Rows):
+            x = fp8.rows_of(x.flat() if isinstance(x, fp8.Part) else x.reshape(*x.shape[:2], -1))
+        outs = [fp8.product(x, layer[name], layer[f"{name}_scale"]) for name in names]
     else:
+        x = _plain(x)
         inside = "abc"[: x.ndim - 2]
         letters = ("uvw"[: layer[name].ndim - len(inside)] for name in names)
         outs = [matmul(f"st{inside},{inside}{o}->st{o}", x, layer[n]) for n, o in zip(names, letters, strict=True)]
@@ -63,26 +68,28 @@ def project(
     return outs if dtype is None else [out.astype(dtype) for out in outs]
 
 
-def quantizes(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"]) -> bool:
+def _plain(x: Array | fp8.Part) -> Array:
+    return x.rows if isinstance(x, fp8.Part) else x
+
+
+def quantizes(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"] | fp8.Part) -> bool:
     """Whether `project` quantizes x for these weights."""
-    served = isinstance(layer, StackedLayer) and layer.serves(names, x)
+    served = isinstance(layer, StackedLayer) and layer.serves(names, _plain(x))
     return not served and f"{names[0]}_scale" in layer
 
 
 def into_block(
-    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], weight: str, names: tuple[str, ...]
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | fp8.Part, weight: str, names: tuple[str, ...]
 ) -> Float[Array, "b t d"] | fp8.Rows:
     """The residual stream as a block's first weights take it: normalised where the model does so before the block, and
     then quantized for weights in FP8.
     """
     if not config.traits.pre_norms:
-        return x
+        return _plain(x)
     if not quantizes(layer, names, x):
-        return norm(config, x, layer[weight])
+        return norm(config, _plain(x), layer[weight])
     options: dict[str, Any] = {"eps": config.rms_norm_eps, "offset": config.traits.norm_offset}
-    kernel, plain = partial(normed_rows, **options), partial(rms_norm, **options)
-    numbers, scale = fp8.either(kernel, plain, x.reshape(-1, x.shape[-1]), layer[weight])
-    return fp8.Rows(numbers.reshape(x.shape), scale.reshape(x.shape[:-1]), x.dtype)
+    return fp8.either(partial(normed_rows, **options), partial(rms_norm, **options), x, layer[weight])
 
 
 def enter_block(
@@ -114,10 +121,11 @@ def wide_norm(config: LlamaConfig, x: Float[Array, "b t n h"], weight: Float[Arr
 
 
 def project_qkv(
-    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], turns: Turns
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | fp8.Part, turns: Turns
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]:
     """Normalised input → queries and keys after RoPE, and values."""
-    _, (q, k, v) = enter_attention(config, layer, Stream(x))
+    q, k, v = project(layer, QKV, into_block(config, layer, x, "attn_norm", QKV))
+    q, k, v = _completed(config, layer, q, k, v)
     return *rotated(config, turns, q, k), v
 
 
@@ -125,8 +133,19 @@ def enter_attention(
     config: LlamaConfig, layer: Layer, stream: Stream
 ) -> tuple[Float[Array, "b t d"], tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]]:
     """The whole residual stream, and its queries, keys and values before RoPE."""
+    x, (q, k, v) = enter_block(config, layer, stream, "attn_norm", QKV)
+    return x, _completed(config, layer, q, k, v)
+
+
+def _completed(
+    config: LlamaConfig,
+    layer: Layer,
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b t k h"],
+    v: Float[Array, "b t k h"],
+) -> tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]:
+    """Products with their biases and norms."""
     traits = config.traits
-    x, (q, k, v) = enter_block(config, layer, stream, "attn_norm", ("wq", "wk", "wv"))
     if traits.qkv_bias:
         q, k, v = q + layer["bq"], k + layer["bk"], v + layer["bv"]
     if traits.qk_norm:
@@ -134,7 +153,7 @@ def enter_attention(
     if traits.wide_qk_norm:
         q = wide_norm(config, q, layer["wide_q_norm"], config.num_heads)
         k = wide_norm(config, k, layer["wide_k_norm"], config.num_kv_heads)
-    return x, (q, k, v)
+    return q, k, v
 
 
 def rotated(
@@ -147,7 +166,7 @@ def rotated(
 
 
 def finish_layer(
-    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], attended: Float[Array, "b t n h"]
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], attended: Float[Array, "b t n h"] | fp8.Part
 ) -> Float[Array, "b t d"]:
     """Output projection and MLP (or experts), each added to the residual stream."""
     return Stream(*leave_layer(config, layer, x, attended)).whole()
@@ -157,7 +176,7 @@ def leave_layer(
     config: LlamaConfig,
     layer: Layer,
     x: Float[Array, "b t d"],
-    attended: Float[Array, "b t n h"],
+    attended: Float[Array, "b t n h"] | fp8.Part,
     dtype: Any = None,
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"]]:
     """Both sides of `finish_layer`'s last sum. `dtype`: of the second, where products need not be rounded to x's."""
@@ -239,7 +258,7 @@ def _gated_rows(
     if activation is None:
         numbers, scale = fp8.quantize(plain(*arrays))
     else:
-        numbers, scale = fp8.either(partial(gated_rows, activation=activation), plain, *arrays)
+        numbers, scale, _ = fp8.either(partial(gated_rows, activation=activation), plain, *arrays)
     shape = rows.scale.shape
     return fp8.Rows(numbers.reshape(*shape, -1), scale.reshape(shape), rows.dtype)
 

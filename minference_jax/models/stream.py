@@ -38,7 +38,7 @@ class Stream(NamedTuple):
             return add_and_norm(x, *arrays, eps=config.rms_norm_eps, offset=config.traits.norm_offset)
 
         assert self.added is not None
-        x, added = (y.reshape(-1, y.shape[-1]) for y in self)
+        x, added = (y.reshape(-1, y.shape[-1]) for y in (self.x, self.added))
         if unsupported_reason(x) is not None:
             found = plain(x, added, weights, layer)
         else:
