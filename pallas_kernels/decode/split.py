@@ -84,7 +84,7 @@ def _kernel(
     group, (layers, s) = q_ref.shape[2], k_ref.shape[:3:2]
     layer, length = jnp.clip(layer_ref[0], 0, layers - 1), jnp.clip(lengths_ref[batch], 0, s)
     tiles = pl.cdiv(length, tile)
-    begin, end = (which * tiles // pl.num_programs(1) for which in (split, split + 1))
+    share = pl.cdiv(tiles, pl.num_programs(1))
     each = jnp.arange(rows, dtype=jnp.int32)
     q = q_ref[batch, head, jnp.minimum(each, group - 1)]  # rows past the group are its last one again
     factor = scale
@@ -125,7 +125,7 @@ def _kernel(
         jnp.full((rows,), LOWEST, jnp.float32),
         jnp.zeros((rows,), jnp.float32),
     )
-    out, top, total = jax.lax.fori_loop(begin, end, step, state)
+    out, top, total = jax.lax.fori_loop(split * share, jnp.minimum((split + 1) * share, tiles), step, state)
     wanted = each < group
     plgpu.store(out_ref.at[batch, head, split], out, mask=jnp.broadcast_to(wanted[:, None], out.shape))
     plgpu.store(top_ref.at[batch, head, split], top, mask=wanted)
