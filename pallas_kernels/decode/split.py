@@ -10,8 +10,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-BLOCKS = 528
-"""Thread blocks to aim at: four for each multiprocessor of an H100 or H200, of which two run at a time."""
+BLOCKS = {1: 528, 2: 264}
+"""Thread blocks to aim at, by the bytes of a cached number: four or two for each multiprocessor of an H100 or H200, of
+which two run at a time. For 131,328 keys of 8 heads in bfloat16 two took 124.9 µs on an H200 and four 139.8, one 125.0
+with twice the keys at a time, eight 131.1 (commit fdde152); caches of one byte were not measured again."""
 
 MIN_ROWS = 16
 """Rows of the smallest tensor-core product; groups of fewer query heads are padded to it."""
@@ -51,7 +53,7 @@ def split_attention(
     group = n // kv_heads
     rows = max(MIN_ROWS, pl.next_power_of_2(group))
     scales = [] if k_scale is None else [k_scale, v_scale]
-    splits = max(1, min(BLOCKS // (b * kv_heads), s // tile_of(k)))
+    splits = max(1, min(BLOCKS[k.dtype.itemsize] // (b * kv_heads), s // tile_of(k)))
     out, top, total = pl.pallas_call(
         partial(_kernel, tile=tile_of(k), rows=rows, scale=scale, quantized=bool(scales)),
         grid=(kv_heads, splits, b),
