@@ -156,7 +156,7 @@ def cases() -> Iterator[Case]:
         arguments = (shape((1, 4096), jnp.bfloat16), weight, one, scales)
         yield Case(f"matvec, silu in {name}", gated, arguments, capabilities, "triton")
 
-    for width in (300, 4096, 16384):
+    for width in (300, 2880, 4096, 5120, 16384):
         x, added = shape((2, width), jnp.bfloat16), shape((2, width), jnp.float32)
         arguments = (x, added, shape((2, width), jnp.bfloat16), one)
         yield Case(

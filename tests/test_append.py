@@ -1,6 +1,7 @@
 """Rotating and appending in one kernel (interpreted), and a whole decoding step of kernels, against plain jnp."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -21,6 +22,7 @@ from pallas_kernels.decode import attention
 from pallas_kernels.decode.append import rotate_and_append, unsupported_reason
 from pallas_kernels.decode.norm import add_and_norm
 from pallas_kernels.decode.split import split_attention
+from pallas_kernels.device import lowering_for
 
 
 def interpret_kernels(monkeypatch):
@@ -62,6 +64,19 @@ def test_the_norm_of_a_sum(rng, offset):
     total, rows = add_and_norm(x, added, weights, jnp.int32(1), eps=1e-5, offset=offset, interpret=True)
     np.testing.assert_array_equal(total, x + added.astype(jnp.bfloat16))
     assert rows.dtype == jnp.bfloat16 and relative_error(rows, rms_norm(total, weights[1], 1e-5, offset)) < 6e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*Triton:DeprecationWarning")
+def test_warps_are_a_power_of_two_at_any_width():
+    # The compiler of Triton's kernels ends the process otherwise.
+    shape = jax.ShapeDtypeStruct
+    for width in (1536, 2560, 2880, 5120, 7168, 16384):
+        x, weights = shape((1, width), jnp.bfloat16), shape((2, width), jnp.bfloat16)
+        with lowering_for("9.0"):
+            traced = jax.jit(partial(add_and_norm, eps=1e-5)).trace(x, x, weights, shape((), jnp.int32))
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        (warps,) = re.findall(r"num_warps = (\d+)", text)
+        assert int(warps) in (1, 2, 4, 8, 16)
 
 
 def test_only_a_decoding_step_adds_and_normalises_at_once(monkeypatch):

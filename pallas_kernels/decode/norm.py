@@ -41,11 +41,12 @@ def add_and_norm(
     if reason is not None:
         raise ValueError(f"add_and_norm: {reason}")
     (b, width), shape = x.shape, jax.ShapeDtypeStruct(x.shape, x.dtype)
+    warps = min(16, pl.next_power_of_2(max(1, width // 512)))  # the compiler ends the process on any other number
     total, normed = pl.pallas_call(
         partial(_kernel, eps=eps, offset=offset),
         grid=(b,),
         out_shape=[shape, shape],
-        compiler_params=plgpu.CompilerParams(num_warps=min(16, max(1, width // 512)), num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name="add_and_norm",
     )(layer[None], x, added, weight)
