@@ -52,6 +52,19 @@ def test_the_activation_is_part_of_it(rng, narrow, activation):
     assert y.dtype == jnp.float32 and relative_error(y, act(gate) * up) < 1e-3
 
 
+@pytest.mark.parametrize(("layers", "sliced"), [(29, False), (40, True), (60, False)])
+def test_weights_that_the_lowering_cannot_address_are_copied_a_layer_at_a_time(layers, sliced):
+    # Up to 2**31 bytes offsets fit 32 bits; from 2**32 on they have 64.
+    shapes = ((1, 5120), jnp.bfloat16), ((layers, 14336, 5120), jnp.float8_e4m3fn), ((layers, 14336), jnp.float32)
+    row, weight, scale = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+
+    def multiply(row, weight, scale):
+        return stacked_matvec(row, [weight], jnp.int32(3), [scale], interpret=True)
+
+    text = str(jax.make_jaxpr(multiply)(row, weight, scale))
+    assert ("f8_e4m3fn[1,14336,5120] = dynamic_slice" in text) == sliced
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_what_it_cannot_serve_it_refuses():
     x, weight = jnp.zeros((1, 64), jnp.bfloat16), jnp.zeros((2, 64, 128), jnp.bfloat16)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.checks import check_scale, check_whole, clamped, integer_lengths
+from pallas_kernels.decode.addresses import addressable, wraps
 from pallas_kernels.decode.narrow import moved
 from pallas_kernels.decode.split import MIN_ROWS, split_attention, tile_of
 from pallas_kernels.device import Device
@@ -112,22 +113,14 @@ def unsupported_reason(q: Float[Array, "b n h"], k: Array) -> str | None:
         return f"the kernel needs a head_dim that is a power of two from 16 on; it is {h}"
     if k.shape[2] < tile_of(k):
         return f"the kernel needs a cache of at least {tile_of(k)} keys; it has {k.shape[2]}"
-    if _wraps(k.dtype, k.size // k.shape[0]):
+    if wraps(k.dtype, k.size // k.shape[0]):
         return f"a layer of 2**31 to 2**32 one-byte numbers is addressed with 32 bits; it has {k.size // k.shape[0]:,}"
     return None
 
 
-def _wraps(dtype: Any, size: int) -> bool:
-    """Whether offsets overflow: Pallas's Triton lowering counts bytes, and has signed 32 bits for up to 2**32."""
-    return jnp.dtype(dtype).itemsize == 1 and 2**31 < size <= 2**32
-
-
 def _addressable(q, k, v, k_scale, v_scale, layer, lengths, **options: Any) -> tuple[Array, Array]:
     """The kernel, on what it can address."""
-    if _wraps(k.dtype, k.size):  # so the layer is copied out: three bytes moved for one, on caches of 2 to 4 GiB only
-        layer = jnp.clip(layer, 0, k.shape[0] - 1)
-        k, v, k_scale, v_scale = (jax.lax.dynamic_index_in_dim(x, layer) for x in (k, v, k_scale, v_scale))
-        layer = jnp.int32(0)
+    layer, (k, v, k_scale, v_scale) = addressable(layer, k, v, k_scale, v_scale)
     return split_attention(q, k, v, k_scale, v_scale, layer, lengths, **options)
 
 

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.decode.addresses import addressable, wraps
 from pallas_kernels.device import Device
 from pallas_kernels.rows.quantize import ACTIVATIONS, Activation
 
@@ -83,7 +84,7 @@ def stacked_matvec(
 
     **Raises:** ValueError for anything that does not fit, with the reason that `unsupported_reason` gives.
 
-    Cost: the bytes of one layer of the weights, read once.
+    Cost: the bytes of one layer of the weights, read once; of float8 stacks of 2 to 4 GiB the layer is copied first.
     """
     reason = unsupported_reason(x, weights, scales)
     if reason is not None:
@@ -98,6 +99,7 @@ def stacked_matvec(
     body = partial(
         _kernel, tile=tile, columns=[out // tile.out for out in outs], narrow=bool(scales), activation=activation
     )
+    layer, stacks = addressable(layer, *weights, *scales)
     found = pl.pallas_call(
         body,
         grid=(sum(outs) // tile.out,),
@@ -105,7 +107,7 @@ def stacked_matvec(
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="stacked_matvec",
-    )(layer[None], x, *weights, *((size, *scales) if scales else ()))
+    )(layer[None], x, *stacks[: len(weights)], *((size, *stacks[len(weights) :]) if scales else ()))
     return list(found)
 
 
@@ -131,6 +133,8 @@ def unsupported_reason(
             return f"weight is {weight.dtype}; for x of {x.dtype} {'with' if scales else 'without'} scales it is {want}"
     if any(size % 64 for weight in weights for size in weight.shape[1:]):
         return f"the kernel needs axes that are multiples of 64, got {[weight.shape[1:] for weight in weights]}"
+    if any(wraps(weight.dtype, weight.size // weight.shape[0]) for weight in weights):
+        return f"a layer of 2**31 to 2**32 one-byte numbers is addressed with 32 bits, got {weights[0].shape}"
     if any(s.shape != w.shape[:2] for s, w in zip(scales, weights, strict=False)):
         return f"scales {[s.shape for s in scales]} are not one for each output of {[w.shape for w in weights]}"
     return None
