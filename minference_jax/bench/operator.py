@@ -8,7 +8,8 @@ of one run hold; queries, keys and values are random, or those of a layer of a m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -124,3 +125,21 @@ def check_layer(config: Any, layer: int) -> None:
 def to_json(rows: Sequence[OperatorRow]) -> dict[str, Any]:
     """The environment and all rows, as JSON values."""
     return {"environment": environment(), "rows": [dataclasses.asdict(r) for r in rows]}
+
+
+def from_json(found: Mapping[str, Any]) -> list[OperatorRow]:
+    """The rows of what `to_json` gave. Raises `ValueError` naming the row and the field that is none of theirs."""
+    rows = []
+    for number, fields in enumerate(found["rows"], 1):
+        try:
+            row = OperatorRow(**fields)
+            if not isinstance(row.length, int):
+                raise ValueError(f"length is {row.length!r}, no whole number")
+            for name in ("density", "whole_ms", "dense_ms"):
+                value = getattr(row, name)
+                if not isinstance(value, int | float) or not 0 < value < math.inf:
+                    raise ValueError(f"{name} is {value!r}, no number above 0")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"row {number} is none of bench operator: {error}") from None
+        rows.append(row)
+    return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from json import loads
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,9 @@ from minference_jax.cli.console import (
     chosen_dtype,
     print_json,
     read_full_text,
+    read_rows,
     refuse,
+    show_table,
     stderr,
     stdout,
     usage,
@@ -24,6 +25,7 @@ from minference_jax.cli.console import (
 )
 from minference_jax.cli.lengths import parse_length, parse_lengths
 from minference_jax.cli.mesh import HOSTS_HELP, MESH_HELP, check_mesh, start_mesh
+from minference_jax.cli.tradeoff import tradeoff
 from minference_jax.patterns.resolve import resolve_patterns
 from minference_jax.patterns.text import PATTERN_HELP, is_pattern_text, parse_pattern
 from pallas_kernels.backends import find_backend
@@ -92,11 +94,11 @@ def prefill(
         check_picture("--plot", plot)
     if rows_of is not None:
         refuse(ctx, "with --rows, which measure nothing", *MEASURED)
-        before = _rows(rows_of)
+        before = read_rows(rows_of)
         if json:
             print_json(before)
         else:
-            _show(bench.table(bench.from_json(before), before["environment"]))
+            show_table(bench.table(bench.from_json(before), before["environment"]))
         if plot is not None:
             bench.plot(bench.from_json(before), plot, title=before.get("model", ""))
         return
@@ -142,7 +144,7 @@ def prefill(
                     bench.to_json(rows, model=name, dtype=network.dtype.name, **({"mesh": mesh} if mesh else {}))
                 )
             else:
-                _show(bench.table(rows))
+                show_table(bench.table(rows))
     if plot is not None:
         bench.plot(rows, plot, title=name)
 
@@ -258,7 +260,10 @@ def operator(
     if json:
         print_json(whole.to_json(rows))
     else:
-        _show(whole.table(rows))
+        show_table(whole.table(rows))
+
+
+app.command("tradeoff")(tradeoff)
 
 
 def _captured(path: Path, text: str, layer: int, sizes: list[int]) -> Any:
@@ -279,23 +284,6 @@ def _captured(path: Path, text: str, layer: int, sizes: list[int]) -> Any:
     network = _network(path, config, chosen_dtype(""))
     for size in sizes:
         yield f"{path.name}, layer {layer}", captured(network, jnp.asarray([ids[:size]], jnp.int32), layer)
-
-
-def _rows(path: Path) -> Any:
-    """What --json printed before. Raises `ValueError` naming a file that holds anything else."""
-    try:
-        found = loads(read_full_text(str(path)))
-    except ValueError as error:
-        raise ValueError(f"{path} is not what --json printed: {error}") from None
-    if not isinstance(found, dict) or not {"rows", "environment"} <= found.keys():
-        raise ValueError(f"{path} is not what --json printed: it has no rows and environment")
-    return found
-
-
-def _show(table: Any) -> None:
-    console = stdout()
-    console.width = max(console.width, 140)
-    console.print(table)
 
 
 def _methods(names: str) -> dict:

@@ -27,6 +27,13 @@ def stderr() -> Console:
     return Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
+def show_table(table: Any) -> None:
+    """A rich table on standard output, never narrower than 140 columns."""
+    console = stdout()
+    console.width = max(console.width, 140)
+    console.print(table)
+
+
 def print_json(value: Any) -> None:
     """One JSON document, and nothing else, on standard output. NaN and infinities become null: JSON has none."""
     print(json.dumps(_finite(value), ensure_ascii=False))
@@ -73,6 +80,17 @@ def read_full_text(name: str) -> str:
     if not text.strip():
         raise ValueError(f"{name} is empty")
     return text
+
+
+def read_rows(path: Path) -> dict[str, Any]:
+    """What `--json` of a benchmark printed before. Raises `ValueError` naming a file that holds anything else."""
+    try:
+        found = json.loads(read_full_text(str(path)))
+    except ValueError as error:
+        raise ValueError(f"{path} is not what --json printed: {error}") from None
+    if not isinstance(found, dict) or not {"rows", "environment"} <= found.keys():
+        raise ValueError(f"{path} is not what --json printed: it has no rows and environment")
+    return found
 
 
 DTYPES = ("float32", "bfloat16", "float16")

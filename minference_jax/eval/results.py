@@ -68,6 +68,15 @@ class Result:
         return result
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A file of results: the `settings`, which decide them, what else was said `about` the run, and its results."""
+
+    settings: Mapping[str, Any]
+    about: Mapping[str, Any]
+    results: Sequence[Result]
+
+
 class Results:
     """Results in memory, each of another sample: one of a sample that has a result already is left out."""
 
@@ -136,25 +145,44 @@ class ResultFile(Results):
         self._keep(new)
 
     def _read(self, lines: Sequence[bytes], settings: Mapping[str, Any]) -> None:
-        results, before = [], {}
-        for number, line in enumerate(lines, 1):
-            try:
-                if not line.strip():
-                    continue
-                content = json.loads(line)
-                if number == 1:
-                    before = dict(content["settings"])
-                elif "settings" in content:  # of a file that was appended to this one
-                    if content["settings"] != before:
-                        raise ValueError("a run with other settings begins here")
-                else:
-                    results.append(Result.from_json(content))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                what = f"line {number}: {type(error).__name__} {error}"
-                raise ValueError(f"{self.path} is no file of results: {what}") from None
-        if wrong := differences(before, settings):
+        found = _parse(self.path, lines)
+        if wrong := differences(found.settings, settings):
             raise _of_another_run(self.path, wrong)
-        self._keep(self._new(results))
+        self._keep(self._new(found.results))
+
+
+def read_results(path: str | Path) -> Run:
+    """What a file of results holds, of a run that is done or goes on; a last line that was cut off is left out.
+
+    Raises `ValueError` naming the file and the line where it is no such file.
+    """
+    found = Path(path).read_bytes()
+    lines = found[: found.rfind(b"\n") + 1].split(b"\n")
+    if not lines[0].strip():
+        raise ValueError(f"{path} is no file of results: it has no whole line")
+    run, kept = _parse(path, lines), Results()
+    kept.append(run.results)
+    return dataclasses.replace(run, results=kept.results)
+
+
+def _parse(path: str | Path, lines: Sequence[bytes]) -> Run:
+    results, settings, about = [], {}, {}
+    for number, line in enumerate(lines, 1):
+        try:
+            if not line.strip():
+                continue
+            content = json.loads(line)
+            if number == 1:
+                settings, about = dict(content["settings"]), dict(content.get("about", {}))
+            elif "settings" in content:  # of a file that was appended to this one
+                if content["settings"] != settings:
+                    raise ValueError("a run with other settings begins here")
+            else:
+                results.append(Result.from_json(content))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            what = f"line {number}: {type(error).__name__} {error}"
+            raise ValueError(f"{path} is no file of results: {what}") from None
+    return Run(settings, about, results)
 
 
 def check_result_file(path: str | Path, known: Mapping[str, Any]) -> None:
