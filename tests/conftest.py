@@ -22,13 +22,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # The newer emitters set MLIR up anew for every fusion of a program: compilation then takes two to three times longer.
 # In one piece, and without wide vectors, it takes a fifth less.
-FLAGS = [
-    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
-    "--xla_cpu_parallel_codegen_split_count=1",
-    "--xla_cpu_prefer_vector_width=128",
-    *(["--xla_cpu_max_isa=AVX2"] if platform.machine() == "x86_64" else []),
-]
-os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_cpu_prefer_vector_width=128" + (" --xla_cpu_max_isa=AVX2" if platform.machine() == "x86_64" else ""),
+)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads spin while they wait for each other

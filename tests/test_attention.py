@@ -129,7 +129,7 @@ def test_estimated_recall_is_exact_where_every_row_is_a_probe(rng, monkeypatch, 
 def test_plans_promise_whole_tiles_unless_lines_are_counted(rng, pattern, multiple):
     """The promise lets the kernel copy whole rows; a band that broke it would be dropped."""
     q, k, _ = random_qkv(rng, 1, 400, 400, 2, 1, 16)
-    plan = make_plan(q, k, pattern)
+    plan = jax.jit(lambda q, k: make_plan(q, k, pattern))(q, k)
     assert plan.band_multiple == multiple
     assert plan.bands is not None and plan.band_count is not None and int(plan.band_count.min()) > 0
     listed = np.arange(plan.bands.shape[-1]) < np.asarray(plan.band_count)[..., None]

@@ -50,11 +50,11 @@ def by_hand():
 
 def test_what_is_worth_a_visit_by_hand(by_hand):
     mass = by_hand
-    columns, blocks = worth.worth_a_visit(mass, jnp.full((1, 1, 1), 0.009))
+    columns, blocks = jax.jit(worth.worth_a_visit)(mass, jnp.full((1, 1, 1), 0.009))
     np.testing.assert_array_equal(np.flatnonzero(columns), [7])
     np.testing.assert_array_equal(np.argwhere(blocks[0, 0, 0]), [[4, 1]])
     expected = 9 + 128 * (0.2 * 4 + 0.02 * 32 + 0.001 * 32)
-    np.testing.assert_allclose(worth.held(mass, columns, blocks), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(worth.held)(mass, columns, blocks), expected, rtol=1e-6)
 
 
 def test_no_head_keeps_less_than_the_original(rng):
