@@ -71,15 +71,18 @@ def check_lengths(lengths: Any, batch: int, kv_len: int) -> Int[Array, " b"] | N
 
     Raises TypeError unless they are integers (an array, list or tuple), ValueError for another shape.
     """
-    if lengths is None:
-        return None
+    return None if lengths is None else clamped(integer_lengths(lengths, batch), 0, kv_len)
+
+
+def integer_lengths(lengths: Any, batch: int) -> Any:
+    """The lengths as an array of integers [batch], of any width and not clamped; raises as `check_lengths`."""
     if not isinstance(lengths, jax.Array):
         lengths = np.asarray(lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"lengths must be integers, got {lengths.dtype}")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths must have shape ({batch},), one for each sequence; got {lengths.shape}")
-    return clamped(lengths, 0, kv_len)
+    return lengths
 
 
 def clamped(x: Any, low: int, high: int) -> Array:

@@ -224,12 +224,12 @@ def _density(
 def _density_of_lists(
     plan: SparsePlan, q_offset: Int[Array, ""], end: Int[Array, "b 1"], query_tiles: int
 ) -> Float[Array, "b n"]:
-    """The same where lists of blocks without repeats are all there is: one pass over them. Every layer of a model asks
-    for it, so that what it leaves can go to later layers."""
+    """The same where lists of blocks without repeats are all there is, by a few looks at each. Every layer of a model
+    asks for it, so that what it leaves can go to later layers."""
     assert plan.blocks is not None and plan.block_count is not None
     first = (q_offset + QUERY_TILE * jnp.arange(query_tiles, dtype=jnp.int32))[None, None]  # [1, 1, i]
     rows = jnp.clip(end[..., None] - first, 0, QUERY_TILE).astype(jnp.float32)
-    past = rule.past_blocks(plan.blocks, plan.block_count, first[..., None], clean=True).sum(-1, dtype=jnp.int32)
+    past = rule.past_in_order(plan.blocks, plan.block_count, first)
     diagonal = rows * (rows + 1) / 2
     causal = (first.astype(jnp.float32) * rows + diagonal).sum(-1)
     return ((KEY_TILE * past).astype(jnp.float32) * rows + diagonal).sum(-1) / jnp.maximum(causal, 1)

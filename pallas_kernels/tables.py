@@ -178,11 +178,12 @@ def _blocks(
     """Block lists, ascending and without gaps up to the counts, and the counts."""
     if plan.blocks is None or plan.block_count is None or plan.blocks.shape[-1] == 0:
         return None, jnp.zeros((z, first.size), jnp.int32)
-    blocks, q0 = plan.blocks.reshape(z, first.size, -1), first[:, None]
-    keep = rule.past_blocks(blocks, plan.block_count.reshape(z, -1), q0, clean=plan.clean)
+    blocks, count = plan.blocks.reshape(z, first.size, -1), plan.block_count.reshape(z, -1)
     if plan.clean:
         # Only those after the diagonal do not count, and they come last.
-        return blocks, keep.sum(-1, dtype=jnp.int32)
+        return blocks, rule.past_in_order(blocks, count, first)
+    q0 = first[:, None]
+    keep = rule.past_blocks(blocks, count, q0, clean=False)
     if bands is not None:
         # In a head with blocks every band is a multiple of the tile: it covers a block whole or not at all.
         keep &= ~covered(band_bitmap(bands, kv_len + QUERY_TILE), q0 - blocks * KEY_TILE)

@@ -100,8 +100,10 @@ def cases() -> Iterator[Case]:
     from test_hopper import attend as hopper
     from test_tile_masses import MASS_SHAPES, masses_on_hopper
 
+    from pallas_kernels.decode.append import rotate_and_append
     from pallas_kernels.decode.attention import decode_attention
     from pallas_kernels.decode.matvec import stacked_matvec
+    from pallas_kernels.decode.norm import add_and_norm
     from pallas_kernels.index.keys import digit_counts, key_lists
     from pallas_kernels.mma.attention import mma_attention
     from pallas_kernels.rows.quantize import gated_rows, normed_rows, quantized_rows
@@ -144,9 +146,25 @@ def cases() -> Iterator[Case]:
         def multiply(x, weight, layer, scales):
             return stacked_matvec(x, [weight], layer, scales)
 
-        arguments = (shape((1, 4096), jnp.bfloat16), shape((2, 4096, 4096), dtype), one)
-        scales = (shape((2, 4096), jnp.float32),) if narrow else ()
-        yield Case(f"matvec in {name}", multiply, (*arguments, scales), capabilities, "triton")
+        def gated(x, weight, layer, scales):
+            return stacked_matvec(x, [weight] * 2, layer, scales * 2, activation="silu")
+
+        weight, scales = shape((2, 4096, 4096), dtype), (shape((2, 4096), jnp.float32),) if narrow else ()
+        for rows in (1, 16):
+            arguments = (shape((rows, 4096), jnp.bfloat16), weight, one, scales)
+            yield Case(f"matvec of {rows} in {name}", multiply, arguments, capabilities, "triton")
+        arguments = (shape((1, 4096), jnp.bfloat16), weight, one, scales)
+        yield Case(f"matvec, silu in {name}", gated, arguments, capabilities, "triton")
+
+    for width in (300, 4096, 16384):
+        x, added = shape((2, width), jnp.bfloat16), shape((2, width), jnp.float32)
+        arguments = (x, added, shape((2, width), jnp.bfloat16), one)
+        yield Case(
+            f"added, norm of {width}", partial(add_and_norm, eps=1e-5), arguments, tuple(SHARED_MEMORY), "triton"
+        )
+    row, cache = shape((1, 8, 128), jnp.bfloat16), shape((2, 1, 8192, 8, 128), jnp.bfloat16)
+    arguments = (query, row, row, *(shape((2, 1, 64), jnp.float32),) * 2, None, cache, cache, one, prefix)
+    yield Case("rotated and appended", rotate_and_append, arguments, tuple(SHARED_MEMORY), "triton")
 
     for width in (300, 14336, 32768):
         x, row, channel = shape((4096, width), jnp.bfloat16), shape((4096,), jnp.float32), shape((width,), jnp.float32)

@@ -48,7 +48,8 @@ def test_one_compile_per_bucket(rng):
         if "backend_compile" in event:
             compiled.append((event, duration_secs))
 
-    generate(model, prompt(rng, 1, 100), max_new_tokens=7)
+    for temperature in (0, 1):
+        generate(model, prompt(rng, 1, 100), max_new_tokens=7, temperature=temperature)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         jax.jit(lambda x: x * 3 + 1)(jnp.ones(7)).block_until_ready()
@@ -57,7 +58,7 @@ def test_one_compile_per_bucket(rng):
         for length, new in zip(
             (1, 2, 31, 64, 77, 99, 100, 126, 127, 128), (3, 128, 7, 64, 65, 5, 1, 9, 33, 2), strict=True
         ):
-            result = generate(model, prompt(rng, 1, length), max_new_tokens=new, temperature=new % 2, top_p=0.9)
+            result = generate(model, prompt(rng, 1, length), max_new_tokens=new, temperature=new % 3, top_p=0.9)
             assert not result.stats.compiled
         assert compiled == []
         generate(model, prompt(rng, 1, 129), max_new_tokens=2)  # the next bucket
@@ -132,7 +133,7 @@ def test_draws_follow_the_distribution():
     logits = jnp.tile(jnp.log(jnp.asarray([[0.6, 0.3, 0.1]])), (4000, 1))
     drawn = next_token(logits, jax.random.key(0), jnp.zeros(4000, jnp.int32), jnp.float32(1), jnp.float32(1))
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 4000, [0.6, 0.3, 0.1], atol=0.03)
-    cold = next_token(logits, jax.random.key(0), jnp.zeros(4000, jnp.int32), jnp.float32(0), jnp.float32(1))
+    cold = next_token(logits, jax.random.key(0), jnp.zeros(4000, jnp.int32), None, jnp.float32(1))
     assert not np.any(cold)
 
 

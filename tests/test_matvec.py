@@ -1,5 +1,6 @@
 """A few rows times one layer of stacked weights: the kernel (interpreted) against a slice and a product."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,11 +36,30 @@ def test_fp8_weights_are_read_as_they_lie(rng, b):
             np.testing.assert_allclose(row.astype(jnp.float32), expected, atol=4e-3 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_the_activation_is_part_of_it(rng, narrow, activation):
+    row = jnp.asarray(rng.standard_normal((1, 192)), jnp.bfloat16)
+    weights = [jnp.asarray(rng.standard_normal((2, 192, 64)) / 14, jnp.bfloat16) for _ in range(2)]
+    scales, exact = (), [np.asarray(weight[1].astype(jnp.float32)) for weight in weights]
+    if narrow:
+        weights, scales = zip(*(fp8.quantize_weight(weight, 1) for weight in weights), strict=True)
+        exact = [np.asarray(w[1].astype(jnp.float32) * s[1][:, None]).T for w, s in zip(weights, scales, strict=True)]
+    gate, up = (np.asarray(row.astype(jnp.float32)) @ weight for weight in exact)
+    act = jax.nn.silu if activation == "silu" else jax.nn.gelu
+    options = {"activation": activation, "dtype": jnp.float32, "interpret": True}
+    (y,) = stacked_matvec(row, weights, jnp.int32(1), scales, **options)
+    assert y.dtype == jnp.float32 and relative_error(y, act(gate) * up) < 1e-3
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_what_it_cannot_serve_it_refuses():
     x, weight = jnp.zeros((1, 64), jnp.bfloat16), jnp.zeros((2, 64, 128), jnp.bfloat16)
     for other in (x.astype(jnp.float32), jnp.zeros((17, 64), jnp.bfloat16), jnp.zeros((1, 65), jnp.bfloat16)):
         with pytest.raises(ValueError, match="stacked_matvec"):
             stacked_matvec(other, [weight], jnp.int32(0))
+    with pytest.raises(ValueError, match="two weights of one width"):
+        stacked_matvec(x, [weight], jnp.int32(0), activation="silu")
     with pytest.raises(ValueError, match="multiples of 64"):
         stacked_matvec(x, [weight[..., :100]], jnp.int32(0))
     with pytest.raises(ValueError, match="with scales it is float8_e4m3fn"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from plans import int32, random_plan
 
-from pallas_kernels import KEY_TILE, QUERY_TILE, SparsePlan
+from pallas_kernels import KEY_TILE, QUERY_TILE, SparsePlan, rule
 from pallas_kernels.plan_builders import a_shape_plan, block_sparse_plan, slashes_to_bands, vertical_slash_plan
 from pallas_kernels.plan_check import lists_are_clean
 
@@ -225,3 +225,12 @@ def test_wrong_shapes_name_the_part():
         plan.to_mask(128, 128)
     with pytest.raises(ValueError, match=r"plan\.bands and plan\.band_count must be given together"):
         SparsePlan(bands=int32([[[64]]])).to_mask(128, 128)
+
+
+def test_blocks_in_order_are_counted_as_all_of_them_are(rng):
+    for width in (1, 2, 3, 4, 7, 8, 33, 64, 100):
+        blocks = np.sort(np.stack([rng.permutation(width + 9)[:width] for _ in range(40)]).reshape(2, 20, width))
+        count = int32(rng.integers(0, width + 3, (2, 20)))  # a count past the list is one of all of it
+        q0 = int32(QUERY_TILE * rng.integers(0, (width + 11) // 2, 20))
+        expected = rule.past_blocks(int32(blocks), count, q0[:, None], clean=True).sum(-1)
+        np.testing.assert_array_equal(rule.past_in_order(int32(blocks), count, q0), expected)

@@ -14,7 +14,7 @@ from minference_jax.models.experts import gated
 from minference_jax.models.layers import finish_layer, map_chunks, rms_norm
 from minference_jax.models.llama import Llama
 from pallas_kernels.device import Device, lowering_for
-from pallas_kernels.rows.quantize import Tile, gated_rows, normed_rows, quantized_rows, unsupported_reason
+from pallas_kernels.rows.quantize import Part, Tile, gated_rows, normed_rows, quantized_rows, unsupported_reason
 
 SIZES = np.array([1, 1e4, 1e-4, 1e-30, 0, 1e30, 1])
 """What each row's numbers are multiplied with, before an infinity and a NaN are put into the last two."""
@@ -77,6 +77,35 @@ def test_a_kernel_gives_what_the_chain_gives(rng, name, width, tile):
     assert (np.abs(got - want) <= 1.1 * step).all()
 
 
+@pytest.mark.parametrize("name", ["plain", "norm"])
+def test_a_part_is_read_where_it_lies(rng, name):
+    whole = jnp.asarray(rng.standard_normal((2, 11, 96)), jnp.bfloat16)
+    others = arguments(rng, name, 96)[1:]
+    for start in (0, 3, 7):
+        rows = whole[:, start : start + 4]
+        part = Part(jnp.int32(start), 4)
+        found = CASES[name][0](whole, *others, part=part, interpret=True)
+        wanted = CASES[name][0](rows.reshape(8, 96), *others, interpret=True)
+        for got, want in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))
+
+
+@pytest.mark.filterwarnings("ignore:.*Triton:DeprecationWarning")
+def test_no_slice_is_made_for_a_kernel_that_reads_a_part():
+
+    def run(whole):
+        def of_chunk(first, rows):
+            return fp8.rows_of(fp8.Part(rows, whole, first))[:2]
+
+        return map_chunks(of_chunk, (whole,), 8)
+
+    x = jax.ShapeDtypeStruct((1, 24, 64), jnp.bfloat16)
+    with lowering_for("9.0"):
+        text = jax.jit(run).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = [line for line in text.splitlines() if "xla.gpu.triton" in line]
+    assert "(tensor<1x24x64xbf16>, tensor<1xi32>)" in call
+
+
 def test_what_the_kernels_cannot_serve_they_refuse():
     for x in (jnp.zeros((2, 64)), jnp.zeros((2, 40_000), jnp.bfloat16), jnp.zeros((0, 64), jnp.bfloat16)):
         assert unsupported_reason(x) is not None
@@ -108,7 +137,7 @@ def test_derivatives_are_those_of_the_chain(rng, monkeypatch):
     plain = activation_of("silu")
 
     def value(quantized, *arrays):
-        numbers, scale = quantized(*arrays)
+        numbers, scale, *_ = quantized(*arrays)
         return jnp.sum(numbers.astype(jnp.float32) * scale[:, None])
 
     def gradient(quantized):

@@ -13,8 +13,10 @@ from jaxtyping import Array, Float, Int32
 
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.layers import map_chunks
+from minference_jax.models.rope import Turns, apply_rope
 from minference_jax.models.rounding import QUANTIZED, SCALE_DTYPE, quantize_rows, turned
 from pallas_kernels.checks import check_whole
+from pallas_kernels.decode.append import rotate_and_append, unsupported_reason
 from pallas_kernels.decode.attention import decode_attention, dequantize
 from pallas_kernels.decode.narrow import moved
 
@@ -133,6 +135,32 @@ class KVCache:
             return x.at[layer, rows, positions].set(new, mode="drop")
 
         return dataclasses.replace(self, **{name: moved(put, x, new[name]) for name, x in self._rows().items()})
+
+    def append_rotated(
+        self,
+        layer: Array,
+        positions: Int32[Array, " b"],
+        q: Float[Array, "b n h"],
+        k: Float[Array, "b k h"],
+        v: Float[Array, "b k h"],
+        turns: Turns,
+        neighbours: bool,
+    ) -> tuple[Float[Array, "b n h"], KVCache]:
+        """Queries after RoPE, and `append` of keys after RoPE and values. `turns`: of all layers, `[layers, b, r]`."""
+
+        def plain(q: Array, k: Array, v: Array, cache: KVCache, turns: Turns) -> tuple[Array, KVCache]:
+            own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)[:, None], turns)
+            q = apply_rope(q[:, None], own.cos, own.sin, own.queries, neighbours)[:, 0]
+            k = apply_rope(k[:, None], own.cos, own.sin, neighbours=neighbours)[:, 0]
+            return q, cache.append(layer, positions, k, v)
+
+        def kernel(q: Array, k: Array, v: Array, cache: KVCache, turns: Turns) -> tuple[Array, KVCache]:
+            q, *kv = rotate_and_append(q, k, v, *turns, cache.k, cache.v, layer, positions)
+            return q, dataclasses.replace(cache, k=kv[0], v=kv[1])
+
+        if neighbours or unsupported_reason(q, turns.cos, self.k) is not None:
+            return plain(q, k, v, self, turns)
+        return jax.lax.platform_dependent(q, k, v, self, turns, cuda=kernel, default=plain)
 
     def read(
         self, layer: Array | int, dtype: Any, extent: int | None = None, start: Array | int = 0

@@ -19,13 +19,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 import pallas_kernels
+from minference_jax.models import fp8
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.dual_chunk import chunks_for, dual_chunk_attention, places
-from minference_jax.models.layers import finish_layer, map_chunks, norm, project_qkv
+from minference_jax.models.layers import (
+    enter_attention,
+    finish_layer,
+    leave_layer,
+    map_chunks,
+    project_qkv,
+)
+from minference_jax.models.norms import norm
 from minference_jax.models.part_attention import attend_to_cache
-from minference_jax.models.rope import LayerRope, layer_rope, turns
+from minference_jax.models.rope import LayerRope, Turns, layer_rope, turns
 from minference_jax.models.stacked import Layer, StackedLayer
+from minference_jax.models.stream import Stream
 from minference_jax.models.window import attend_layer, decode_layer, with_sinks
 from minference_jax.parallel.exchange import ONE, Exchange
 from minference_jax.parallel.stream import cut, to_heads, to_rows, whole
@@ -77,10 +86,12 @@ def layer_qkv(
     config: LlamaConfig, layer: Layer, x: Array, rope: LayerRope, positions: Int32[Array, " t"], chunk: int
 ) -> tuple[Array, Array, Array]:
     """One layer's q, k, v for rows at these positions, in chunks."""
-    return map_chunks(partial(_project, config, layer, rope), (x, positions[None]), chunk)
+
+    q, k, v = to_heads(ONE, partial(_project, config, layer, rope), (x,), positions[None], x.shape[1], chunk)
+    return q, k, v
 
 
-def _project(config: LlamaConfig, layer: Layer, rope: LayerRope, _: Array, rows: Array, positions: Array) -> Any:
+def _project(config: LlamaConfig, layer: Layer, rope: LayerRope, rows: fp8.Part, positions: Array) -> Any:
     return project_qkv(config, layer, rows, turns(config, rope, positions))
 
 
@@ -183,8 +194,8 @@ def prefill(
         layer = exchange.whole_layer(config, StackedLayer(stacked, index) if layer is None else layer)
         rope = layer_rope(config, rope_lengths, index)
 
-        def projected(first: Array, rows: Array, positions: Array) -> tuple[Array, ...]:
-            qkv = _project(config, layer, rope, first, rows, positions)
+        def projected(rows: fp8.Part, positions: Array) -> tuple[Array, ...]:
+            qkv = _project(config, layer, rope, rows, positions)
             kept = () if order is None or cache is None else qkv[1:]  # a cache has the model's order of heads
             return (*(in_order(y, order) for y in qkv), *kept)
 
@@ -211,8 +222,10 @@ def prefill(
         out, info, unspent = attend_layer(config, index, (q, k, v), cache, attended, **where)
         back = None if order is None else jnp.argsort(order)
 
-        def finished(_: Array, x: Array, out: Array) -> Array:
-            return finish_layer(config, layer, x, in_order(out, back))
+        def finished(x: Array, out: Array | fp8.Part) -> Array:
+            if back is not None:
+                out = in_order(out.rows if isinstance(out, fp8.Part) else out, back)
+            return finish_layer(config, layer, x, out)
 
         x = to_rows(exchange, finished, x, out, chunk)
         hidden = whole(x) if keep == "hidden" else None
@@ -260,28 +273,36 @@ def decode(
     rows, positions = jnp.arange(tokens.shape[0], dtype=jnp.int32), cache.lengths
     chunks = chunks_for(config, cache.capacity)
     stacked = stacked_layers(params)
+    lengths = positions + 1
 
-    def step(carry: tuple, index: Array) -> tuple[tuple, None]:
-        x, cache = carry
+    def turns_of(index: Array) -> Turns:
+        found = turns(config, layer_rope(config, lengths, index), places(chunks, positions)[:, None])
+        return jax.tree.map(lambda x: x[:, 0], found)
+
+    # Of all layers, before the loop: in it each of these small steps would be a kernel of its own.
+    angles = jax.vmap(turns_of)(jnp.arange(config.num_layers, dtype=jnp.int32))
+
+    def step(index: Array, carry: tuple) -> tuple:
+        stream, cache = carry
         layer = exchange.layer(config, stacked, index)
-        rope = layer_rope(config, positions + 1, index)
-        q, k, v = project_qkv(config, layer, x, turns(config, rope, places(chunks, positions)[:, None]))
-        cache = cache.append(index, positions, k[:, 0], v[:, 0])
+        x, (q, k, v) = enter_attention(config, layer, stream)
+        q, cache = cache.append_rotated(index, positions, q[:, 0], k[:, 0], v[:, 0], angles, config.traits.neighbours)
         if chunks is None:
-            out = decode_layer(config, index, q[:, 0], cache, positions + 1, layer.get("sinks"))[:, None]
+            out = decode_layer(config, index, q, cache, lengths, layer.get("sinks"))[:, None]
         else:
-            options = {"start": positions, "lengths": positions + 1, "whole": positions + 1}
+            options = {"start": positions, "lengths": lengths, "whole": lengths}
             kv = cache.read(index, q.dtype)
-            out = dual_chunk_attention(config, q, *kv, **options, turn=cache.queries)
-        return (finish_layer(config, layer, x, out), cache), None
+            out = dual_chunk_attention(config, q[:, None], *kv, **options, turn=cache.queries)
+        x, added = leave_layer(config, layer, x, out, jnp.float32)
+        return Stream(x, added.astype(jnp.float32)), cache
 
-    indices = jnp.arange(config.num_layers, dtype=jnp.int32)
-    carry = (embed(config, params, tokens[:, None], exchange), cache)
-    (x, cache), _ = jax.lax.scan(step, carry, indices)
+    x = embed(config, params, tokens[:, None], exchange)
+    stream = Stream(x, jnp.zeros(x.shape, jnp.float32))
+    stream, cache = jax.lax.fori_loop(0, config.num_layers, step, (stream, cache))
     written = cache.tokens.at[rows, positions].set(tokens, mode="drop")
     longer = positions + (1 if active is None else active.astype(jnp.int32))
     cache = dataclasses.replace(cache, tokens=written, lengths=jnp.minimum(longer, cache.capacity))
-    return logits(config, params, x, exchange)[:, 0], cache
+    return logits(config, params, stream.whole(), exchange)[:, 0], cache
 
 
 def log_likelihoods(

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float8e4m3fn
+from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
 from pallas_kernels.device import Device
 from pallas_kernels.rows.quantize import DTYPE, LARGEST, quantized_rows, unsupported_reason
+from pallas_kernels.rows.quantize import Part as RowsAt
 from pallas_kernels.tracing import without_axes
 
 CONTRACTED = {
@@ -67,32 +68,59 @@ class Rows(NamedTuple):
     dtype: Any
 
 
-def rows_of(x: Float[Array, "*rows i"]) -> Rows:
+class Part(NamedTuple):
+    """`rows` of a longer array: those of `whole` from row `start` of each sequence on.
+
+    Kernels read them in `whole`; XLA would copy a slice for them first.
+    """
+
+    rows: Float[Array, "b c *in"]
+    whole: Float[Array, "b t *in"]
+    start: Int32[Array, ""]
+
+    def flat(self) -> Part:
+        """With all of a row's axes as one."""
+        rows, whole = (x.reshape(*x.shape[:2], -1) for x in (self.rows, self.whole))
+        return Part(rows, whole, self.start)
+
+
+def rows_of(x: Float[Array, "*rows i"] | Part) -> Rows:
     """x, quantized: on GPUs in one pass."""
-    numbers, scale = either(quantized_rows, lambda x: x, x.reshape(-1, x.shape[-1]))
-    return Rows(numbers.reshape(x.shape), scale.reshape(x.shape[:-1]), x.dtype)
+    return either(quantized_rows, lambda x: x, x)
 
 
 def either(
-    kernel: Callable[..., Any], plain: Callable[..., Array], *arrays: Array
-) -> tuple[Float8e4m3fn[Array, "m i"], Float[Array, " m"]]:
-    """`quantize(plain(*arrays))`, or on a GPU that can `kernel(*arrays)`, which does both in one pass.
+    kernel: Callable[..., Any], plain: Callable[..., Array], x: Float[Array, "*rows i"] | Part, *others: Array
+) -> Rows:
+    """`quantize(plain(x, *others))`, or on a GPU that can `kernel(x, *others)`, which does both in one pass.
 
-    The first array decides whether the kernel can serve. Derivatives are those of the plain form.
+    Both take x as `[rows, i]`; a part of a longer array `[b, t, i]` the kernel takes from it, by its own `part`.
+    Derivatives are those of the plain form.
     """
+    given, place = (x.rows, (x.whole, x.start)) if isinstance(x, Part) else (x, None)
+    rows = given.reshape(-1, given.shape[-1])
 
-    def chain(*arrays: Array) -> Any:
-        return quantize(plain(*arrays))
+    def chain(rows: Array, source: Any, *others: Array) -> Any:
+        return quantize(plain(rows, *others))
 
-    if Device.default().platform != "gpu" or unsupported_reason(arrays[0]) is not None:
-        return chain(*arrays)
+    def fused(rows: Array, source: Any, *others: Array) -> Any:
+        if source is None:
+            return kernel(rows, *others)
+        whole, start = source
+        return kernel(whole, *others, part=RowsAt(start, given.shape[1]))
 
     @jax.custom_jvp
-    def run(*arrays: Array) -> Any:
-        return jax.lax.platform_dependent(*arrays, cuda=without_axes(kernel), default=chain)
+    def run(*arguments: Any) -> Any:
+        return jax.lax.platform_dependent(*arguments, cuda=without_axes(fused), default=chain)
 
-    run.defjvp(lambda primals, tangents: jax.jvp(chain, primals, tangents))
-    return run(*arrays)
+    def derivative(primals: Any, tangents: Any) -> Any:
+        (rows, source, *others), (of_rows, _, *of_others) = primals, tangents
+        return jax.jvp(lambda rows, *others: chain(rows, source, *others), (rows, *others), (of_rows, *of_others))
+
+    run.defjvp(derivative)
+    served = Device.default().platform == "gpu" and unsupported_reason(rows) is None
+    numbers, scale = (run if served else chain)(rows, place, *others)
+    return Rows(numbers.reshape(*given.shape[:-1], -1), scale.reshape(given.shape[:-1]), given.dtype)
 
 
 def product(

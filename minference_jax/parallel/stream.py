@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from minference_jax.models.fp8 import Part
 from minference_jax.models.layers import map_chunks
 from minference_jax.parallel.exchange import Exchange
 
@@ -48,15 +49,22 @@ def to_heads(
     t: int,
     chunk: int,
 ) -> tuple[Float[Array, "b t heads h"], ...]:
-    """`make(first_row, rows, positions)` of all pieces, in chunks; of its results `[b, rows, n, h]` all t rows of this
-    device's heads."""
+    """`make(rows, positions)` of all pieces, in chunks, `rows` as an `fp8.Part`; of its results `[b, rows, n, h]` all t
+    rows of this device's heads."""
+
+    def of_piece(piece: Array, positions: Array) -> tuple[Array, ...]:
+        def of_chunk(first: Array, rows: Array, positions: Array) -> tuple[Array, ...]:
+            return make(Part(rows, piece, first), positions)
+
+        return map_chunks(of_chunk, (piece, positions), chunk)
+
     if exchange.size == 1:
-        return map_chunks(make, (x[0], positions), chunk)
+        return of_piece(x[0], positions)
     starts = np.cumsum([0, *(piece.shape[1] for piece in x)])
 
     def made(i: int) -> tuple[list[int], Array]:
         """Heads of each result on a device; and the results of a piece, which travel together."""
-        found = map_chunks(make, (x[i], positions[:, starts[i] : starts[i + 1]]), chunk)
+        found = of_piece(x[i], positions[:, starts[i] : starts[i + 1]])
         grouped = [exchange.grouped(y) for y in found]
         return [y.shape[3] for y in grouped], exchange.contiguous(jnp.concatenate(grouped, axis=3))
 
@@ -75,12 +83,16 @@ def to_heads(
 def to_rows(
     exchange: Exchange, finish: Callable[..., Array], x: Pieces, out: Float[Array, "b own heads h"], chunk: int
 ) -> Pieces:
-    """`finish(first_row, x's rows, out's rows of all heads)` of all pieces, in chunks.
+    """`finish(x's rows, out's rows of all heads)` of all pieces, in chunks; out's may be an `fp8.Part`.
 
     `out`: of this device's heads, the rows that it attends for (`Exchange.own_queries`).
     """
     if exchange.size == 1:
-        return (map_chunks(finish, (x[0], out), chunk, in_place=True),)
+
+        def of_chunk(first: Array, x: Array, rows: Array) -> Array:
+            return finish(x, Part(rows, out, first))
+
+        return (map_chunks(of_chunk, (x[0], out), chunk, in_place=True),)
     starts = np.cumsum([0, *(piece.shape[1] for piece in x)])
     rows = starts[-1]
     out = jnp.pad(out, [(0, 0), (0, exchange.heads * rows - out.shape[1]), (0, 0), (0, 0)])
@@ -89,8 +101,8 @@ def to_rows(
     def received(i: int) -> Array:
         return exchange.swap(exchange.contiguous(out[:, :, starts[i] : starts[i + 1]]))
 
-    def joined(first: Array, x: Array, attended: Array) -> Array:
-        return finish(first, x, exchange.joined(jnp.moveaxis(attended, 1, 2)))
+    def joined(_: Array, x: Array, attended: Array) -> Array:
+        return finish(x, exchange.joined(jnp.moveaxis(attended, 1, 2)))
 
     arrived = [received(i) for i in range(len(x))]
     return tuple(

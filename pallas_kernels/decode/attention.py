@@ -14,22 +14,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.checks import check_lengths, check_scale, check_whole
+from pallas_kernels.checks import check_scale, check_whole, clamped, integer_lengths
 from pallas_kernels.decode.narrow import moved
+from pallas_kernels.decode.split import MIN_ROWS, split_attention, tile_of
 from pallas_kernels.device import Device
-
-BLOCKS = 528
-"""Thread blocks to aim at: four for each multiprocessor of an H100 or H200, of which two run at a time."""
-
-MIN_ROWS = 16
-"""Rows of the smallest tensor-core product; groups of fewer query heads are padded to it."""
-
-UNITS = 2.0**14
-"""A weight of one, in float16 products with quantized values: weights down to 4e-12 of it still count."""
 
 DecodeImplementation = Literal["triton", "xla"]
 
@@ -82,12 +72,13 @@ def decode_attention(
     if k.dtype != v.dtype or (k_scale is None and k.dtype != q.dtype):
         raise ValueError(f"decode_attention: k is {k.dtype} and v {v.dtype}; without scales both have q's {q.dtype}")
     factor = check_scale(scale, q)
-    checked = check_lengths(lengths, q.shape[0], k.shape[2])
+    checked = integer_lengths(lengths, q.shape[0])
+    if checked.dtype != jnp.int32:
+        checked = clamped(checked, 0, k.shape[2])
     if not isinstance(layer, jax.Array) and check_whole("layer", layer, 0) >= k.shape[0]:
         raise ValueError(f"layer must be less than the {k.shape[0]} layers of k, got {layer}")
-    layer = jnp.clip(jnp.asarray(layer, jnp.int32), 0, k.shape[0] - 1)
-    arguments = (q, k, v, k_scale, v_scale, layer, checked)
-    kernel = partial(_split_attention, scale=factor, interpret=interpret)
+    arguments = (q, k, v, k_scale, v_scale, jnp.asarray(layer, jnp.int32), checked)
+    kernel = partial(_addressable, scale=factor, interpret=interpret)
     plain = partial(_plain_attention, scale=factor)
     reason = unsupported_reason(q, k)
     if implementation is None:
@@ -119,8 +110,8 @@ def unsupported_reason(q: Float[Array, "b n h"], k: Array) -> str | None:
         return f"the kernel computes in bfloat16 or float16; q is {q.dtype}"
     if h < MIN_ROWS or h & (h - 1):
         return f"the kernel needs a head_dim that is a power of two from 16 on; it is {h}"
-    if k.shape[2] < _tile(k):
-        return f"the kernel needs a cache of at least {_tile(k)} keys; it has {k.shape[2]}"
+    if k.shape[2] < tile_of(k):
+        return f"the kernel needs a cache of at least {tile_of(k)} keys; it has {k.shape[2]}"
     if _wraps(k.dtype, k.size // k.shape[0]):
         return f"a layer of 2**31 to 2**32 one-byte numbers is addressed with 32 bits; it has {k.size // k.shape[0]:,}"
     return None
@@ -131,13 +122,18 @@ def _wraps(dtype: Any, size: int) -> bool:
     return jnp.dtype(dtype).itemsize == 1 and 2**31 < size <= 2**32
 
 
-def _tile(k: Array) -> int:
-    """Keys that a thread block loads at a time: 16 KB for head_dim 128."""
-    return 128 if k.dtype.itemsize == 1 else 64
+def _addressable(q, k, v, k_scale, v_scale, layer, lengths, **options: Any) -> tuple[Array, Array]:
+    """The kernel, on what it can address."""
+    if _wraps(k.dtype, k.size):  # so the layer is copied out: three bytes moved for one, on caches of 2 to 4 GiB only
+        layer = jnp.clip(layer, 0, k.shape[0] - 1)
+        k, v, k_scale, v_scale = (jax.lax.dynamic_index_in_dim(x, layer) for x in (k, v, k_scale, v_scale))
+        layer = jnp.int32(0)
+    return split_attention(q, k, v, k_scale, v_scale, layer, lengths, **options)
 
 
 def _plain_attention(q, k, v, k_scale, v_scale, layer, lengths, *, scale: float) -> tuple[Array, Array]:
     b, n, h = q.shape
+    layer, lengths = jnp.clip(layer, 0, k.shape[0] - 1), jnp.clip(lengths, 0, k.shape[2])
     k, v = (moved(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), x) for x in (k, v))
     if k_scale is not None:
         k_scale, v_scale = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k_scale, v_scale))
@@ -158,91 +154,3 @@ def _plain_attention(q, k, v, k_scale, v_scale, layer, lengths, *, scale: float)
 def dequantize(x: Array, scale: Float[Array, "*rows"], dtype: Any) -> Float[Array, "*rows h"]:
     """x times the factor of each row, in `dtype`."""
     return (x.astype(jnp.float32) * scale[..., None].astype(jnp.float32)).astype(dtype)
-
-
-def _split_attention(
-    q, k, v, k_scale, v_scale, layer, lengths, *, scale: float, interpret: bool, warps: int = 4, stages: int = 3
-) -> tuple[Array, Array]:
-    b, n, h = q.shape
-    s, kv_heads = k.shape[2:4]
-    if _wraps(k.dtype, k.size):  # so the layer is copied out: three bytes moved for one, on caches of 2 to 4 GiB only
-        k, v, k_scale, v_scale = (jax.lax.dynamic_index_in_dim(x, layer) for x in (k, v, k_scale, v_scale))
-        layer = jnp.int32(0)
-    group = n // kv_heads
-    rows = max(MIN_ROWS, pl.next_power_of_2(group))
-    dtype = q.dtype
-    q = jnp.pad(q.reshape(b, kv_heads, group, h), ((0, 0), (0, 0), (0, rows - group), (0, 0)))
-    factor = jnp.full((b, kv_heads, rows), scale, jnp.float32)
-    scales = [] if k_scale is None else [k_scale, v_scale]
-    if scales:
-        # GPUs turn e4m3 into float16 in one instruction, into bfloat16 in many. Queries are brought into its range.
-        size = jnp.max(jnp.abs(q.astype(jnp.float32)), axis=-1)
-        q = (q.astype(jnp.float32) / jnp.maximum(size, jnp.finfo(jnp.float32).tiny)[..., None]).astype(jnp.float16)
-        factor = factor * size
-    tile = _tile(k)
-    splits = max(1, min(BLOCKS // (b * kv_heads), s // tile))
-    out, top, total = pl.pallas_call(
-        partial(_kernel, tile=tile, quantized=bool(scales)),
-        grid=(kv_heads, splits, b),
-        out_shape=[
-            jax.ShapeDtypeStruct((b, kv_heads, splits, rows, h), jnp.float32),
-            jax.ShapeDtypeStruct((b, kv_heads, splits, rows), jnp.float32),
-            jax.ShapeDtypeStruct((b, kv_heads, splits, rows), jnp.float32),
-        ],
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
-        interpret=interpret,
-        name="decode_attention",
-    )(layer[None], lengths, q, factor, k, v, *scales)
-    best = jnp.max(top, axis=2, keepdims=True)
-    weight = jnp.where(total > 0, jnp.exp(top - best), 0)
-    whole = jnp.sum(total * weight, axis=2)
-    lse = best[:, :, 0] + jnp.log(whole)
-    merged = jnp.sum(out * weight[..., None], axis=2) / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)[..., None]
-    return merged[:, :, :group].reshape(b, n, h).astype(dtype), lse[:, :, :group].reshape(b, n)
-
-
-def _kernel(layer_ref, lengths_ref, q_ref, factor_ref, k_ref, v_ref, *refs, tile: int, quantized: bool) -> None:
-    scale_refs, (out_ref, top_ref, total_ref) = refs[:-3], refs[-3:]
-    head, split, batch = (pl.program_id(axis) for axis in range(3))
-    layer, length, s = layer_ref[0], lengths_ref[batch], k_ref.shape[2]
-    tiles = pl.cdiv(length, tile)
-    share = pl.cdiv(tiles, pl.num_programs(1))
-    q, factor = q_ref[batch, head], factor_ref[batch, head][:, None]
-    lowest = jnp.finfo(jnp.float32).min
-
-    def step(index, state):
-        out, top, total = state
-        # The last tile of a cache that is no multiple of it begins early; rows seen before are masked.
-        intended = index * tile
-        first = jnp.minimum(intended, s - tile)
-        position = first + jnp.arange(tile, dtype=jnp.int32)
-        seen = ((position >= intended) & (position < length))[None]
-        keys = k_ref[layer, batch, pl.ds(first, tile), head].astype(q.dtype)
-        scores = plgpu.dot(q, keys.T) * factor
-        if quantized:
-            scores *= scale_refs[0][layer, batch, pl.ds(first, tile), head].astype(jnp.float32)[None]
-        scores = jnp.where(seen, scores, lowest)
-        higher = jnp.maximum(top, scores.max(axis=1))
-        weights = jnp.where(seen, jnp.exp(scores - higher[:, None]), 0)
-        keep = jnp.exp(top - higher)
-        total = total * keep + weights.sum(axis=1)
-        values = v_ref[layer, batch, pl.ds(first, tile), head].astype(q.dtype)
-        if not quantized:
-            return out * keep[:, None] + plgpu.dot(weights.astype(q.dtype), values), higher, total
-        # Weights times factors, in units that leave float16 its full range below the largest.
-        sizes = scale_refs[1][layer, batch, pl.ds(first, tile), head].astype(jnp.float32)[None]
-        sizes = jnp.where(seen, sizes, 0)
-        unit = jnp.maximum(jnp.max(sizes) / UNITS, jnp.finfo(jnp.float32).tiny)
-        part = plgpu.dot((weights * (sizes / unit)).astype(q.dtype), values)
-        return out * keep[:, None] + part * unit, higher, total
-
-    rows = q.shape[0]
-    state = (
-        jnp.zeros(q.shape, jnp.float32),
-        jnp.full((rows,), lowest, jnp.float32),
-        jnp.zeros((rows,), jnp.float32),
-    )
-    out, top, total = jax.lax.fori_loop(split * share, jnp.minimum((split + 1) * share, tiles), step, state)
-    out_ref[batch, head, split] = out
-    top_ref[batch, head, split] = top
-    total_ref[batch, head, split] = total

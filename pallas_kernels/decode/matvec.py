@@ -1,14 +1,14 @@
 """A few rows times one layer of stacked weights, read where they lie, in 16 bits or in FP8.
 
-Decoding multiplies one row a sequence with every weight: it is bound by reading them. A compiler's matrix products want
-an operand of their own, so a loop over layers first copies each layer's slice, and moves three bytes for one. This
-kernel takes the stack and the layer's number, and all weights that share their input (queries, keys and values; gate
-and up) in one launch. The summed axis is split over thread blocks, whose parts are added up.
+Decoding multiplies one row a sequence with every weight: it is bound by reading them, and then by the number of its
+kernels. A compiler's matrix products want an operand of their own, so a loop over layers first copies each layer's
+slice, and moves three bytes for one. This kernel takes the stack and the layer's number, and all weights that share
+their input (queries, keys and values; gate and up) in one launch. Each thread block has a few outputs and their whole
+sums, so that nothing is left to add up, and the activation of an MLP takes no kernel of its own.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -20,9 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.device import Device
-
-BLOCKS = 528
-"""Thread blocks to aim at: four for each multiprocessor of an H100 or H200."""
+from pallas_kernels.rows.quantize import ACTIVATIONS, Activation
 
 ROWS = 16
 """Rows of a tensor-core product, and the most that a call may have."""
@@ -37,13 +35,17 @@ class Tile(NamedTuple):
     stages: int
 
 
-WIDE = Tile(64, 128, 8, 4), Tile(64, 64, 4, 4)
+WIDE = Tile(128, 32, 4, 6), Tile(64, 32, 4, 6)
 """Of weights in 16 bits: the first one that divides all of a call's weights."""
 
-NARROW = Tile(256, 64, 4, 3), Tile(64, 64, 4, 4)
-"""The same of weights in FP8."""
+WIDE_PAIR = Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)
+"""Of two such weights, of which a thread block multiplies with both."""
+
+NARROW = Tile(256, 32, 4, 4), Tile(64, 32, 4, 4)
+"""Of weights in FP8."""
 
 DTYPE = jnp.dtype(jnp.float8_e4m3fn)
+TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 def stacked_matvec(
@@ -52,6 +54,8 @@ def stacked_matvec(
     layer: Int[Array, ""],
     scales: Sequence[Float[Array, "layers _"]] = (),
     *,
+    activation: Activation | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
     tile: Tile | None = None,
     interpret: bool = False,
 ) -> list[Float[Array, "b o"]]:
@@ -65,11 +69,14 @@ def stacked_matvec(
       multiples of 64; o may differ from weight to weight.
     - `layer`: int32 scalar, may be traced.
     - `scales`: with float8 weights, float32 `[layers, o]` for each, what each output is to be multiplied with.
+    - `activation` (static): "silu", or "gelu" in the form with a tanh: of two weights, return activation(first) ·
+      second, computed in float32.
+    - `dtype` (static): of the results; by default x's.
     - `tile` (static): how much a thread block loads at a time; by default the fastest that was measured.
     - `interpret` (static): run the kernel on a CPU, for tests.
 
-    **Returns:** `[b, o]` in x's dtype for each weight, with float32 sums. x is not rounded to float8: it meets float8
-    weights in float16, each row divided by its largest number first.
+    **Returns:** `[b, o]` for each weight, or one with an `activation`, with float32 sums. x is not rounded to float8:
+    it meets float8 weights in float16, each row divided by its largest number first.
 
     **Raises:** ValueError for anything that does not fit, with the reason that `unsupported_reason` gives.
 
@@ -78,33 +85,25 @@ def stacked_matvec(
     reason = unsupported_reason(x, weights, scales)
     if reason is not None:
         raise ValueError(f"stacked_matvec: {reason}")
-    tile = tile or _tile(weights, scales)
-    assert tile is not None
-    (b, inside), dtype = x.shape, x.dtype
-    outs = [weight.shape[1 if scales else 2] for weight in weights]
-    columns = [out // tile.out for out in outs]
-    size = None
-    if scales:  # GPUs turn e4m3 into float16 in one instruction, into bfloat16 in many
-        size = jnp.maximum(jnp.max(jnp.abs(x.astype(jnp.float32)), axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-        x = (x.astype(jnp.float32) / size).astype(jnp.float16)
-    if b > 1:
-        x = jnp.pad(x, ((0, ROWS - b), (0, 0)))
-    steps = inside // tile.inside
-    splits = max(1, min(steps, BLOCKS // sum(columns)))
-    parts = pl.pallas_call(
-        partial(_kernel, tile=tile, columns=columns, steps=steps, splits=splits, rows=b, narrow=bool(scales)),
-        grid=(sum(columns), splits),
-        out_shape=jax.ShapeDtypeStruct((splits, ROWS, sum(outs)), jnp.float32),
+    tile, free = tile or _tile(weights, scales, activation), 1 if scales else 2
+    outs = [weight.shape[free] for weight in weights]
+    if activation is not None:
+        if len(outs) != 2 or outs[0] != outs[1]:
+            raise ValueError(f"stacked_matvec: an activation takes two weights of one width, got {outs}")
+        outs = outs[:1]
+    size = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=1)
+    body = partial(
+        _kernel, tile=tile, columns=[out // tile.out for out in outs], narrow=bool(scales), activation=activation
+    )
+    found = pl.pallas_call(
+        body,
+        grid=(sum(outs) // tile.out,),
+        out_shape=[jax.ShapeDtypeStruct((x.shape[0], out), dtype or x.dtype) for out in outs],
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="stacked_matvec",
-    )(layer[None], x, *weights)
-    whole = jnp.split(jnp.sum(parts[:, :b], axis=0), [sum(outs[:n]) for n in range(1, len(outs))], axis=1)
-    if size is not None:
-        whole = [
-            y * (size * jax.lax.dynamic_index_in_dim(scale, layer)) for y, scale in zip(whole, scales, strict=True)
-        ]
-    return [y.astype(dtype) for y in whole]
+    )(layer[None], x, *weights, *((size, *scales) if scales else ()))
+    return list(found)
 
 
 def unsupported_reason(
@@ -127,54 +126,67 @@ def unsupported_reason(
             return f"x {x.shape} does not fit weight {weight.shape}"
         if weight.dtype != want:
             return f"weight is {weight.dtype}; for x of {x.dtype} {'with' if scales else 'without'} scales it is {want}"
-    if _tile(weights, scales) is None:
+    if any(size % 64 for weight in weights for size in weight.shape[1:]):
         return f"the kernel needs axes that are multiples of 64, got {[weight.shape[1:] for weight in weights]}"
     if any(s.shape != w.shape[:2] for s, w in zip(scales, weights, strict=False)):
         return f"scales {[s.shape for s in scales]} are not one for each output of {[w.shape for w in weights]}"
     return None
 
 
-def _tile(weights: Sequence[Array], scales: Sequence[Array]) -> Tile | None:
-    """The fastest tile that divides all weights, if one does."""
-    axis, tiles = (2, NARROW) if scales else (1, WIDE)
-
-    def divides(tile: Tile) -> bool:
-        return all(w.shape[axis] % tile.inside == 0 == w.shape[3 - axis] % tile.out for w in weights)
-
-    return next(filter(divides, tiles), None)
+def _tile(weights: Sequence[Array], scales: Sequence[Array], activation: Activation | None) -> Tile:
+    """The fastest tile that divides all weights."""
+    axis, tiles = (2, NARROW) if scales else (1, WIDE if activation is None else WIDE_PAIR)
+    return next(tile for tile in tiles if all(weight.shape[axis] % tile.inside == 0 for weight in weights))
 
 
 def _kernel(
-    layer_ref, x_ref, *refs, tile: Tile, columns: list[int], steps: int, splits: int, rows: int, narrow: bool
+    layer_ref, x_ref, *refs, tile: Tile, columns: list[int], narrow: bool, activation: Activation | None
 ) -> None:
-    *weight_refs, out_ref = refs
-    block, split = pl.program_id(0), pl.program_id(1)
-    layer = layer_ref[0]
-    share = math.ceil(steps / splits)
-    wanted = jnp.arange(ROWS, dtype=jnp.int32)[:, None] < rows
+    groups = [1] * len(columns) if activation is None else [2]
+    inputs, out_refs = list(refs[: -len(columns)]), refs[-len(columns) :]
+    weight_refs, (size_ref, *scale_refs) = inputs[: sum(groups)], inputs[sum(groups) :] or [None]
+    block, layer = pl.program_id(0), layer_ref[0]
+    rows, inside = x_ref.shape
+    each = jnp.arange(ROWS, dtype=jnp.int32)
+    size = jnp.maximum(size_ref[jnp.minimum(each, rows - 1)], TINY)[:, None] if narrow else None
 
-    def row_tile(first):
-        if rows > 1:
-            return x_ref[:, pl.ds(first, tile.inside)]
-        return jnp.broadcast_to(x_ref[0, pl.ds(first, tile.inside)][None], (ROWS, tile.inside))
+    def columns_of(ref, first, count):
+        """Some columns of every row, and which rows there are. In two dimensions the compiler loads them ahead."""
+        column = first + jnp.arange(count, dtype=jnp.int32)
+        at = (jnp.broadcast_to(x, (ROWS, count)) for x in (each[:, None], column[None]))
+        return ref.at[tuple(at)], jnp.broadcast_to(each[:, None] < rows, (ROWS, count))
+
+    def operand(first):
+        source, there = columns_of(x_ref, first, tile.inside)
+        x = plgpu.load(source, mask=there, other=0)
+        # GPUs turn e4m3 into float16 in one instruction, into bfloat16 in many.
+        return (x.astype(jnp.float32) / size).astype(jnp.float16) if narrow else x
 
     before = 0
-    for weight_ref, count in zip(weight_refs, columns, strict=True):
+    for place, (group, out_ref, count) in enumerate(zip(groups, out_refs, columns, strict=True)):
 
         @pl.when((block >= before) & (block < before + count))
-        def _(weight_ref=weight_ref, before=before):
+        def _(place=place, group=group, out_ref=out_ref, before=before):
             column = (block - before) * tile.out
+            out = pl.ds(column, tile.out)
 
-            def step(index, total):
-                first = index * tile.inside
+            def product(ref, x, first):
                 if not narrow:
-                    weight = weight_ref[layer, pl.ds(first, tile.inside), pl.ds(column, tile.out)]
-                    return total + plgpu.dot(row_tile(first), weight)
-                weight = weight_ref[layer, pl.ds(column, tile.out), pl.ds(first, tile.inside)]
-                return total + plgpu.dot(row_tile(first), weight.astype(jnp.float16).T)
+                    return plgpu.dot(x, ref[layer, pl.ds(first, tile.inside), out])
+                return plgpu.dot(x, ref[layer, out, pl.ds(first, tile.inside)].astype(jnp.float16).T)
 
-            total = jnp.zeros((ROWS, tile.out), jnp.float32)
-            total = jax.lax.fori_loop(split * share, jnp.minimum((split + 1) * share, steps), step, total)
-            plgpu.store(out_ref.at[split, :, pl.ds(block * tile.out, tile.out)], total, mask=wanted)
+            def step(index, totals):
+                first = index * tile.inside
+                x = operand(first)
+                return [y + product(ref, x, first) for y, ref in zip(totals, weight_refs[place:][:group], strict=True)]
+
+            totals = [jnp.zeros((ROWS, tile.out), jnp.float32)] * group
+            totals = jax.lax.fori_loop(0, inside // tile.inside, step, totals)
+            if narrow:
+                factors = [ref[layer, out][None] for ref in scale_refs[place:][:group]]
+                totals = [y * size * factor for y, factor in zip(totals, factors, strict=True)]
+            y = totals[0] if activation is None else ACTIVATIONS[activation](totals[0]) * totals[1]
+            target, there = columns_of(out_ref, column, tile.out)
+            plgpu.store(target, y.astype(out_ref.dtype), mask=there)
 
         before += count

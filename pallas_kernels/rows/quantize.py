@@ -10,6 +10,7 @@ What threads load lies as what they store, four elements each: the compiler then
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Float8e4m3fn
+from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
 from pallas_kernels.device import Device
 
@@ -46,6 +47,16 @@ class Tile(NamedTuple):
     ahead: int
 
 
+class Part(NamedTuple):
+    """Rows `start` … `start + rows - 1` of each sequence of an array `[b, t, f]`, of which nothing else is read.
+
+    A slice given to a kernel would be copied first: reads and writes of all that the kernel then reads again.
+    """
+
+    start: Int32[Array, ""]
+    rows: int
+
+
 class Piece(NamedTuple):
     """The columns of a row that a thread block loads at a time, from `start` on; pieces before have those to `fresh`.
 
@@ -67,12 +78,15 @@ class Piece(NamedTuple):
         return jnp.where(self.start + jnp.arange(self.size, dtype=jnp.int32) >= self.fresh, value, 0)
 
 
-def quantized_rows(x: Float[Array, "rows f"], *, tile: Tile | None = None, interpret: bool = False) -> Numbers:
+def quantized_rows(
+    x: Float[Array, "*rows f"], *, part: Part | None = None, tile: Tile | None = None, interpret: bool = False
+) -> Numbers:
     """x as e4m3 numbers and float32 scales: x ≈ numbers · scale.
 
     **Arguments:**
 
-    - `x`: `[rows, f]`, bfloat16, f at most 32,768.
+    - `x`: `[rows, f]`, bfloat16, f at most 32,768; `[b, t, f]` with a part.
+    - `part`: the rows that are wanted, those of the first sequence before those of the second; None for all.
     - `tile` (static): how a thread block takes rows; by default a row, and 28 to 56 elements a thread.
     - `interpret` (static): run the kernel on a CPU, for tests.
 
@@ -81,15 +95,16 @@ def quantized_rows(x: Float[Array, "rows f"], *, tile: Tile | None = None, inter
 
     **Raises:** ValueError for what does not fit, with the reason that `unsupported_reason` gives.
     """
-    return _launch("quantized_rows", [x], [], _alone, _unchanged, tile, interpret)
+    return _launch("quantized_rows", [x], [], _alone, _unchanged, tile, interpret, part)
 
 
 def normed_rows(
-    x: Float[Array, "rows f"],
+    x: Float[Array, "*rows f"],
     weight: Float[Array, " f"],
     *,
     eps: float,
     offset: float | None = None,
+    part: Part | None = None,
     tile: Tile | None = None,
     interpret: bool = False,
 ) -> Numbers:
@@ -115,7 +130,7 @@ def normed_rows(
             return [rounded(y * factor * (offset + w)) for y, w in zip(row, weights, strict=True)]
         return [rounded(rounded(y * factor) * w) for y, w in zip(row, weights, strict=True)]
 
-    return _launch("normed_rows", [x], [weight], _alone, normed, tile, interpret)
+    return _launch("normed_rows", [x], [weight], _alone, normed, tile, interpret, part)
 
 
 def gated_rows(
@@ -143,7 +158,7 @@ def gated_rows(
 
     **Returns**, **Raises:** as `quantized_rows`.
     """
-    act = {"silu": _silu, "gelu": _gelu}[activation]
+    act = ACTIVATIONS[activation]
 
     def product(refs: Refs, piece: Piece, rows: list[Array], loaded: list[list[Array]]) -> list[Array]:
         scales, *channels = refs
@@ -157,7 +172,7 @@ def gated_rows(
     return _launch("gated_rows", [gate, up], [row_scale, gate_scale, up_scale], product, _unchanged, tile, interpret)
 
 
-def unsupported_reason(x: Float[Array, "rows f"]) -> str | None:
+def unsupported_reason(x: Float[Array, "*rows f"] | jax.ShapeDtypeStruct) -> str | None:
     """Why the kernels can't serve such rows, in words; None if they can."""
     if x.dtype != jnp.bfloat16:
         return f"the kernel reads bfloat16; the rows are {x.dtype}"
@@ -178,11 +193,15 @@ def _launch(
     finished: Callable[[Refs, list[Piece], list[Array]], list[Array]],
     tile: Tile | None,
     interpret: bool,
+    part: Part | None = None,
 ) -> Numbers:
     """A thread block for every few rows of the `wide` arrays: `value` makes one piece of each of its rows from what is
     loaded, `finished` all pieces of one row from theirs.
     """
-    (count, width), reason = wide[0].shape, unsupported_reason(wide[0])
+    *sequences, length, width = wide[0].shape
+    rows_each = length if part is None else part.rows
+    count = math.prod(sequences) * rows_each
+    reason = unsupported_reason(jax.ShapeDtypeStruct((count, width), wide[0].dtype))
     if reason is not None:
         raise ValueError(f"{name}: {reason}")
     tile = tile or _tile(width)
@@ -190,12 +209,15 @@ def _launch(
 
     def kernel(*refs: Any) -> None:
         sources, others, (numbers_ref, scale_ref) = refs[: len(wide)], refs[len(wide) : -2], refs[-2:]
+        *others, start = others if part is not None else (*others, None)
         first = pl.program_id(0) * tile.rows
         # A last block's missing rows are its last one again.
         rows = [jnp.minimum(first + row, count - 1) for row in range(tile.rows)]
 
+        places = [(row,) if start is None else (row // rows_each, start[0] + row % rows_each) for row in rows]
+
         def load(piece: Piece) -> list[list[Array]]:
-            at = [[ref.at[row, piece.columns] for ref in sources] for row in rows]
+            at = [[ref.at[*place, piece.columns] for ref in sources] for place in places]
             return [[plgpu.load(x, eviction_policy="evict_first") for x in of_row] for of_row in at]
 
         loaded, parts = [], []
@@ -212,6 +234,8 @@ def _launch(
                 numbers_ref[row, piece.columns] = (y * inverse).astype(DTYPE)
             scale_ref[row] = scale
 
+    # Of an array of 2**32 bytes and more, which a part may be of, addresses have 64 bits.
+    first = [] if part is None else [jnp.clip(part.start, 0, length - part.rows).reshape(1)]
     numbers, scale = pl.pallas_call(
         kernel,
         grid=(pl.cdiv(count, tile.rows),),
@@ -219,7 +243,7 @@ def _launch(
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
         interpret=interpret,
         name=name,
-    )(*wide, *others)
+    )(*wide, *others, *first)
     return numbers, scale
 
 
@@ -262,3 +286,7 @@ def _silu(x: Array) -> Array:
 def _gelu(x: Array) -> Array:
     # (1 + tanh(y)) / 2 is 1 / (1 + exp(-2y)), which keeps its precision where it is small.
     return x / (1 + jnp.exp2(-2 * LOG2_E * 0.7978845608 * (x + 0.044715 * x * x * x)))
+
+
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {"silu": _silu, "gelu": _gelu}
+"""Activations of float32 numbers, inside kernels."""

@@ -1,0 +1,87 @@
+"""Rotating and appending in one kernel (interpreted), and a whole decoding step of kernels, against plain jnp."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative_error
+
+from minference_jax.models import cache as caches
+from minference_jax.models import forward, stacked, stream
+from minference_jax.models.cache import KVCache
+from minference_jax.models.config import LlamaConfig
+from minference_jax.models.llama import Llama
+from minference_jax.models.norms import rms_norm
+from minference_jax.models.rope import Turns
+from pallas_kernels.decode import attention
+from pallas_kernels.decode.append import rotate_and_append, unsupported_reason
+from pallas_kernels.decode.norm import add_and_norm
+from pallas_kernels.decode.split import split_attention
+
+
+def interpret_kernels(monkeypatch):
+    """Kernels, interpreted, where a GPU would run them."""
+    for module, name in (
+        (stacked, "stacked_matvec"),
+        (stream, "add_and_norm"),
+        (caches, "rotate_and_append"),
+    ):
+        monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
+    monkeypatch.setattr(attention, "split_attention", lambda *x, **k: split_attention(*x, **k | {"interpret": True}))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cuda, default: cuda(*x))
+
+
+def test_queries_and_keys_are_turned_and_rows_written_where_they_belong(rng):
+    layers, b, s, n, kv, h = 2, 3, 4, 4, 2, 16
+    q, k, v = (jnp.asarray(rng.standard_normal((b, heads, h)), jnp.bfloat16) for heads in (n, kv, kv))
+    angles = rng.uniform(0, 7, (layers, b, h // 2))
+    cos, sin = (jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
+    growth = jnp.asarray(rng.uniform(1, 2, (layers, b)), jnp.float32)
+    full = (layers, b, s, kv, h)
+    cache = KVCache(
+        *(jnp.asarray(rng.standard_normal(full), jnp.bfloat16) for _ in range(2)),
+        tokens=jnp.zeros((b, s), jnp.int32),
+        lengths=jnp.zeros((b,), jnp.int32),
+    )
+    positions = jnp.asarray([0, 3, 4])  # the last one's cache is full
+    for scale in (growth, None):
+        expected = cache.append_rotated(jnp.int32(1), positions, q, k, v, Turns(cos, sin, scale), False)
+        got = rotate_and_append(q, k, v, cos, sin, scale, cache.k, cache.v, jnp.int32(1), positions, interpret=True)
+        for x, y in zip(got, (expected[0], expected[1].k, expected[1].v), strict=True):
+            np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("offset", [None, 1.0])
+def test_the_norm_of_a_sum(rng, offset):
+    x, added = (jnp.asarray(100 * rng.standard_normal((2, 200)), dtype) for dtype in ("bfloat16", "float32"))
+    weights = jnp.asarray(rng.uniform(0.5, 2, (2, 200)), jnp.bfloat16)
+    total, rows = add_and_norm(x, added, weights, jnp.int32(1), eps=1e-5, offset=offset, interpret=True)
+    np.testing.assert_array_equal(total, x + added.astype(jnp.bfloat16))
+    assert rows.dtype == jnp.bfloat16 and relative_error(rows, rms_norm(total, weights[1], 1e-5, offset)) < 6e-3
+
+
+def test_it_says_what_it_cannot_serve():
+    q, cos, cache = jnp.zeros((1, 2, 32), jnp.bfloat16), jnp.zeros((1, 1, 8)), jnp.zeros((1, 1, 8, 1, 32), jnp.bfloat16)
+    assert "all of a head is rotated" in str(unsupported_reason(q, cos, cache))
+    with pytest.raises(ValueError, match="one dtype of 16 bits"):
+        caches_of = cache.astype(jnp.float32), cache.astype(jnp.float32)
+        rotate_and_append(q, q[:, :1], q[:, :1], cos, cos, None, *caches_of, jnp.int32(0), jnp.asarray([0]))
+
+
+def test_a_step_of_kernels_is_that_of_plain_jnp(rng, monkeypatch):
+    config = LlamaConfig(61, 64, 192, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
+    model = Llama.random(config, jax.random.key(0), "bfloat16")
+    rows = jnp.asarray(rng.standard_normal((2, 1, 100, 2, 32)), jnp.bfloat16)
+    full = KVCache.empty(config, 1, 128, "bfloat16").write(jnp.int32(1), jnp.int32(0), *rows)
+    full = dataclasses.replace(full, lengths=jnp.asarray([100]))
+    step = partial(forward.decode, config, model.params(), jnp.asarray([3]))
+    expected, plain_cache = step(full)
+    interpret_kernels(monkeypatch)
+    got, kernel_cache = step(full)
+    assert relative_error(got, expected) < 0.02
+    for x, y in zip(kernel_cache.read(1, jnp.float32), plain_cache.read(1, jnp.float32), strict=True):
+        assert relative_error(x, y) < 0.02
+    np.testing.assert_array_equal(kernel_cache.lengths, full.lengths + 1)
