@@ -73,8 +73,8 @@ def test_lists_that_builders_made_are_taken_as_they_are(rng, t, s, q_offset, len
     lines = int32(rng.integers(-3, s + 9, (b, n, 9)))
     blocks = int32(rng.integers(-1, s // KEY_TILE + 2, (b, n, -(-t // QUERY_TILE), 7)))
     for plan in (
-        plan_builders.vertical_slash_plan(columns, lines, kv_len=s),
-        plan_builders.block_sparse_plan(blocks),
+        jax.jit(plan_builders.vertical_slash_plan, static_argnames="kv_len")(columns, lines, kv_len=s),
+        jax.jit(plan_builders.block_sparse_plan)(blocks),
         plan_builders.a_shape_plan(b, n, sink=s + 5, window=200),
         plan_builders.full_plan(b, n, s),
     ):
