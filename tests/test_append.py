@@ -11,9 +11,10 @@ from helpers import relative_error
 from numpy_llama import random_llama
 
 from minference_jax.models import cache as caches
-from minference_jax.models import forward, stacked, stream
+from minference_jax.models import forward, residual, stacked
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
+from minference_jax.models.layers import finish_layer
 from minference_jax.models.norms import rms_norm
 from minference_jax.models.rope import Turns
 from pallas_kernels.decode import attention
@@ -26,7 +27,7 @@ def interpret_kernels(monkeypatch):
     """Kernels, interpreted, where a GPU would run them."""
     for module, name in (
         (stacked, "stacked_matvec"),
-        (stream, "add_and_norm"),
+        (residual, "add_and_norm"),
         (caches, "rotate_and_append"),
     ):
         monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
@@ -68,6 +69,19 @@ def test_the_norm_of_a_sum(rng, offset):
     total, rows = add(x, added, weights, jnp.int32(1))
     np.testing.assert_array_equal(total, x + added.astype(jnp.bfloat16))
     assert rows.dtype == jnp.bfloat16 and relative_error(rows, rms_norm(total, weights[1], 1e-5, offset)) < 6e-3
+
+
+def test_only_a_decoding_step_adds_and_normalises_at_once(monkeypatch):
+    # A prefill's norms are XLA's on a mesh too, where layers are slices of stacked ones: its numbers are one device's.
+    config = LlamaConfig(61, 64, 64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
+    model = random_llama(config, dtype="bfloat16")
+    layer = stacked.StackedLayer(forward.stacked_layers(model.params()), jnp.int32(0))
+    calls = []
+    monkeypatch.setattr(residual.Residual, "normed", lambda self, *_: calls.append(self.x.shape) or (self.x, self.x))
+    for rows in (1, 2):
+        shapes = (jax.ShapeDtypeStruct((1, rows, *rest), jnp.bfloat16) for rest in ((64,), (4, 32)))
+        jax.eval_shape(partial(finish_layer, config, layer), *shapes)
+    assert calls == [(1, 1, 64)]
 
 
 def test_it_says_what_it_cannot_serve():

@@ -32,9 +32,9 @@ from minference_jax.models.layers import (
 )
 from minference_jax.models.norms import norm
 from minference_jax.models.part_attention import attend_to_cache
+from minference_jax.models.residual import Residual
 from minference_jax.models.rope import LayerRope, Turns, layer_rope, turns
 from minference_jax.models.stacked import Layer, StackedLayer
-from minference_jax.models.stream import Stream
 from minference_jax.models.window import attend_layer, decode_layer, with_sinks
 from minference_jax.parallel.exchange import ONE, Exchange
 from minference_jax.parallel.stream import cut, to_heads, to_rows, whole
@@ -294,10 +294,10 @@ def decode(
             kv = cache.read(index, q.dtype)
             out = dual_chunk_attention(config, q[:, None], *kv, **options, turn=cache.queries)
         x, added = leave_layer(config, layer, x, out, jnp.float32)
-        return Stream(x, added.astype(jnp.float32)), cache
+        return Residual(x, added.astype(jnp.float32)), cache
 
     x = embed(config, params, tokens[:, None], exchange)
-    stream = Stream(x, jnp.zeros(x.shape, jnp.float32))
+    stream = Residual(x, jnp.zeros(x.shape, jnp.float32))
     stream, cache = jax.lax.fori_loop(0, config.num_layers, step, (stream, cache))
     written = cache.tokens.at[rows, positions].set(tokens, mode="drop")
     longer = positions + (1 if active is None else active.astype(jnp.int32))

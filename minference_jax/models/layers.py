@@ -17,9 +17,9 @@ from minference_jax.models import fp8
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.experts import gated, mixture
 from minference_jax.models.norms import norm, rms_norm
+from minference_jax.models.residual import Residual
 from minference_jax.models.rope import Turns, apply_rope
 from minference_jax.models.stacked import ACTIVATIONS, Layer, StackedLayer
-from minference_jax.models.stream import Stream
 from minference_jax.parallel.mesh import HEADS
 from pallas_kernels.rows.quantize import Activation, gated_rows, normed_rows
 from pallas_kernels.tracing import vary_alike
@@ -95,7 +95,7 @@ def into_block(
 def enter_block(
     config: LlamaConfig,
     layer: Layer,
-    stream: Stream,
+    stream: Residual,
     weight: str,
     names: tuple[str, ...],
     activation: Activation | None = None,
@@ -103,7 +103,7 @@ def enter_block(
     """The whole residual stream, and what `project` makes of it with a block's first weights, normalised where the
     model does so before the block.
     """
-    if config.traits.pre_norms and stream.added is not None and isinstance(layer, StackedLayer):
+    if config.traits.pre_norms and stream.x.shape[1] == 1 and isinstance(layer, StackedLayer):
         x, rows = stream.normed(config, layer.stacked[weight], layer.index)
         return x, project(layer, names, rows, activation=activation)
     x = stream.whole()
@@ -130,7 +130,7 @@ def project_qkv(
 
 
 def enter_attention(
-    config: LlamaConfig, layer: Layer, stream: Stream
+    config: LlamaConfig, layer: Layer, stream: Residual
 ) -> tuple[Float[Array, "b t d"], tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]]:
     """The whole residual stream, and its queries, keys and values before RoPE."""
     x, (q, k, v) = enter_block(config, layer, stream, "attn_norm", QKV)
@@ -169,7 +169,7 @@ def finish_layer(
     config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], attended: Float[Array, "b t n h"] | fp8.Part
 ) -> Float[Array, "b t d"]:
     """Output projection and MLP (or experts), each added to the residual stream."""
-    return Stream(*leave_layer(config, layer, x, attended)).whole()
+    return Residual(*leave_layer(config, layer, x, attended)).whole()
 
 
 def leave_layer(
@@ -183,13 +183,13 @@ def leave_layer(
     traits = config.traits
     out = project(layer, ("wo",), attended, dtype=dtype)[0]
     out = out + layer["bo"].astype(out.dtype) if traits.o_bias else out
-    stream = Stream(x, _added(config, out, layer["post_attn_norm"] if traits.post_norms else None))
+    stream = Residual(x, _added(config, out, layer["post_attn_norm"] if traits.post_norms else None))
     x, out = _mlp_or_experts(config, layer, stream, dtype)
     return x, _added(config, out, layer["post_mlp_norm"] if traits.post_norms else None)
 
 
 def _mlp_or_experts(
-    config: LlamaConfig, layer: Layer, stream: Stream, dtype: Any
+    config: LlamaConfig, layer: Layer, stream: Residual, dtype: Any
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"]]:
     """The whole residual stream, and either of it, which it normalises where the model does so before."""
     experts = config.traits.experts

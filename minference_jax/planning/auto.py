@@ -17,7 +17,7 @@ STEPS: tuple[tuple[int, Pattern], ...] = (
     (8_192, SharedDensity(density=0.25, every=8)),
     (16_384, SharedDensity(density=0.2, every=8)),
     (32_768, SharedDensity(density=0.12, every=16)),
-    (65_536, SharedDensity(density=0.08, every=32)),
+    (65_536, SharedDensity(density=0.08, every=16)),
     (131_072, SharedDensity(density=0.045, every=64)),
 )
 """Up to so many keys, this pattern; longer prompts get the paper's budget, whose density goes on falling by itself.

@@ -36,10 +36,13 @@ class Tile(NamedTuple):
 
 
 WIDE = Tile(128, 32, 4, 6), Tile(64, 32, 4, 6)
-"""Of weights in 16 bits: the first one that divides all of a call's weights."""
+"""Of weights in 16 bits: the first one that divides all of a call's weights.
+
+On an H200, of [4096, 4096] 11.1 µs, with 64 outputs 12.4, with 256 summed 11.6 (commit 8d1d2ad).
+"""
 
 WIDE_PAIR = Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)
-"""Of two such weights, of which a thread block multiplies with both."""
+"""Of two such weights, of which a thread block multiplies with both: [4096, 14336] 56.9 µs, with 32 outputs 75.5."""
 
 NARROW = Tile(256, 32, 4, 4), Tile(64, 32, 4, 4)
 """Of weights in FP8."""
@@ -160,7 +163,7 @@ def _kernel(
         source, there = columns_of(x_ref, first, tile.inside)
         x = plgpu.load(source, mask=there, other=0)
         # GPUs turn e4m3 into float16 in one instruction, into bfloat16 in many.
-        return (x.astype(jnp.float32) / size).astype(jnp.float16) if narrow else x
+        return x if size is None else (x.astype(jnp.float32) / size).astype(jnp.float16)
 
     before = 0
     for place, (group, out_ref, count) in enumerate(zip(groups, out_refs, columns, strict=True)):
@@ -182,7 +185,7 @@ def _kernel(
 
             totals = [jnp.zeros((ROWS, tile.out), jnp.float32)] * group
             totals = jax.lax.fori_loop(0, inside // tile.inside, step, totals)
-            if narrow:
+            if size is not None:
                 factors = [ref[layer, out][None] for ref in scale_refs[place:][:group]]
                 totals = [y * size * factor for y, factor in zip(totals, factors, strict=True)]
             y = totals[0] if activation is None else ACTIVATIONS[activation](totals[0]) * totals[1]

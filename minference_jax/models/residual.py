@@ -12,18 +12,18 @@ from minference_jax.models.norms import norm
 from pallas_kernels.decode.norm import add_and_norm, unsupported_reason
 
 
-class Stream(NamedTuple):
-    """The residual stream, and what the last block adds to it, not added yet (None: nothing).
+class Residual(NamedTuple):
+    """The residual stream, and what the last block adds to it, not added yet.
 
     In decoding one kernel adds and normalises: each kernel of a row takes longer to start than to run.
     """
 
     x: Float[Array, "b t d"]
-    added: Float[Array, "b t d"] | None = None
+    added: Float[Array, "b t d"]
 
     def whole(self) -> Float[Array, "b t d"]:
         """The sum, in the stream's dtype."""
-        return self.x if self.added is None else self.x + self.added.astype(self.x.dtype)
+        return self.x + self.added.astype(self.x.dtype)
 
     def normed(
         self, config: LlamaConfig, weights: Float[Array, "layers d"], layer: Int32[Array, ""]
@@ -37,8 +37,7 @@ class Stream(NamedTuple):
         def kernel(x: Array, *arrays: Any) -> tuple[Array, Array]:
             return add_and_norm(x, *arrays, eps=config.rms_norm_eps, offset=config.traits.norm_offset)
 
-        assert self.added is not None
-        x, added = (y.reshape(-1, y.shape[-1]) for y in (self.x, self.added))
+        x, added = (y.reshape(-1, y.shape[-1]) for y in self)
         if unsupported_reason(x) is not None:
             found = plain(x, added, weights, layer)
         else:
