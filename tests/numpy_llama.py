@@ -1,8 +1,20 @@
 """A Llama in plain NumPy and float64, written from the definition: one sequence, one layer after another, no cache."""
 
+from typing import Any
+
 import numpy as np
 
 from minference_jax.models import LlamaConfig
+
+
+def random_llama(config: LlamaConfig, patterns: Any = None, dtype: str = "float32", seed: int = 0):
+    """A model with `random_params`, for which nothing is compiled; `Llama.random` takes a second or two."""
+    import jax.numpy as jnp
+
+    from minference_jax.models.llama import Llama
+
+    params = {name: jnp.asarray(value.astype(dtype)) for name, value in random_params(config, seed).items()}
+    return Llama.from_params(config, params, patterns)
 
 
 def random_params(config: LlamaConfig, seed: int = 0) -> dict[str, np.ndarray]:

@@ -4,13 +4,12 @@ import functools
 import os
 from pathlib import Path
 
-import jax
 import pytest
+from numpy_llama import random_llama
 
 from minference_jax.checkpoints.demo_model import fetch_demo_model
 from minference_jax.checkpoints.save import save_checkpoint
 from minference_jax.models import LlamaConfig
-from minference_jax.models.llama import Llama
 
 _CACHE = Path(os.environ.get("MINFERENCE_CACHE") or Path.home() / ".cache" / "minference_jax")
 
@@ -34,6 +33,5 @@ def smollm2_directory() -> Path:
 def tiny_with_tokenizer(directory: Path) -> Path:
     """Writes a checkpoint of one small layer of random weights with SmolLM2's tokenizer; returns its directory."""
     config = LlamaConfig(49152, 16, 16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, tie_embeddings=True)
-    params = Llama.random(config, jax.random.key(0)).params()
-    save_checkpoint(config, params, directory, tokenizer_from=smollm2_directory())
+    save_checkpoint(config, random_llama(config).params(), directory, tokenizer_from=smollm2_directory())
     return directory

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import relative_error
+from numpy_llama import random_llama
 
 from minference_jax.models import cache as caches
 from minference_jax.models import forward, residual, stacked
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.layers import finish_layer
-from minference_jax.models.llama import Llama
 from minference_jax.models.norms import rms_norm
 from minference_jax.models.rope import Turns
 from pallas_kernels.decode import attention
@@ -51,8 +51,14 @@ def test_queries_and_keys_are_turned_and_rows_written_where_they_belong(rng):
     )
     positions = jnp.asarray([0, 3, 4])  # the last one's cache is full
     for scale in (growth, None):
-        expected = cache.append_rotated(jnp.int32(1), positions, q, k, v, Turns(cos, sin, scale), False)
-        got = rotate_and_append(q, k, v, cos, sin, scale, cache.k, cache.v, jnp.int32(1), positions, interpret=True)
+        expected = jax.jit(
+            lambda cache, q, k, v, scale: cache.append_rotated(
+                jnp.int32(1), positions, q, k, v, Turns(cos, sin, scale), False
+            )
+        )(cache, q, k, v, scale)
+        got = jax.jit(partial(rotate_and_append, interpret=True))(
+            q, k, v, cos, sin, scale, cache.k, cache.v, jnp.int32(1), positions
+        )
         for x, y in zip(got, (expected[0], expected[1].k, expected[1].v), strict=True):
             np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
 
@@ -61,7 +67,8 @@ def test_queries_and_keys_are_turned_and_rows_written_where_they_belong(rng):
 def test_the_norm_of_a_sum(rng, offset):
     x, added = (jnp.asarray(100 * rng.standard_normal((2, 200)), dtype) for dtype in ("bfloat16", "float32"))
     weights = jnp.asarray(rng.uniform(0.5, 2, (2, 200)), jnp.bfloat16)
-    total, rows = add_and_norm(x, added, weights, jnp.int32(1), eps=1e-5, offset=offset, interpret=True)
+    add = jax.jit(partial(add_and_norm, eps=1e-5, offset=offset, interpret=True))
+    total, rows = add(x, added, weights, jnp.int32(1))
     np.testing.assert_array_equal(total, x + added.astype(jnp.bfloat16))
     assert rows.dtype == jnp.bfloat16 and relative_error(rows, rms_norm(total, weights[1], 1e-5, offset)) < 6e-3
 
@@ -82,7 +89,7 @@ def test_warps_are_a_power_of_two_at_any_width():
 def test_only_a_decoding_step_adds_and_normalises_at_once(monkeypatch):
     # A prefill's norms are XLA's on a mesh too, where layers are slices of stacked ones: its numbers are one device's.
     config = LlamaConfig(61, 64, 64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
-    model = Llama.random(config, jax.random.key(0), "bfloat16")
+    model = random_llama(config, dtype="bfloat16")
     layer = stacked.StackedLayer(forward.stacked_layers(model.params()), jnp.int32(0))
     calls = []
     monkeypatch.setattr(residual.Residual, "normed", lambda self, *_: calls.append(self.x.shape) or (self.x, self.x))
@@ -102,7 +109,7 @@ def test_it_says_what_it_cannot_serve():
 
 def test_a_step_of_kernels_is_that_of_plain_jnp(rng, monkeypatch):
     config = LlamaConfig(61, 64, 192, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
-    model = Llama.random(config, jax.random.key(0), "bfloat16")
+    model = random_llama(config, dtype="bfloat16")
     rows = jnp.asarray(rng.standard_normal((2, 1, 100, 2, 32)), jnp.bfloat16)
     full = KVCache.empty(config, 1, 128, "bfloat16").write(jnp.int32(1), jnp.int32(0), *rows)
     full = dataclasses.replace(full, lengths=jnp.asarray([100]))

@@ -21,6 +21,7 @@ from minference_jax.index import recall as index_recall
 from minference_jax.index.recall import estimated_recall
 from pallas_kernels.plan_check import lists_are_clean
 
+PLAN = jax.jit(make_plan, static_argnames="pattern")
 MIX = (Dense(), AShape(4, 70), VerticalSlash(10, tiles=1), BlockSparse(3))
 
 
@@ -86,14 +87,14 @@ def test_chunks_with_traced_offset_stay_sparse_and_equal_the_oracle(rng):
 def test_recall_is_the_mass_inside_the_mask(rng):
     q, k, _ = random_qkv(rng, 2, 300, 300, 4, 2, 16)
     lengths = jnp.asarray([300, 130], jnp.int32)
-    plan = make_plan(q, k, MIX, lengths=lengths)
+    plan = PLAN(q, k, MIX, lengths=lengths)
     scores = np.einsum("btnh,bsnh->bnts", np.asarray(q), np.repeat(np.asarray(k), 2, axis=2)) / 4
     causal = np.tril(np.ones((300, 300), bool))
     weights = np.where(causal, np.exp(scores - scores.max(-1, keepdims=True)), 0)
     weights /= weights.sum(-1, keepdims=True)
     inside = (weights * np.asarray(plan.to_mask(300, 300, lengths=lengths))).sum(-1)
     expected = np.stack([inside[i, :, : int(lengths[i])].mean(-1) for i in range(2)])
-    np.testing.assert_allclose(recall(q, k, plan, lengths=lengths), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(recall)(q, k, plan, lengths=lengths), expected, atol=1e-5)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -129,7 +130,7 @@ def test_estimated_recall_is_exact_where_every_row_is_a_probe(rng, monkeypatch, 
 def test_plans_promise_whole_tiles_unless_lines_are_counted(rng, pattern, multiple):
     """The promise lets the kernel copy whole rows; a band that broke it would be dropped."""
     q, k, _ = random_qkv(rng, 1, 400, 400, 2, 1, 16)
-    plan = make_plan(q, k, pattern)
+    plan = PLAN(q, k, pattern)
     assert plan.band_multiple == multiple
     assert plan.bands is not None and plan.band_count is not None and int(plan.band_count.min()) > 0
     listed = np.arange(plan.bands.shape[-1]) < np.asarray(plan.band_count)[..., None]

@@ -1,14 +1,15 @@
 """Jobs over rows: files read, templates filled, replies equal to single ones, labels' probabilities, resumption."""
 
+import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import write_byte_model
 from eval_tokenizer import NumberTokenizer
 from helpers import run_command
+from numpy_llama import random_llama
 
 from minference_jax.jobs import PromptTemplate, batch_replies, read_rows
 from minference_jax.jobs.batch_runner import batches
@@ -25,7 +26,7 @@ LABELS = ("good", "very good", "bad")
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    return Llama.random(CONFIG, jax.random.key(0))
+    return random_llama(CONFIG)
 
 
 def reviews(count: int) -> list[dict]:
@@ -166,10 +167,7 @@ def test_a_job_goes_on_where_it_was_and_refuses_another(model, tmp_path):
 
 def test_what_cannot_work_is_said_before_anything_runs(model):
     tokenizer, template = NumberTokenizer(), PromptTemplate("{text}")
-    small = Llama.random(
-        LlamaConfig(400, 32, 40, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, max_position_embeddings=64),
-        jax.random.key(0),
-    )
+    small = random_llama(dataclasses.replace(CONFIG, max_position_embeddings=64))
     long = [{"text": "a"}, {"text": "word " * 70}]
     with pytest.raises(ValueError, match=r"row 1: a prompt of 71 tokens"):
         batch_replies(small, tokenizer, long, template, raw=True, max_new_tokens=3)

@@ -1,11 +1,11 @@
 """The recall bench on a random model, and that nothing is compiled anew for every layer or number of lines."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy_llama import random_llama
 
-from minference_jax import Llama, LlamaConfig, PerTile, VerticalSlash, capture_qkv, make_plan
+from minference_jax import LlamaConfig, PerTile, VerticalSlash, capture_qkv, make_plan
 from minference_jax.bench.recall import Row, as_dense, lines_as_dense, mean_density, measure, near_a_quarter
 from minference_jax.index import recall as recall_module
 from minference_jax.patterns import vertical_slash
@@ -14,7 +14,7 @@ from minference_jax.patterns import vertical_slash
 @pytest.fixture(scope="module")
 def model():
     config = LlamaConfig(61, 32, 40, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8)
-    return Llama.random(config, jax.random.key(1))
+    return random_llama(config)
 
 
 @pytest.fixture(scope="module")

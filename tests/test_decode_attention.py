@@ -7,15 +7,17 @@ import pytest
 
 from pallas_kernels.decode.attention import decode_attention, unsupported_reason
 
+DECODE = jax.jit(decode_attention, static_argnames=("implementation", "interpret"))
+
 
 def test_it_is_softmax_over_the_valid_keys():
     # Two query heads share a KV head. Keys 0 and 1 score ln 3 apart for head 0, the same for head 1; key 2 is padding.
     q = jnp.asarray([[[1.0, 0.0], [0.0, 1.0]]]) * 2**0.5 * jnp.log(3.0)
     k = jnp.asarray([[[[1.0, 0.0]], [[0.0, 0.0]], [[9.0, 9.0]]]])[None]
     v = jnp.asarray([[[[1.0, 0.0]], [[0.0, 1.0]], [[7.0, 8.0]]]])[None]
-    got = decode_attention(q, k, v, 0, jnp.asarray([2]))
+    got = DECODE(q, k, v, 0, jnp.asarray([2]))
     np.testing.assert_allclose(got, [[[0.75, 0.25], [0.5, 0.5]]], rtol=1e-6)
-    np.testing.assert_array_equal(decode_attention(q, k, v, 0, jnp.asarray([0])), np.zeros((1, 2, 2)))
+    np.testing.assert_array_equal(DECODE(q, k, v, 0, jnp.asarray([0])), np.zeros((1, 2, 2)))
 
 
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
@@ -30,7 +32,7 @@ def test_both_implementations_read_any_cache(rng, implementation, dtype):
         scales = tuple(jnp.asarray(rng.uniform(0.5, 2, (layers, b, s, k)) / size, jnp.bfloat16) for _ in range(2))
     # A full cache (its last tile overlaps the one before), one that ends inside a tile, and an empty one.
     lengths = np.array([300, 130, 0])
-    got = decode_attention(
+    got = DECODE(
         *(q, keys, values, 1, jnp.asarray(lengths)),
         k_scale=scales[0],
         v_scale=scales[1],
@@ -56,7 +58,7 @@ def test_rows_of_zeros_in_a_quantized_cache_give_zeros():
     scale = jnp.zeros((1, 1, 256, 1), jnp.bfloat16)
     for implementation in ("triton", "xla"):
         options = {"k_scale": scale, "v_scale": scale, "implementation": implementation, "interpret": True}
-        got = decode_attention(q, zeros, zeros, 0, jnp.asarray([200]), **options)
+        got = DECODE(q, zeros, zeros, 0, jnp.asarray([200]), **options)
         np.testing.assert_array_equal(got.astype(jnp.float32), np.zeros((1, 2, 16)))
 
 

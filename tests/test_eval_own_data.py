@@ -2,17 +2,16 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import pytest
 from eval_tokenizer import WordTokenizer
 from helpers import run_command
+from numpy_llama import random_llama
 
 from minference_jax.eval import Method, evaluate
 from minference_jax.eval.methods import ABOUT, METHODS
 from minference_jax.eval.own_data import read_own_data
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.llama import Llama
 
 ROWS = [
     {"text": "The tea is fine.", "label": "good", "options": ["yes", "no"], "right": 1, "gold": ["It is", "fine"]},
@@ -61,7 +60,7 @@ def test_replies_are_judged_by_the_metric(file, metric, reply, score):
 def test_the_reply_is_the_likeliest_choice_of_the_row(file):
     tokenizer = WordTokenizer()
     config = LlamaConfig(400, 32, 40, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16)
-    model = Llama.random(config, jax.random.key(0))
+    model = random_llama(config)
     task = read_own_data(file, "{text} So:", "right", "accuracy", choices=["options"], chat=False)
     assert task.answers == (("no",), ("up",))
     methods = [Method.fixed("dense", None)]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy_llama import random_llama
 from test_gguf import FAMILIES as GGUF
 from variants import VARIANTS
 
@@ -18,7 +19,6 @@ from minference_jax.models import LlamaConfig, param_shapes
 from minference_jax.models.capture import capture_qkv
 from minference_jax.models.families import FAMILIES
 from minference_jax.models.fp8 import CONTRACTED, quantize_params
-from minference_jax.models.llama import Llama
 from minference_jax.parallel.mesh import abstract_mesh
 from minference_jax.parallel.specs import param_axes
 from minference_jax.planning.memory import memory_need
@@ -85,7 +85,7 @@ def test_its_projections_can_be_in_fp8(family):
 
 def test_a_search_can_read_its_layers(family):
     """What a search measures: queries and keys of each layer, whose attention is the model's own."""
-    model = Llama.random(LlamaConfig.from_hf(SMALL[family]), jax.random.key(0), dtype="float32")
+    model = random_llama(LlamaConfig.from_hf(SMALL[family]))
     tokens = jnp.asarray(np.arange(40)[None] % model.config.vocab_size, jnp.int32)
     layers = list(capture_qkv(model, tokens))
     assert len(layers) == model.config.num_layers

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import relative_error
+from numpy_llama import random_llama
 
 from minference_jax.models import LlamaConfig, fp8, param_shapes
 from minference_jax.models.config import Traits
@@ -40,7 +41,7 @@ def test_two_summed_axes_and_float16_sums_past_its_range(rng):
 
 
 def test_a_model_in_fp8_is_close_keeps_its_other_weights_and_decodes(rng):
-    model = Llama.random(TINY, jax.random.key(0))
+    model = random_llama(TINY)
     narrow = model.with_fp8_projections()
     tokens = jnp.asarray(rng.integers(0, 61, (1, 20)))
     assert narrow.fp8_projections and not model.fp8_projections and narrow.dtype == jnp.float32
@@ -56,7 +57,7 @@ def test_a_model_in_fp8_is_close_keeps_its_other_weights_and_decodes(rng):
 
 
 def test_shapes_are_known_and_half_quantized_parameters_refused():
-    params = Llama.random(TINY, jax.random.key(0)).params()
+    params = random_llama(TINY).params()
     narrow = fp8.quantize_params(params)
     assert {name: value.shape for name, value in narrow.items()} == fp8.fp8_shapes(param_shapes(TINY))
     with pytest.raises(ValueError, match=r"layers\.wq_scale is missing"):

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from numpy_llama import random_llama
 
 from minference_jax.models import LlamaConfig, fp8
-from minference_jax.models.llama import Llama
 from minference_jax.patterns import VerticalSlash
 from pallas_kernels import choose_implementation, dense_attention
 from pallas_kernels.decode.attention import decode_attention
@@ -35,7 +35,7 @@ def test_prefill_holds_the_generations_kernel_and_no_attention_in_jnp(monkeypatc
         raise AssertionError("attention in jnp")
 
     monkeypatch.setattr(xla, "xla_attention", refused)
-    model = Llama.random(CONFIG, jax.random.key(0), dtype="bfloat16", patterns=VerticalSlash(columns=16, tiles=2))
+    model = random_llama(CONFIG, VerticalSlash(columns=16, tiles=2), "bfloat16")
     text = lowered(capability, lambda model, tokens: model.prefill(tokens)[0], model, jnp.zeros((1, 512), jnp.int32))
     assert KERNELS[capability] in text
     assert ("sparse_attention_mma" in text) == (capability != "9.0")

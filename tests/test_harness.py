@@ -1,10 +1,10 @@
 """The adapter of lm-evaluation-harness: each kind of request against the model itself, and the real package."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from eval_tokenizer import NumberTokenizer, WordTokenizer
+from numpy_llama import random_llama
 
 from minference_jax.eval.harness import HarnessRequests, harness_model
 from minference_jax.jobs.choices import continuation_scores
@@ -17,7 +17,7 @@ CONFIG = LlamaConfig(400, 32, 40, num_layers=1, num_heads=2, num_kv_heads=1, hea
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    return Llama.random(CONFIG, jax.random.key(0))
+    return random_llama(CONFIG)
 
 
 def log_p(model, ids, first):

@@ -99,7 +99,7 @@ def test_an_assembler_that_moves_no_registers_is_not_asked_to(monkeypatch, insta
 @pytest.mark.parametrize("chain", [1, 2, 4, 5, None])
 def test_thread_blocks_share_all_query_tiles(work, chain):
     rounds = KernelConfig(chain=chain, lanes=132).rounds_for(work)
-    first, most = jax.vmap(rounds.of)(jnp.arange(rounds.thread_blocks, dtype=jnp.int32))
+    first, most = jax.jit(jax.vmap(rounds.of))(jnp.arange(rounds.thread_blocks, dtype=jnp.int32))
     taken = [
         start + turn * rounds.lanes
         for start, count in zip(first.tolist(), most.tolist(), strict=True)

@@ -1,5 +1,6 @@
 """The tables of the Hopper kernel, walked as the kernel walks them: every key of the plan once, and no other."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,10 @@ from pallas_kernels import SparsePlan, plan_builders
 from pallas_kernels import tables as hopper_tables
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE
 from pallas_kernels.plan_check import lists_are_clean
+
+PREPARE = jax.jit(hopper_tables.prepare)
+MASK = jax.jit(SparsePlan.to_mask, static_argnums=(1, 2))
+CLEAN = jax.jit(lists_are_clean)
 
 
 def visits(tables: hopper_tables.KernelTables, plan: SparsePlan, z: int, i: int, s: int, q_offset: int) -> np.ndarray:
@@ -68,20 +73,20 @@ def test_lists_that_builders_made_are_taken_as_they_are(rng, t, s, q_offset, len
     lines = int32(rng.integers(-3, s + 9, (b, n, 9)))
     blocks = int32(rng.integers(-1, s // KEY_TILE + 2, (b, n, -(-t // QUERY_TILE), 7)))
     for plan in (
-        plan_builders.vertical_slash_plan(columns, lines, kv_len=s),
-        plan_builders.block_sparse_plan(blocks),
+        jax.jit(plan_builders.vertical_slash_plan, static_argnames="kv_len")(columns, lines, kv_len=s),
+        jax.jit(plan_builders.block_sparse_plan)(blocks),
         plan_builders.a_shape_plan(b, n, sink=s + 5, window=200),
         plan_builders.full_plan(b, n, s),
     ):
-        assert plan.clean and lists_are_clean(plan, q_offset=q_offset).all()
+        assert plan.clean and CLEAN(plan, q_offset=q_offset).all()
         check_visits(rng, plan, b, n, t, s, q_offset, lengths)
 
 
 def check_visits(rng, plan, b, n, t, s, q_offset, lengths):
     limits = None if lengths is None else int32(lengths)
     q, k, v = random_qkv(rng, b, t, s, n, 1, 8)
-    tables = hopper_tables.prepare(plan, q, k, v, lengths=limits, q_offset=jnp.int32(q_offset))
-    mask = np.asarray(plan.to_mask(t, s, q_offset=q_offset, lengths=limits))
+    tables = PREPARE(plan, q, k, v, lengths=limits, q_offset=jnp.int32(q_offset))
+    mask = np.asarray(MASK(plan, t, s, q_offset=q_offset, lengths=limits))
     mask = np.broadcast_to(mask, (b, n, t, s)).reshape(b * n, t, s)
     for z in range(b * n):
         for i in range(tables.work.shape[1]):
@@ -93,7 +98,7 @@ def test_columns_are_gathered_from_the_right_kv_head(rng):
     q, k, v = random_qkv(rng, 1, 200, 200, 4, 2, 8)
     columns = int32(np.sort(rng.permuted(np.tile(np.arange(200), (4, 1)), axis=1)[:, :24], -1)[None])
     plan = SparsePlan(columns, jnp.full((1, 4), 24, jnp.int32))
-    tables = hopper_tables.prepare(plan, q, k, v, lengths=None, q_offset=jnp.int32(0))
+    tables = PREPARE(plan, q, k, v, lengths=None, q_offset=jnp.int32(0))
     for head in range(4):
         np.testing.assert_array_equal(tables.keys[head], k[0, columns[0, head], head // 2])
         np.testing.assert_array_equal(tables.values[head], v[0, columns[0, head], head // 2])
@@ -104,7 +109,7 @@ def test_columns_inside_the_window_take_no_step():
     columns = int32(np.arange(0, 1024, 8)[None, None])
     plan = SparsePlan(columns, int32([[128]]), int32([[[64, 128, 192, 256]]]), int32([[4]]))
     q = k = v = jnp.zeros((1, 1024, 1, 8))
-    work = hopper_tables.prepare(plan, q, k, v, lengths=None, q_offset=jnp.int32(0)).work
+    work = PREPARE(plan, q, k, v, lengths=None, q_offset=jnp.int32(0)).work
     # Query tile 7 starts at 896: columns before 640 are 80, two key tiles; with 4 bands, 1 + (4 + 2) / 2 steps.
     assert work[0, 7, hopper_tables.STEPS] == 4
 
@@ -115,7 +120,7 @@ def test_what_is_not_finite_spoils_no_row_before_it(rng):
     k, v = k.at[:, 140, :, 3].set(jnp.nan), v.at[:, 100, :, 5].set(jnp.inf)
     k, v = (x.at[:, 290:].set(jnp.nan) for x in (k, v))
     plan = SparsePlan(int32([[[3, 100, 140, 270, 295]]]), int32([[5]]))
-    tables = hopper_tables.prepare(plan, q, k, v, lengths=int32([290]), q_offset=jnp.int32(0))
+    tables = PREPARE(plan, q, k, v, lengths=int32([290]), q_offset=jnp.int32(0))
     seen, hidden, broken = 0, -np.inf, np.nan
     found = np.asarray(tables.bias, np.float32)[0, :, 2 * KEY_TILE :][:, :6]
     expected = [
@@ -135,10 +140,10 @@ def test_the_longest_query_tiles_come_first_where_no_band_makes_neighbours_alike
     blocks = jnp.broadcast_to(jnp.arange(64, dtype=jnp.int32), (1, 80, 32, 64))
     count = int32(rng.integers(0, 3, (1, 80, 32))).at[0, 0, 31].set(62).at[0, 1, 20].set(40)
     plan = SparsePlan(blocks=blocks, block_count=count, clean=True)
-    tables = hopper_tables.prepare(plan, q, k, v, lengths=None, q_offset=jnp.int32(0))
+    tables = PREPARE(plan, q, k, v, lengths=None, q_offset=jnp.int32(0))
     steps = np.asarray(tables.work)[..., hopper_tables.STEPS][:, ::-1].ravel()  # heads slow, late tiles first
     long = 16 * 132 * steps > steps.sum()
     assert 2 <= long.sum() < long.size / 2
     np.testing.assert_array_equal(tables.order, [*np.flatnonzero(long), *np.flatnonzero(~long)])
     full = plan_builders.full_plan(1, 80, 4096)
-    assert hopper_tables.prepare(full, q, k, v, lengths=None, q_offset=jnp.int32(0)).order is None
+    assert PREPARE(full, q, k, v, lengths=None, q_offset=jnp.int32(0)).order is None

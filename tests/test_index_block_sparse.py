@@ -44,7 +44,8 @@ def test_padding_stays_out_of_the_means(rng):
 
 def test_a_selection_by_hand():
     scores = jnp.asarray([[-5.0, 3.0, jnp.nan, 3.0, 2.0, 9.0]], jnp.float32)
-    tiles, count = block_sparse.select_tiles(scores, jnp.asarray([3]), jnp.asarray([5]), 3)
+    select = jax.jit(block_sparse.select_tiles, static_argnums=3)
+    tiles, count = select(scores, jnp.asarray([3]), jnp.asarray([5]), 3)
     # Tile 5 is not before the diagonal; tile 0 is forced; NaN is never chosen.
     np.testing.assert_array_equal(tiles, [[0, 1, 3]])
     np.testing.assert_array_equal(count, [3])

@@ -10,6 +10,7 @@ from minference_jax.attention import make_plan
 from minference_jax.patterns import Antidiagonal, QueryAware
 from pallas_kernels.plan_check import lists_are_clean
 
+PLAN = jax.jit(make_plan, static_argnames="pattern")
 BUILDERS = [Antidiagonal(blocks=4, coverage=0.7), QueryAware(blocks=4, columns=20, tiles=2, divergence=0.25)]
 
 
@@ -23,12 +24,12 @@ def inputs(rng, b):
 def test_padded_batch_equals_each_sequence_alone_and_vmap(rng, pattern):
     q, k = inputs(rng, 3)
     lengths = jnp.asarray([448, 190, 64], jnp.int32)
-    together = make_plan(q, k, pattern, lengths=lengths)
+    together = PLAN(q, k, pattern, lengths=lengths)
     assert together.clean and lists_are_clean(together).all()
-    one = jax.vmap(lambda q, k, length: make_plan(q[None], k[None], pattern, lengths=length[None]))
+    one = jax.jit(jax.vmap(lambda q, k, length: make_plan(q[None], k[None], pattern, lengths=length[None])))
     mapped = jax.tree.map(lambda x: x[:, 0], one(q, k, lengths))
     np.testing.assert_array_equal(mapped.to_mask(448, 448), together.to_mask(448, 448))
-    alone = make_plan(q[1:2, :190], k[1:2, :190], pattern)
+    alone = PLAN(q[1:2, :190], k[1:2, :190], pattern)
     expected = np.asarray(together.to_mask(448, 448))[1, :, :190, :190]
     np.testing.assert_array_equal(np.asarray(alone.to_mask(190, 190))[0], expected)
 
@@ -41,4 +42,4 @@ def test_shard_map_over_heads(rng, pattern):
     sharded = jax.shard_map(
         lambda q, k: make_plan(q, k, pattern), mesh=mesh, in_specs=(spec, spec), out_specs=out, check_vma=False
     )
-    jax.tree.map(np.testing.assert_array_equal, make_plan(q, k, pattern), jax.jit(sharded)(q, k))
+    jax.tree.map(np.testing.assert_array_equal, PLAN(q, k, pattern), jax.jit(sharded)(q, k))

@@ -14,6 +14,7 @@ from minference_jax.patterns import BlockSparse, HeadPatterns, PerTile, SharedDe
 from pallas_kernels.plan_check import lists_are_clean
 
 PLAN = jax.jit(make_plan, static_argnames=("pattern",))
+TILE_ROWS = jax.jit(tile_mass.tile_rows, static_argnums=(1, 2), static_argnames="ends")
 RULE = PerTile(8, 0.004, floor_columns=60, floor_slashes=60)
 
 
@@ -50,11 +51,11 @@ def by_hand():
 
 def test_what_is_worth_a_visit_by_hand(by_hand):
     mass = by_hand
-    columns, blocks = worth.worth_a_visit(mass, jnp.full((1, 1, 1), 0.009))
+    columns, blocks = jax.jit(worth.worth_a_visit)(mass, jnp.full((1, 1, 1), 0.009))
     np.testing.assert_array_equal(np.flatnonzero(columns), [7])
     np.testing.assert_array_equal(np.argwhere(blocks[0, 0, 0]), [[4, 1]])
     expected = 9 + 128 * (0.2 * 4 + 0.02 * 32 + 0.001 * 32)
-    np.testing.assert_allclose(worth.held(mass, columns, blocks), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(worth.held)(mass, columns, blocks), expected, rtol=1e-6)
 
 
 def test_no_head_keeps_less_than_the_original(rng):
@@ -113,18 +114,18 @@ def test_beside_another_kind(rng):
 
 def test_probe_rows_of_the_last_tile():
     valid = jnp.asarray([256, 129, 100, 0], jnp.int32)
-    rows, share = tile_mass.tile_rows(valid, 2, 32, ends=False)
+    rows, share = TILE_ROWS(valid, 2, 32, ends=False)
     np.testing.assert_array_equal(rows[0], [[16, 48, 80, 112], [144, 176, 208, 240]])
     np.testing.assert_allclose(share[0], 32.0)
     assert int(rows[1, 1, 0]) == 128  # the only row of its tile
     np.testing.assert_allclose(share[1, 1], [1, 0, 0, 0])
     np.testing.assert_allclose(share[2], [[100 / 3] * 3 + [0], [0] * 4], rtol=1e-6)
-    rows, ends = tile_mass.tile_rows(valid, 2, 32, ends=True)
+    rows, ends = TILE_ROWS(valid, 2, 32, ends=True)
     np.testing.assert_array_equal(rows[0], [[0, 32, 64, 127], [128, 160, 192, 255]])
     assert int(rows[1, 1, 0]) == 128
     np.testing.assert_array_equal(rows[2, 0], [0, 32, 64, 99])
     np.testing.assert_allclose(ends[:, :, 0], [[32, 32], [32, 1], [25, 0], [0, 0]])
-    every_row, _ = tile_mass.tile_rows(valid, 2, 1, ends=True)
+    every_row, _ = TILE_ROWS(valid, 2, 1, ends=True)
     np.testing.assert_array_equal(every_row[2, 0, :100], np.arange(100))
 
 

@@ -2,17 +2,16 @@
 
 import json
 
-import jax
 import jsonschema
 import numpy as np
 import pytest
 from checkpoints import write_byte_model
 from helpers import run_command
+from numpy_llama import random_llama
 
 from minference_jax.jobs import PromptTemplate, batch_replies
 from minference_jax.jobs.json_schema import JsonSchema, _likeliest
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.llama import Llama
 from minference_jax.text.tokenizer import load_tokenizer
 
 OBJECT = {
@@ -42,7 +41,7 @@ def tokenizer(folder):
 def model(tokenizer):
     """More ids than the tokenizer has."""
     config = LlamaConfig(tokenizer.vocab_size + 9, 32, 40, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16)
-    return Llama.random(config, jax.random.key(0))
+    return random_llama(config)
 
 
 def run(model, tokenizer, schema, **options):

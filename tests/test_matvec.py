@@ -9,6 +9,9 @@ from helpers import relative_error
 from minference_jax.models import fp8
 from pallas_kernels.decode.matvec import stacked_matvec
 
+MATVEC = jax.jit(stacked_matvec, static_argnames=("activation", "dtype", "interpret"))
+QUANTIZE = jax.jit(fp8.quantize_weight, static_argnums=1)
+
 
 @pytest.mark.parametrize("shape", [(1, 64, (128,)), (3, 320, (256, 128))])
 def test_it_is_the_product_with_that_layer(rng, shape):
@@ -16,7 +19,7 @@ def test_it_is_the_product_with_that_layer(rng, shape):
     x = jnp.asarray(rng.standard_normal((b, inside)), jnp.bfloat16)
     weights = [jnp.asarray(rng.standard_normal((3, inside, out)), jnp.bfloat16) for out in outs]
     for layer in (0, 2):
-        got = stacked_matvec(x, weights, jnp.int32(layer), interpret=True)
+        got = MATVEC(x, weights, jnp.int32(layer), interpret=True)
         for y, weight in zip(got, weights, strict=True):
             expected = np.asarray(x.astype(jnp.float32)) @ np.asarray(weight[layer].astype(jnp.float32))
             assert y.dtype == jnp.bfloat16 and relative_error(y, expected) < 3e-3
@@ -28,8 +31,8 @@ def test_fp8_weights_are_read_as_they_lie(rng, b):
     inside = 256 if b == 1 else 320  # a multiple of the larger tile, and of the smaller one only
     x = jnp.asarray(rng.standard_normal((b, inside)) * np.array([[1e4], [1e-6], [0]])[:b], jnp.bfloat16)
     wide = [jnp.asarray(rng.standard_normal((2, inside, out)), jnp.bfloat16) for out in (128, 64)]
-    weights, scales = zip(*(fp8.quantize_weight(weight, 1) for weight in wide), strict=True)
-    got = stacked_matvec(x, weights, jnp.int32(1), scales, interpret=True)
+    weights, scales = zip(*(QUANTIZE(weight, 1) for weight in wide), strict=True)
+    got = MATVEC(x, weights, jnp.int32(1), scales, interpret=True)
     for y, weight, scale in zip(got, weights, scales, strict=True):
         exact = weight[1].astype(jnp.float32) * scale[1][:, None]
         for row, expected in zip(y, np.asarray(x.astype(jnp.float32)) @ np.asarray(exact).T, strict=True):
@@ -43,12 +46,12 @@ def test_the_activation_is_part_of_it(rng, narrow, activation):
     weights = [jnp.asarray(rng.standard_normal((2, 192, 64)) / 14, jnp.bfloat16) for _ in range(2)]
     scales, exact = (), [np.asarray(weight[1].astype(jnp.float32)) for weight in weights]
     if narrow:
-        weights, scales = zip(*(fp8.quantize_weight(weight, 1) for weight in weights), strict=True)
+        weights, scales = zip(*(QUANTIZE(weight, 1) for weight in weights), strict=True)
         exact = [np.asarray(w[1].astype(jnp.float32) * s[1][:, None]).T for w, s in zip(weights, scales, strict=True)]
     gate, up = (np.asarray(row.astype(jnp.float32)) @ weight for weight in exact)
     act = jax.nn.silu if activation == "silu" else jax.nn.gelu
     options = {"activation": activation, "dtype": jnp.float32, "interpret": True}
-    (y,) = stacked_matvec(row, weights, jnp.int32(1), scales, **options)
+    (y,) = MATVEC(row, weights, jnp.int32(1), scales, **options)
     assert y.dtype == jnp.float32 and relative_error(y, act(gate) * up) < 1e-3
 
 

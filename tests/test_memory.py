@@ -6,13 +6,13 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from numpy_llama import random_llama
 
 from minference_jax.checkpoints.presets import CONFIGS
 from minference_jax.cli import main
 from minference_jax.models import fp8
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.llama import Llama
 from minference_jax.models.params import param_shapes
 from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, SharedDensity, VerticalSlash
 from minference_jax.patterns.base import pairs
@@ -141,7 +141,7 @@ def test_auto_takes_tiles_of_one_density_from_8k_tokens_on():
 
 
 def test_auto_uses_the_pattern_of_the_prompts_length():
-    model = Llama.random(TINY, jax.random.key(0), patterns="auto")
+    model = random_llama(TINY, "auto")
     assert model.patterns is None and model.patterns_at(128) is None
     for keys in (1 << 16, 1 << 17):
         found = model.patterns_at(keys)
@@ -156,7 +156,7 @@ def test_auto_uses_the_pattern_of_the_prompts_length():
 
 def test_auto_runs_the_dense_program_where_that_is_its_choice(rng):
     tokens = jnp.asarray(rng.integers(0, 61, (1, 128)))
-    model = Llama.random(TINY, jax.random.key(0))
+    model = random_llama(TINY)
     auto = model.with_patterns("auto")
     choice = auto.attention_choice(128)
     assert choice is not None and choice.dense and model.attention_choice(128) is None

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import run_command
 from jax.sharding import AxisType
+from numpy_llama import random_llama
 from variants import VARIANTS
 
 from minference_jax.checkpoints.presets import CONFIGS
@@ -59,7 +60,7 @@ def test_a_long_prefill_sends_what_the_design_says():
 def test_narrow_weights_and_cache():
     config = LlamaConfig(96, 64, 112, num_layers=2, num_heads=8, num_kv_heads=2, head_dim=16)
     tokens = np.random.default_rng(0).integers(0, 96, (1, 300))
-    one = Llama.random(config, jax.random.key(0)).with_fp8_projections()
+    one = random_llama(config).with_fp8_projections()
     found = [model.prefill(tokens, None, model.init_cache(1, 384, "int8")) for model in (one, one.on(make_mesh()))]
     for expected, same in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_array_equal(expected, same)
@@ -67,7 +68,7 @@ def test_narrow_weights_and_cache():
 
 def test_meshes_that_do_not_fit_are_refused():
     config = LlamaConfig(96, 72, 112, num_layers=2, num_heads=9, num_kv_heads=3, head_dim=8)
-    model = Llama.random(config, jax.random.key(0))
+    model = random_llama(config)
     with pytest.raises(ValueError, match=r"9 query and 3 KV heads .* of 2 devices these fit: rows=2,heads=1"):
         model.on(make_mesh(heads=2))
     assert make_mesh(config=config).shape == {"rows": 1, "heads": 1}

@@ -4,12 +4,12 @@ import json
 import os
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy_llama import random_llama
 
-from minference_jax import Llama, LlamaConfig
+from minference_jax import LlamaConfig
 from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, PerTile, SharedDensity, VerticalSlash
 from minference_jax.patterns.files import MAX_FILE_BYTES, PRESETS, load_about, load_patterns, preset, save_patterns
 
@@ -109,7 +109,7 @@ def test_model_takes_patterns_by_file_and_by_preset(name, tmp_path, rng):
         with pytest.raises(ValueError, match="heads per layer; expected 2"):
             preset(name, 2, 2)
         return
-    model = Llama.random(config, jax.random.key(0), patterns=name)
+    model = random_llama(config, name)
     assert model.patterns is not None
     save_patterns(model.patterns, tmp_path / "p.json", official=True)
     again = model.with_patterns(tmp_path / "p.json")

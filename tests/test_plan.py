@@ -12,6 +12,9 @@ from pallas_kernels import KEY_TILE, QUERY_TILE, SparsePlan, rule
 from pallas_kernels.plan_builders import a_shape_plan, block_sparse_plan, slashes_to_bands, vertical_slash_plan
 from pallas_kernels.plan_check import lists_are_clean
 
+BANDS = jax.jit(slashes_to_bands, static_argnames=("max_distance", "width"))
+VERTICAL_SLASH = jax.jit(vertical_slash_plan, static_argnames="kv_len")
+
 
 def tile_picture(plan: SparsePlan, q_len: int, kv_len: int, q_offset: int = 0) -> list[str]:
     """A row a query tile, a character a 64-key tile: '1' all visited, '/' its causal part, '.' none, 'c' columns."""
@@ -128,7 +131,7 @@ def test_a_band_is_cut_at_the_first_key():
 
 def test_slash_lines_are_covered_and_one_line_costs_two_tiles():
     for distance in (0, 1, 63, 64, 65, 127, 128, 200, 639):
-        plan = vertical_slash_plan(int32([[[]]]), int32([[[distance]]]), kv_len=640)
+        plan = VERTICAL_SLASH(int32([[[]]]), int32([[[distance]]]), kv_len=640)
         mask = np.asarray(plan.to_mask(640, 640))[0, 0]
         rows = np.arange(distance, 640)
         assert mask[rows, rows - distance].all()
@@ -148,14 +151,14 @@ def test_slash_lines_are_covered_and_one_line_costs_two_tiles():
     ],
 )
 def test_bands_of_slash_lines(lines, bands):
-    found, count = slashes_to_bands(int32([[[*lines]]]), max_distance=639)
+    found, count = BANDS(int32([[[*lines]]]), max_distance=639)
     assert found[0, 0, : int(count[0, 0])].tolist() == bands
 
 
 def test_bands_of_random_lines_cover_each_and_keep_the_nearest(rng):
     lines = int32(rng.integers(0, 1500, (1, 8, 9)))
-    bands, count = slashes_to_bands(lines, jnp.full((1, 8), 7, jnp.int32), max_distance=1299)
-    fewer, fewer_count = slashes_to_bands(lines, jnp.full((1, 8), 7, jnp.int32), max_distance=1299, width=3)
+    bands, count = BANDS(lines, jnp.full((1, 8), 7, jnp.int32), max_distance=1299)
+    fewer, fewer_count = BANDS(lines, jnp.full((1, 8), 7, jnp.int32), max_distance=1299, width=3)
     for head in range(8):
         listed = np.asarray(bands[0, head, : int(count[0, head])])
         covered = {key for r in listed for key in range(r - 63, r + 1)}
@@ -225,9 +228,10 @@ def test_wrong_shapes_name_the_part():
 
 
 def test_blocks_in_order_are_counted_as_all_of_them_are(rng):
+    past = jax.jit(lambda *x: rule.past_blocks(*x, clean=True).sum(-1))
     for width in (1, 2, 3, 4, 7, 8, 33, 64, 100):
         blocks = np.sort(np.stack([rng.permutation(width + 9)[:width] for _ in range(40)]).reshape(2, 20, width))
         count = int32(rng.integers(0, width + 3, (2, 20)))  # a count past the list is one of all of it
         q0 = int32(QUERY_TILE * rng.integers(0, (width + 11) // 2, 20))
-        expected = rule.past_blocks(int32(blocks), count, q0[:, None], clean=True).sum(-1)
-        np.testing.assert_array_equal(rule.past_in_order(int32(blocks), count, q0), expected)
+        expected = past(int32(blocks), count, q0[:, None])
+        np.testing.assert_array_equal(jax.jit(rule.past_in_order)(int32(blocks), count, q0), expected)

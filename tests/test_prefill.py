@@ -8,6 +8,7 @@ import math
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from numpy_llama import random_llama
 
 from minference_jax.bench import prefill
 from minference_jax.bench.prefill import bench_prefill
@@ -25,7 +26,7 @@ TINY = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_d
 
 def test_rows_say_what_ran_and_what_was_estimated():
     methods = {"dense": (None, False), "minference": (VerticalSlash(columns=4, tiles=1), False)}
-    model = Llama.random(TINY, jax.random.key(0))
+    model = random_llama(TINY)
     dense, sparse = bench_prefill(model, [640], methods, repeats=1, dense_limit=512)
     assert (dense.tokens, dense.method, dense.estimated) == (640, "dense", True)
     assert dense.seconds == dense.attention + dense.projections and dense.density == 1.0 and dense.speedup == 1.0

@@ -1,12 +1,16 @@
 """Rows rounded to a byte a number: nothing is lost by turning them, and little by their factors."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from helpers import relative_error
 
-from minference_jax.models.rounding import quantize_rows, turned
+from minference_jax.models import rounding
+
+quantize_rows = jax.jit(rounding.quantize_rows, static_argnums=1)
+turned = jax.jit(rounding.turned)
 
 
 def back(numbers, scale) -> np.ndarray:

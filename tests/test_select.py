@@ -7,6 +7,8 @@ import pytest
 
 from minference_jax.index import select
 
+TOP_K = jax.jit(select.top_k, static_argnums=2)
+
 
 def numpy_top_k(scores, k):
     """Positions of the k largest, ties to the lower position, ascending; −inf and NaN are never chosen."""
@@ -16,7 +18,7 @@ def numpy_top_k(scores, k):
 
 
 def check(scores, k, width):
-    positions, count = jax.jit(select.top_k, static_argnums=2)(jnp.asarray(scores), jnp.asarray(k, jnp.int32), width)
+    positions, count = TOP_K(jnp.asarray(scores), jnp.asarray(k, jnp.int32), width)
     for row, wanted, row_positions, row_count in zip(scores, k, np.asarray(positions), np.asarray(count), strict=True):
         expected = numpy_top_k(row, min(max(wanted, 0), width))
         assert row_count == len(expected)
@@ -26,11 +28,11 @@ def check(scores, k, width):
 
 def test_a_row_by_hand():
     scores = jnp.asarray([[0.5, 2.0, 0.5, -jnp.inf, 1.0, 0.5]], jnp.float32)
-    positions, count = select.top_k(scores, jnp.asarray([4], jnp.int32), 5)
+    positions, count = TOP_K(scores, jnp.asarray([4], jnp.int32), 5)
     # 2.0 and 1.0, then the two lowest positions of the three that tie at 0.5.
     np.testing.assert_array_equal(positions, [[0, 1, 2, 4, 6]])
     np.testing.assert_array_equal(count, [4])
-    np.testing.assert_array_equal(select.top_k_mask(scores, jnp.asarray([9], jnp.int32)), scores > -jnp.inf)
+    np.testing.assert_array_equal(jax.jit(select.top_k_mask)(scores, jnp.asarray([9], jnp.int32)), scores > -jnp.inf)
 
 
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 100, 1000])
@@ -59,7 +61,7 @@ def test_special_values_and_denormals():
 def test_sixteen_bit_scores(rng, dtype):
     scores = jnp.asarray(rng.standard_normal((12, 300)), dtype).at[:, 7].set(jnp.nan).at[:, 9].set(-jnp.inf)
     k = rng.integers(0, 310, 12)
-    positions, count = jax.jit(select.top_k, static_argnums=2)(scores, jnp.asarray(k, jnp.int32), 200)
+    positions, count = TOP_K(scores, jnp.asarray(k, jnp.int32), 200)
     for row in range(12):
         expected = numpy_top_k(np.asarray(scores[row], np.float32), min(k[row], 200))
         np.testing.assert_array_equal(positions[row, : count[row]], expected)
@@ -83,7 +85,7 @@ def test_as_many_as_hold_enough(rng):
     target[:2] = 0
     k = np.where(np.arange(20) < 15, 300, rng.integers(0, 300, 20)).astype(np.int32)
     enough = select.Enough(jnp.asarray(mass), jnp.asarray(target), least=3)
-    positions, count = jax.jit(select.top_k, static_argnums=2)(jnp.asarray(scores), jnp.asarray(k), 300, enough)
+    positions, count = TOP_K(jnp.asarray(scores), jnp.asarray(k), 300, enough)
     for row in range(20):
         best = np.argsort(-scores[row], kind="stable")
         held = np.cumsum(mass[row, best].astype(np.float64))
@@ -100,26 +102,27 @@ def test_enough_among_equal_scores():
     scores, mass = jnp.asarray([[2.0, 1, 1, 1, 1, 0]]), jnp.asarray([[0.5, 0.1, 0.1, 0.1, 0.1, 0.1]])
     for target, expected in ((0.4, [0]), (0.65, [0, 1, 2]), (0.75, [0, 1, 2, 3]), (2.0, list(range(6)))):
         enough = select.Enough(mass, jnp.asarray([target]))
-        positions, count = select.top_k(scores, jnp.asarray([6]), 6, enough)
+        positions, count = TOP_K(scores, jnp.asarray([6]), 6, enough)
         np.testing.assert_array_equal(positions[0, : count[0]], expected)
 
 
 def test_compact_and_bitmaps(rng):
     mask = rng.random((5, 77)) < 0.3
-    words = select.pack(jnp.asarray(mask))
-    np.testing.assert_array_equal(select.unpack(words, 77), mask)
-    positions, count = select.word_positions(select.pack(jnp.asarray(mask)), 40, mask.shape[-1])
+    words = jax.jit(select.pack)(jnp.asarray(mask))
+    np.testing.assert_array_equal(jax.jit(select.unpack, static_argnums=1)(words, 77), mask)
+    positions_of = jax.jit(select.word_positions, static_argnums=(1, 2))
+    positions, count = positions_of(words, 40, mask.shape[-1])
     for row in range(5):
         expected = np.flatnonzero(mask[row])
         assert count[row] == len(expected)
         np.testing.assert_array_equal(positions[row, : len(expected)], expected)
     # A width smaller than the number of flags keeps the first ones.
-    positions, count = select.word_positions(select.pack(jnp.asarray(mask)), 4, mask.shape[-1])
+    positions, count = positions_of(words, 4, mask.shape[-1])
     np.testing.assert_array_equal(count, np.minimum(mask.sum(-1), 4))
 
 
 def test_rows_are_independent_and_vmap_agrees(rng):
     scores, k = rng.random((3, 4, 50)).astype(np.float32), rng.integers(0, 50, (3, 4)).astype(np.int32)
-    together = select.top_k(scores, jnp.asarray(k), 50)
-    mapped = jax.vmap(lambda s, n: select.top_k(s, n, 50))(jnp.asarray(scores), jnp.asarray(k))
+    together = TOP_K(scores, jnp.asarray(k), 50)
+    mapped = jax.jit(jax.vmap(lambda s, n: select.top_k(s, n, 50)))(jnp.asarray(scores), jnp.asarray(k))
     jax.tree.map(np.testing.assert_array_equal, together, mapped)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from helpers import random_qkv
 from jax.sharding import PartitionSpec
+from numpy_llama import random_llama
 
 import pallas_kernels as pk
 from minference_jax import (
     AShape,
     BlockSparse,
     Dense,
-    Llama,
     LlamaConfig,
     PerTile,
     SharedDensity,
@@ -92,7 +92,7 @@ def test_models_and_tile_masses_are_traced_under_every_setting(inputs):
     with contextlib.ExitStack() as stack:
         for name in ("x64", "rank promotion", "leaks"):
             stack.enter_context(SETTINGS[name]())
-        model = Llama.random(CONFIG, jax.random.key(0), patterns="vertical-slash:columns=3,slashes=3")
+        model = random_llama(CONFIG, "vertical-slash:columns=3,slashes=3")
         calls = {
             "logits": lambda: model(tokens, lengths),
             "hidden": lambda: model.hidden_states(tokens, lengths),
@@ -114,10 +114,10 @@ TOKENS = np.arange(280).reshape(2, 140) % 61
 
 def replies():
     """What a small model says, the model made under the caller's settings too."""
-    model = Llama.random(CONFIG, jax.random.key(0), patterns="vertical-slash:columns=3,slashes=3")
+    model = random_llama(CONFIG, "vertical-slash:columns=3,slashes=3")
     prompts = [TOKENS[0].tolist(), TOKENS[1, :77].tolist()]
     answer = generate(model, prompts, max_new_tokens=3, temperature=0.8, top_p=0.9, key=0, cache_dtype="int8")
-    return model.token_log_likelihoods(TOKENS, [140, 77]), np.asarray(answer.sequences())
+    return model.with_patterns(None).token_log_likelihoods(TOKENS, [140, 77]), np.asarray(answer.sequences())
 
 
 def test_a_model_says_the_same_under_every_setting():
@@ -131,7 +131,7 @@ def test_a_model_says_the_same_under_every_setting():
 
 
 def test_a_model_inside_shard_map_exported_and_refused_in_words():
-    model = Llama.random(CONFIG, jax.random.key(0), patterns="a-shape:sink=2,window=70")
+    model = random_llama(CONFIG, "a-shape:sink=2,window=70")
     tokens, lengths = jnp.asarray(TOKENS, jnp.int32), jnp.asarray([140, 77], jnp.int32)
 
     def both(tokens, lengths):
@@ -186,7 +186,7 @@ def test_an_exported_program_gives_a_plan(inputs):
 
 def test_export_checkpoint_and_forward_mode(inputs):
     q, k, v = inputs
-    pattern = VerticalSlash(columns=6, slashes=6)
+    pattern = AShape(2, 70)
 
     def attend(q, k, v):
         return sparse_attention(q, k, v, pattern)

@@ -1,5 +1,7 @@
 """The public attention functions: what they return, what they ignore, and mistakes that name themselves."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,14 +22,15 @@ from pallas_kernels.plan_builders import a_shape_plan, vertical_slash_plan
 
 def test_pattern_functions_equal_their_plans(rng):
     q, k, v = random_qkv(rng, 1, 300, 300, 2, 1, 64)
-    a_shape = a_shape_attention(q, k, v, sink=5, window=100)
-    assert_close(a_shape, sparse_attention(q, k, v, a_shape_plan(1, 2, sink=5, window=100), implementation="reference"))
+    reference = jax.jit(partial(sparse_attention, implementation="reference"))
+    a_shape = jax.jit(partial(a_shape_attention, sink=5, window=100))(q, k, v)
+    assert_close(a_shape, reference(q, k, v, a_shape_plan(1, 2, sink=5, window=100)))
     columns, slashes = int32([[[7, 250, -1], [3, 3, 299]]]), int32([[[0, 150], [77, -1]]])
-    plan = vertical_slash_plan(columns, slashes, kv_len=300)
-    out = vertical_slash_attention(q, k, v, columns, slashes)
-    assert_close(out, sparse_attention(q, k, v, plan, implementation="reference"))
+    plan = jax.jit(partial(vertical_slash_plan, kv_len=300))(columns, slashes)
+    out = jax.jit(vertical_slash_attention)(q, k, v, columns, slashes)
+    assert_close(out, reference(q, k, v, plan))
     blocks = int32([[[[-1, -1], [1, 0], [3, -1]], [[0, 0], [-1, 1], [2, 9]]]])
-    out, mask = block_sparse_attention(q, k, v, blocks), np.zeros((2, 300, 300), bool)
+    out, mask = jax.jit(block_sparse_attention)(q, k, v, blocks), np.zeros((2, 300, 300), bool)
     for head in range(2):
         for i in range(3):
             for tile in [*np.asarray(blocks)[0, head, i], 2 * i, 2 * i + 1]:
@@ -40,8 +43,8 @@ def test_pattern_functions_equal_their_plans(rng):
 def test_a_traced_offset_is_rounded_down_to_a_query_tile(rng):
     q, k, v = random_qkv(rng, 1, 64, 256, 2, 1, 64)
     plan = a_shape_plan(1, 2, sink=1, window=64)
-    at = lambda offset: sparse_attention(q, k, v, plan, q_offset=jnp.int32(offset), implementation="reference")  # noqa: E731
-    np.testing.assert_array_equal(at(130), at(128))
+    at = jax.jit(lambda offset: sparse_attention(q, k, v, plan, q_offset=offset, implementation="reference"))
+    np.testing.assert_array_equal(at(jnp.int32(130)), at(jnp.int32(128)))
 
 
 @pytest.mark.parametrize("pattern", ["vertical-slash:columns=6,slashes=6", "shared-density:density=0.6,every=64"])
@@ -64,10 +67,11 @@ def test_the_log_sum_exp_comes_if_asked_for(rng):
         lambda **options: vertical_slash_attention(q, k, v, columns, columns, **options),
         lambda **options: block_sparse_attention(q, k, v, blocks, **options),
     )
-    for call in calls:
-        out, lse = call(return_lse=True, scale=0.5)
+    with_lse = jax.jit(lambda: [call(return_lse=True, scale=0.5) for call in calls])()
+    without = jax.jit(lambda: [call(scale=0.5) for call in calls])()
+    for (out, lse), alone in zip(with_lse, without, strict=True):
         assert out.shape == q.shape and lse.shape == (1, 64, 2)
-        np.testing.assert_array_equal(out, call(scale=0.5))
+        np.testing.assert_allclose(out, alone, atol=1e-6)
 
 
 def swapped(heads, kv_heads, positions):

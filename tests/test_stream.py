@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy_llama import random_llama
 
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.llama import Llama
 from minference_jax.parallel import make_mesh, stream
 from minference_jax.parallel.exchange import Exchange
 
@@ -26,11 +26,11 @@ def test_pieces_are_the_rows_in_order(monkeypatch):
 @pytest.mark.parametrize("mesh", [{"heads": 2}, {"rows": 2, "heads": 1}], ids=("heads", "rows"))
 def test_a_prefill_in_pieces_is_that_of_one_device(monkeypatch, mesh):
     monkeypatch.setattr(stream, "LEAST", 40)
-    tokens = np.random.default_rng(0).integers(0, 96, (2, 300))
-    one = Llama.random(CONFIG, jax.random.key(0), patterns="a-shape:sink=64,window=128")
+    tokens = np.random.default_rng(0).integers(0, 96, (2, 200))
+    one = random_llama(CONFIG, "a-shape:sink=16,window=16")
     many = one.on(make_mesh(**mesh))
     found = [
-        model.prefill(tokens, np.array([300, 177]), model.init_cache(2, 384), rows_at_once=24) for model in (one, many)
+        model.prefill(tokens, np.array([200, 147]), model.init_cache(2, 256), rows_at_once=24) for model in (one, many)
     ]
     for expected, same in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_array_equal(expected, same)

@@ -2,11 +2,11 @@
 
 import json
 
-import jax
 import pytest
 from checkpoints import write_byte_model
 from eval_tokenizer import NumberTokenizer
 from helpers import run_command
+from numpy_llama import random_llama
 
 from minference_jax.data.reviews import make_reviews
 from minference_jax.jobs import read_rows, summarize
@@ -19,9 +19,7 @@ KEYWORDS = ("quality", "price", "품질", "nothing")
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    return Llama.random(
-        LlamaConfig(900, 32, 40, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16), jax.random.key(0)
-    )
+    return random_llama(LlamaConfig(900, 32, 40, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16))
 
 
 def test_reviews_are_the_same_for_a_seed_and_say_what_they_are_about():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from numpy_llama import random_params
 
 from minference_jax import AShape, Llama, LlamaConfig, SharedDensity, make_plan, sparse_attention
 from minference_jax.eval.baselines import Dilated
@@ -21,8 +22,8 @@ THRESHOLD = 2 / 2048
 @pytest.fixture(scope="module")
 def model():
     """Random weights; queries and keys of the last two layers are large, so that their attention is uneven."""
-    params = dict(Llama.random(CONFIG, jax.random.key(0), "float32").params())
-    factor = jnp.asarray([0.3, 0.3, 8.0, 8.0], jnp.float32)[:, None, None, None]
+    params = random_params(CONFIG)
+    factor = np.asarray([0.3, 0.3, 8.0, 8.0], np.float32)[:, None, None, None]
     return Llama.from_params(CONFIG, params | {name: params[name] * factor for name in ("layers.wq", "layers.wk")})
 
 

@@ -138,10 +138,11 @@ class HeadPatterns:
     recalls: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        given: Any = self.layers
-        parsed = {p: as_pattern(p) for layer in given for p in layer if isinstance(p, str)}
-        layers = tuple(tuple(parsed[p] if isinstance(p, str) else p for p in layer) for layer in given)
-        object.__setattr__(self, "layers", layers)
+        given: Any = tuple(self.layers)
+        different = {id(layer): layer for layer in given}  # often one, for all layers
+        parsed = {p: as_pattern(p) for layer in different.values() for p in layer if isinstance(p, str)}
+        made = {key: tuple(parsed[p] if isinstance(p, str) else p for p in layer) for key, layer in different.items()}
+        object.__setattr__(self, "layers", tuple(made[id(layer)] for layer in given))
         heads = {len(layer) for layer in self.layers}
         if not self.layers or heads == {0}:
             raise ValueError("HeadPatterns needs at least one layer and one head")
@@ -149,10 +150,11 @@ class HeadPatterns:
             counts = [len(layer) for layer in self.layers]
             odd = next(i for i, count in enumerate(counts) if count != counts[0])
             raise ValueError(f"HeadPatterns: layer {odd} has {counts[odd]} heads, layer 0 has {counts[0]}")
-        for index, layer in enumerate(self.layers):
-            for head, pattern in enumerate(layer):
-                if not isinstance(pattern, Pattern):
-                    raise TypeError(f"HeadPatterns: layer {index}, head {head} is {pattern!r}, which is no pattern")
+        for pattern in self.distinct():
+            if not isinstance(pattern, Pattern):
+                places = ((i, j) for i, layer in enumerate(self.layers) for j, p in enumerate(layer) if p is pattern)
+                index, head = next(places)
+                raise TypeError(f"HeadPatterns: layer {index}, head {head} is {pattern!r}, which is no pattern")
         _check_registered(self.distinct())
         for name in ("scores", "densities", "recalls"):
             figures = getattr(self, name)
@@ -193,7 +195,8 @@ class HeadPatterns:
 
     def distinct(self) -> list[Pattern]:
         """Every pattern object that occurs, once."""
-        return list({id(p): p for layer in self.layers for p in layer}.values())
+        layers = {id(layer): layer for layer in self.layers}.values()
+        return list({id(p): p for layer in layers for p in layer}.values())
 
     def __iter__(self) -> Iterator[tuple[Pattern, ...]]:
         return iter(self.layers)
