@@ -99,12 +99,26 @@ def test_only_a_decoding_step_adds_and_normalises_at_once(monkeypatch):
     assert calls == [(1, 1, 64)]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_it_says_what_it_cannot_serve():
     q, cos, cache = jnp.zeros((1, 2, 32), jnp.bfloat16), jnp.zeros((1, 1, 8)), jnp.zeros((1, 1, 8, 1, 32), jnp.bfloat16)
     assert "all of a head is rotated" in str(unsupported_reason(q, cos, cache))
     with pytest.raises(ValueError, match="one dtype of 16 bits"):
         caches_of = cache.astype(jnp.float32), cache.astype(jnp.float32)
         rotate_and_append(q, q[:, :1], q[:, :1], cos, cos, None, *caches_of, jnp.int32(0), jnp.asarray([0]))
+    cos = jnp.zeros((1, 1, 16))
+    with pytest.raises(ValueError, match=r"k must be bfloat16 \(1, 1, 32\), got bfloat16 \(1, 2, 32\)"):
+        rotate_and_append(q, q, q[:, :1], cos, cos, None, cache, cache, jnp.int32(0), jnp.asarray([0]))
+    assert "do not fit k_cache" in str(unsupported_reason(jnp.tile(q, (2, 1, 1)), cos, cache))
+    assert "nothing in" in str(unsupported_reason(q[:0], cos, cache))
+    row, weights = jnp.zeros((1, 64), jnp.bfloat16), jnp.zeros((2, 64), jnp.bfloat16)
+    for arguments in (
+        (row, row[:, :32], weights),
+        (row, row, weights.astype(jnp.float32)),
+        (row[:0], row[:0], weights),
+    ):
+        with pytest.raises(ValueError, match="add_and_norm"):
+            add_and_norm(*arguments, jnp.int32(0), eps=1e-5)
 
 
 def test_a_step_of_kernels_is_that_of_plain_jnp(rng, monkeypatch):

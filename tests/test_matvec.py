@@ -71,7 +71,7 @@ def test_weights_that_the_lowering_cannot_address_are_copied_a_layer_at_a_time(l
 @pytest.mark.usefixtures("unchecked")
 def test_what_it_cannot_serve_it_refuses():
     x, weight = jnp.zeros((1, 64), jnp.bfloat16), jnp.zeros((2, 64, 128), jnp.bfloat16)
-    for other in (x.astype(jnp.float32), jnp.zeros((17, 64), jnp.bfloat16), jnp.zeros((1, 65), jnp.bfloat16)):
+    for other in (x.astype(jnp.float32), jnp.zeros((17, 64), jnp.bfloat16), x[:0], jnp.zeros((1, 65), jnp.bfloat16)):
         with pytest.raises(ValueError, match="stacked_matvec"):
             stacked_matvec(other, [weight], jnp.int32(0))
     with pytest.raises(ValueError, match="two weights of one width"):

@@ -38,7 +38,7 @@ class Residual(NamedTuple):
             return add_and_norm(x, *arrays, eps=config.rms_norm_eps, offset=config.traits.norm_offset)
 
         x, added = (y.reshape(-1, y.shape[-1]) for y in self)
-        if unsupported_reason(x) is not None:
+        if unsupported_reason(x, added, weights) is not None:
             found = plain(x, added, weights, layer)
         else:
             found = jax.lax.platform_dependent(x, added, weights, layer, cuda=kernel, default=plain)

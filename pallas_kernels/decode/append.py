@@ -45,7 +45,11 @@ def rotate_and_append(
     reason = unsupported_reason(q, cos, k_cache)
     if reason is not None:
         raise ValueError(f"rotate_and_append: {reason}")
-    (b, n, _), kv_heads = q.shape, k.shape[1]
+    (b, n, h), (layers, _, _, kv_heads, _) = q.shape, k_cache.shape
+    shapes = {"k": (b, kv_heads, h), "v": (b, kv_heads, h), "v_cache": (layers, b, k_cache.shape[2], kv_heads, h)}
+    for name, x in {"k": k, "v": v, "v_cache": v_cache}.items():
+        if x.shape != shapes[name] or x.dtype != q.dtype:
+            raise ValueError(f"rotate_and_append: {name} must be {q.dtype} {shapes[name]}, got {x.dtype} {x.shape}")
     inputs = (layer[None], positions, q, k, v, cos, sin, *(() if growth is None else (growth,)), k_cache, v_cache)
     return pl.pallas_call(
         partial(_kernel, scaled=growth is not None),
@@ -65,6 +69,10 @@ def unsupported_reason(q: Float[Array, "b n h"], cos: Float[Array, "layers b r"]
         return f"queries and cache must have one dtype of 16 bits, got {q.dtype} and {cache.dtype}"
     if h < 16 or h & (h - 1) or 2 * cos.shape[-1] != h:
         return f"all of a head is rotated, a power of two from 16 on; got {2 * cos.shape[-1]} of {h}"
+    if q.size == 0:
+        return f"there is nothing in queries of shape {q.shape}"
+    if cache.shape[1::3] != q.shape[::2] or cos.shape[:2] != cache.shape[:2]:
+        return f"q {q.shape} and cos {cos.shape} do not fit k_cache {cache.shape}"
     return None
 
 

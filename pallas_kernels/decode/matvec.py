@@ -68,7 +68,7 @@ def stacked_matvec(
 
     **Arguments:**
 
-    - `x`: `[b, i]`, bfloat16 or float16, at most 16 rows.
+    - `x`: `[b, i]`, bfloat16 or float16, 1 to 16 rows.
     - `weights`: either all `[layers, i, o]` in x's dtype, or all float8_e4m3fn `[layers, o, i]`. i and each o are
       multiples of 64; o may differ from weight to weight.
     - `layer`: int32 scalar, may be traced.
@@ -119,8 +119,8 @@ def unsupported_reason(
     """Why `stacked_matvec` can't serve a call, in words; None if it can."""
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the kernel computes in bfloat16 or float16; x is {x.dtype}"
-    if x.ndim != 2 or x.shape[0] > ROWS:
-        return f"the kernel takes x of at most {ROWS} rows, got shape {x.shape}"
+    if x.ndim != 2 or not 0 < x.shape[0] <= ROWS:
+        return f"the kernel takes x of 1 to {ROWS} rows, got shape {x.shape}"
     if len(scales) not in (0, len(weights)):
         return f"{len(weights)} weights have {len(scales)} scales"
     if scales and (reason := Device.default().reason_against_fp8()) is not None:

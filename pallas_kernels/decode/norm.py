@@ -37,7 +37,7 @@ def add_and_norm(
 
     **Raises:** ValueError for what does not fit, with the reason that `unsupported_reason` gives.
     """
-    reason = unsupported_reason(x)
+    reason = unsupported_reason(x, added, weight)
     if reason is not None:
         raise ValueError(f"add_and_norm: {reason}")
     (b, width), shape = x.shape, jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -53,10 +53,16 @@ def add_and_norm(
     return total, normed
 
 
-def unsupported_reason(x: Float[Array, "b d"]) -> str | None:
-    """Why the kernel can't serve such rows, in words; None if it can."""
-    if x.dtype.itemsize != 2:
-        return f"the kernel takes rows in 16 bits; they are {x.dtype}"
+def unsupported_reason(
+    x: Float[Array, "b d"], added: Float[Array, "b d"], weight: Float[Array, "layers d"]
+) -> str | None:
+    """Why the kernel can't serve a call, in words; None if it can."""
+    if added.shape != x.shape or x.shape[-1:] != weight.shape[1:]:
+        return f"x {x.shape}, added {added.shape} and weight {weight.shape} do not fit each other"
+    if x.dtype not in (jnp.bfloat16, jnp.float16) or weight.dtype != x.dtype:
+        return f"the kernel takes rows and weights in bfloat16 or float16; they are {x.dtype} and {weight.dtype}"
+    if x.size == 0:
+        return f"there is nothing in rows of shape {x.shape}"
     if x.shape[-1] > WIDEST:
         return f"the kernel holds rows of at most {WIDEST:,} elements; these have {x.shape[-1]:,}"
     return None
