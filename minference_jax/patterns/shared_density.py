@@ -56,8 +56,8 @@ class SharedDensity(Pattern):
 
     **Fields:**
 
-    - `density`: in (0, 1], visited / causal cells of the layer. About .25 at 8K tokens, .20 at 16K and 32K, .08 at 64K
-      and .045 at 128K.
+    - `density`: in (0, 1], visited / causal cells of the layer. About .25 at 8K tokens, .20 at 16K, .12 at 32K, .08 at
+      64K and .045 at 128K, as `"auto"` has it; more where answers need it.
     - `every`: rows to a probe, a divisor of 128; the same in all heads of a model. The index costs 1 / `every` of dense
       attention's scores.
     - `question`: if given, so many keys are columns of every head: those that the last 64 rows attend to most.
