@@ -142,6 +142,9 @@ def cases() -> Iterator[Case]:
 
         arguments = (query, cache, cache, one, prefix, scale)
         yield Case(f"decode, cache in {name}", decode, arguments, capabilities, "triton")
+        alone, few = shape((2, 1, 131072, 1, 128), dtype), shape((1, 8, 128), jnp.bfloat16)  # on one of many GPUs
+        arguments = (few, alone, alone, one, prefix, shape((2, 1, 131072, 1), jnp.bfloat16) if narrow else None)
+        yield Case(f"decode, a KV head in {name}", decode, arguments, capabilities, "triton")
 
         def multiply(x, weight, layer, scales):
             return stacked_matvec(x, [weight], layer, scales)
@@ -301,6 +304,8 @@ def compiled(capability: str, compiler: str, wanted: str, env: dict[str, str]) -
             numbers = f"{kernel.registers:10}{kernel.spilled:8}{in_loops:>9}{kernel.shared:8}"
             print(f"{capability:5}{kernel.case:42}{kernel.name:24}{numbers}", *complaints, sep="  ", flush=True)
             failed |= bool(complaints)
+    if child.returncode:  # a compiler that aborts leaves no message
+        print(f"{capability:5}{compiler}: ended with status {child.returncode} at the case after the last one above")
     return failed or child.returncode != 0
 
 
