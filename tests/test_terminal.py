@@ -21,7 +21,11 @@ from minference_jax.cli import main, progress
 from minference_jax.cli.app import app
 from minference_jax.cli.stopping import stoppable
 
-ON_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+ON_A_TERMINAL = """
+import os, pty, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells have their background jobs ignore it, these tests perhaps
+sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))
+"""
 
 
 @pytest.fixture(scope="module")
