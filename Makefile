@@ -85,6 +85,7 @@ venv: .venv/.dev
 .venv/.dev: .venv/.folder pyproject.toml constraints.txt
 	@echo "Installing minference-jax, what it needs, and the tools for development (about 1.3 GB) ..."
 	@$(BIN)/python $(PIP_INSTALL) --editable '.[dev]'
+	@$(BIN)/python -m compileall -qq -j 2 .venv/lib || true  # by both cores, which pip does by one; some files are templates
 	@touch $@ .venv/.runtime
 
 # PyTorch lives in an environment of its own and is only ever run as a child process. Without it the comparison tests

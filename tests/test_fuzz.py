@@ -71,7 +71,7 @@ def arguments(number: int):
 
 
 @pytest.mark.parametrize(
-    "plans", [40, 300, pytest.param(10_000, marks=[pytest.mark.nightly, pytest.mark.timeout(3600)])]
+    "plans", [20, 300, pytest.param(10_000, marks=[pytest.mark.nightly, pytest.mark.timeout(3600)])]
 )
 @pytest.mark.parametrize("name", BACKENDS)
 def test_random_plans_equal_the_oracle(name, plans):
