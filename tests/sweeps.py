@@ -189,7 +189,7 @@ SWEEPS: dict[str, dict[str, str | tuple[str, ...]]] = {
         "test_sigterm_in_eval_says_what_is_kept_and_the_command_goes_on": "test_a_command_that_does_not_end_…",
     },
     "test_tile_masses.py": {
-        "test_kernel_lowers_for_cuda_without_a_gpu": ("odd-*",),
+        "test_kernel_lowers_for_cuda_without_a_gpu": "test_kernel_axes.py, on a mesh; test_gpus.py, in a prefill",
         "test_interpreted_kernel_agrees_with_its_twin_and_is_free_of_races": "test_twin_is_the_definition",
     },
     "test_unspent.py": {
