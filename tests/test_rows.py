@@ -14,7 +14,7 @@ from minference_jax.models.experts import gated
 from minference_jax.models.layers import finish_layer, map_chunks, rms_norm
 from minference_jax.models.llama import Llama
 from pallas_kernels.device import Device, lowering_for
-from pallas_kernels.rows.quantize import Part, Tile, gated_rows, normed_rows, quantized_rows, unsupported_reason
+from pallas_kernels.rows.quantize import RowRange, Tile, gated_rows, normed_rows, quantized_rows, unsupported_reason
 
 SIZES = np.array([1, 1e4, 1e-4, 1e-30, 0, 1e30, 1])
 """What each row's numbers are multiplied with, before an infinity and a NaN are put into the last two."""
@@ -83,7 +83,7 @@ def test_a_part_is_read_where_it_lies(rng, name):
     others = arguments(rng, name, 96)[1:]
     for start in (0, 3, 7):
         rows = whole[:, start : start + 4]
-        part = Part(jnp.int32(start), 4)
+        part = RowRange(jnp.int32(start), 4)
         found = CASES[name][0](whole, *others, part=part, interpret=True)
         wanted = CASES[name][0](rows.reshape(8, 96), *others, interpret=True)
         for got, want in zip(found, wanted, strict=True):
@@ -95,7 +95,7 @@ def test_no_slice_is_made_for_a_kernel_that_reads_a_part():
 
     def run(whole):
         def of_chunk(first, rows):
-            return fp8.rows_of(fp8.Part(rows, whole, first))[:2]
+            return fp8.rows_of(fp8.Slice(rows, whole, first))[:2]
 
         return map_chunks(of_chunk, (whole,), 8)
 

@@ -86,12 +86,11 @@ def layer_qkv(
     config: LlamaConfig, layer: Layer, x: Array, rope: LayerRope, positions: Int32[Array, " t"], chunk: int
 ) -> tuple[Array, Array, Array]:
     """One layer's q, k, v for rows at these positions, in chunks."""
-
     q, k, v = to_heads(ONE, partial(_project, config, layer, rope), (x,), positions[None], x.shape[1], chunk)
     return q, k, v
 
 
-def _project(config: LlamaConfig, layer: Layer, rope: LayerRope, rows: fp8.Part, positions: Array) -> Any:
+def _project(config: LlamaConfig, layer: Layer, rope: LayerRope, rows: fp8.Slice, positions: Array) -> Any:
     return project_qkv(config, layer, rows, turns(config, rope, positions))
 
 
@@ -194,7 +193,7 @@ def prefill(
         layer = exchange.whole_layer(config, StackedLayer(stacked, index) if layer is None else layer)
         rope = layer_rope(config, rope_lengths, index)
 
-        def projected(rows: fp8.Part, positions: Array) -> tuple[Array, ...]:
+        def projected(rows: fp8.Slice, positions: Array) -> tuple[Array, ...]:
             qkv = _project(config, layer, rope, rows, positions)
             kept = () if order is None or cache is None else qkv[1:]  # a cache has the model's order of heads
             return (*(in_order(y, order) for y in qkv), *kept)
@@ -222,9 +221,9 @@ def prefill(
         out, info, unspent = attend_layer(config, index, (q, k, v), cache, attended, **where)
         back = None if order is None else jnp.argsort(order)
 
-        def finished(x: Array, out: Array | fp8.Part) -> Array:
+        def finished(x: Array, out: Array | fp8.Slice) -> Array:
             if back is not None:
-                out = in_order(out.rows if isinstance(out, fp8.Part) else out, back)
+                out = in_order(out.rows if isinstance(out, fp8.Slice) else out, back)
             return finish_layer(config, layer, x, out)
 
         x = to_rows(exchange, finished, x, out, chunk)

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
 from pallas_kernels.device import Device
-from pallas_kernels.rows.quantize import DTYPE, LARGEST, quantized_rows, unsupported_reason
-from pallas_kernels.rows.quantize import Part as RowsAt
+from pallas_kernels.rows.quantize import DTYPE, LARGEST, RowRange, quantized_rows, unsupported_reason
 from pallas_kernels.tracing import without_axes
 
 CONTRACTED = {
@@ -68,7 +67,7 @@ class Rows(NamedTuple):
     dtype: Any
 
 
-class Part(NamedTuple):
+class Slice(NamedTuple):
     """`rows` of a longer array: those of `whole` from row `start` of each sequence on.
 
     Kernels read them in `whole`; XLA would copy a slice for them first.
@@ -78,26 +77,26 @@ class Part(NamedTuple):
     whole: Float[Array, "b t *in"]
     start: Int32[Array, ""]
 
-    def flat(self) -> Part:
+    def flat(self) -> Slice:
         """With all of a row's axes as one."""
         rows, whole = (x.reshape(*x.shape[:2], -1) for x in (self.rows, self.whole))
-        return Part(rows, whole, self.start)
+        return Slice(rows, whole, self.start)
 
 
-def rows_of(x: Float[Array, "*rows i"] | Part) -> Rows:
+def rows_of(x: Float[Array, "*rows i"] | Slice) -> Rows:
     """x, quantized: on GPUs in one pass."""
     return either(quantized_rows, lambda x: x, x)
 
 
 def either(
-    kernel: Callable[..., Any], plain: Callable[..., Array], x: Float[Array, "*rows i"] | Part, *others: Array
+    kernel: Callable[..., Any], plain: Callable[..., Array], x: Float[Array, "*rows i"] | Slice, *others: Array
 ) -> Rows:
     """`quantize(plain(x, *others))`, or on a GPU that can `kernel(x, *others)`, which does both in one pass.
 
     Both take x as `[rows, i]`; a part of a longer array `[b, t, i]` the kernel takes from it, by its own `part`.
     Derivatives are those of the plain form.
     """
-    given, place = (x.rows, (x.whole, x.start)) if isinstance(x, Part) else (x, None)
+    given, place = (x.rows, (x.whole, x.start)) if isinstance(x, Slice) else (x, None)
     rows = given.reshape(-1, given.shape[-1])
 
     def chain(rows: Array, source: Any, *others: Array) -> Any:
@@ -107,7 +106,7 @@ def either(
         if source is None:
             return kernel(rows, *others)
         whole, start = source
-        return kernel(whole, *others, part=RowsAt(start, given.shape[1]))
+        return kernel(whole, *others, part=RowRange(start, given.shape[1]))
 
     @jax.custom_jvp
     def run(*arguments: Any) -> Any:

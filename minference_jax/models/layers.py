@@ -43,7 +43,7 @@ def matmul(equation: str, x: Array, weight: Array) -> Array:
 def project(
     layer: Layer,
     names: tuple[str, ...],
-    x: Float[Array, "b t *in"] | fp8.Part | fp8.Rows,
+    x: Float[Array, "b t *in"] | fp8.Slice | fp8.Rows,
     *,
     activation: Activation | None = None,
     dtype: Any = None,
@@ -57,7 +57,7 @@ def project(
         return layer.matvec(names, _plain(x), activation=activation, dtype=dtype)
     if isinstance(x, fp8.Rows) or quantizes(layer, names, x):
         if not isinstance(x, fp8.Rows):
-            x = fp8.rows_of(x.flat() if isinstance(x, fp8.Part) else x.reshape(*x.shape[:2], -1))
+            x = fp8.rows_of(x.flat() if isinstance(x, fp8.Slice) else x.reshape(*x.shape[:2], -1))
         outs = [fp8.product(x, layer[name], layer[f"{name}_scale"]) for name in names]
     else:
         x = _plain(x)
@@ -68,18 +68,18 @@ def project(
     return outs if dtype is None else [out.astype(dtype) for out in outs]
 
 
-def _plain(x: Array | fp8.Part) -> Array:
-    return x.rows if isinstance(x, fp8.Part) else x
+def _plain(x: Array | fp8.Slice) -> Array:
+    return x.rows if isinstance(x, fp8.Slice) else x
 
 
-def quantizes(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"] | fp8.Part) -> bool:
+def quantizes(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"] | fp8.Slice) -> bool:
     """Whether `project` quantizes x for these weights."""
     served = isinstance(layer, StackedLayer) and layer.serves(names, _plain(x))
     return not served and f"{names[0]}_scale" in layer
 
 
 def into_block(
-    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | fp8.Part, weight: str, names: tuple[str, ...]
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | fp8.Slice, weight: str, names: tuple[str, ...]
 ) -> Float[Array, "b t d"] | fp8.Rows:
     """The residual stream as a block's first weights take it: normalised where the model does so before the block, and
     then quantized for weights in FP8.
@@ -121,7 +121,7 @@ def wide_norm(config: LlamaConfig, x: Float[Array, "b t n h"], weight: Float[Arr
 
 
 def project_qkv(
-    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | fp8.Part, turns: Turns
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | fp8.Slice, turns: Turns
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]:
     """Normalised input → queries and keys after RoPE, and values."""
     q, k, v = project(layer, QKV, into_block(config, layer, x, "attn_norm", QKV))
@@ -166,7 +166,7 @@ def rotated(
 
 
 def finish_layer(
-    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], attended: Float[Array, "b t n h"] | fp8.Part
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], attended: Float[Array, "b t n h"] | fp8.Slice
 ) -> Float[Array, "b t d"]:
     """Output projection and MLP (or experts), each added to the residual stream."""
     return Residual(*leave_layer(config, layer, x, attended)).whole()
@@ -176,7 +176,7 @@ def leave_layer(
     config: LlamaConfig,
     layer: Layer,
     x: Float[Array, "b t d"],
-    attended: Float[Array, "b t n h"] | fp8.Part,
+    attended: Float[Array, "b t n h"] | fp8.Slice,
     dtype: Any = None,
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"]]:
     """Both sides of `finish_layer`'s last sum. `dtype`: of the second, where products need not be rounded to x's."""

@@ -136,7 +136,7 @@ def apply_rope(
     cos, sin = (jnp.expand_dims(turn[:, :, None, :], axis) for turn in (cos, sin))
     sign = jnp.asarray([-1, 1], jnp.float32).reshape((2,) if neighbours else (2, 1))
     # One expression for both of a pair: as two that are joined, GPUs took 13.9 ms for 1M rows of 32 heads, and take 7.3
-    # (an H200, bfloat16, with an FP8 product's scales before it).
+    # (an H200, jax 0.11.2, 8bb7bae, bfloat16, with an FP8 product's scales before it).
     turned = (pairs * cos + jnp.flip(pairs, axis) * (sign * sin)).reshape(rotated.shape)
     if scale is not None:
         turned = turned * scale[:, :, None, None]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from minference_jax.models.fp8 import Part
+from minference_jax.models.fp8 import Slice
 from minference_jax.models.layers import map_chunks
 from minference_jax.parallel.exchange import Exchange
 
@@ -49,12 +49,12 @@ def to_heads(
     t: int,
     chunk: int,
 ) -> tuple[Float[Array, "b t heads h"], ...]:
-    """`make(rows, positions)` of all pieces, in chunks, `rows` as an `fp8.Part`; of its results `[b, rows, n, h]` all t
-    rows of this device's heads."""
+    """`make(rows, positions)` of all pieces, in chunks, `rows` as an `fp8.Slice`; of its results `[b, rows, n, h]` all
+    t rows of this device's heads."""
 
     def of_piece(piece: Array, positions: Array) -> tuple[Array, ...]:
         def of_chunk(first: Array, rows: Array, positions: Array) -> tuple[Array, ...]:
-            return make(Part(rows, piece, first), positions)
+            return make(Slice(rows, piece, first), positions)
 
         return map_chunks(of_chunk, (piece, positions), chunk)
 
@@ -83,14 +83,14 @@ def to_heads(
 def to_rows(
     exchange: Exchange, finish: Callable[..., Array], x: Pieces, out: Float[Array, "b own heads h"], chunk: int
 ) -> Pieces:
-    """`finish(x's rows, out's rows of all heads)` of all pieces, in chunks; out's may be an `fp8.Part`.
+    """`finish(x's rows, out's rows of all heads)` of all pieces, in chunks; out's may be an `fp8.Slice`.
 
     `out`: of this device's heads, the rows that it attends for (`Exchange.own_queries`).
     """
     if exchange.size == 1:
 
         def of_chunk(first: Array, x: Array, rows: Array) -> Array:
-            return finish(x, Part(rows, out, first))
+            return finish(x, Slice(rows, out, first))
 
         return (map_chunks(of_chunk, (x[0], out), chunk, in_place=True),)
     starts = np.cumsum([0, *(piece.shape[1] for piece in x)])

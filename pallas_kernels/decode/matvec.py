@@ -95,7 +95,7 @@ def stacked_matvec(
         if len(outs) != 2 or outs[0] != outs[1]:
             raise ValueError(f"stacked_matvec: an activation takes two weights of one width, got {outs}")
         outs = outs[:1]
-    size = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=1)
+    sizes = [jnp.max(jnp.abs(x.astype(jnp.float32)), axis=1)] if scales else []
     body = partial(
         _kernel, tile=tile, columns=[out // tile.out for out in outs], narrow=bool(scales), activation=activation
     )
@@ -107,7 +107,7 @@ def stacked_matvec(
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="stacked_matvec",
-    )(layer[None], x, *stacks[: len(weights)], *((size, *stacks[len(weights) :]) if scales else ()))
+    )(layer[None], x, *stacks[: len(weights)], *sizes, *stacks[len(weights) :])
     return list(found)
 
 

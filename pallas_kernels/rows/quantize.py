@@ -47,7 +47,7 @@ class Tile(NamedTuple):
     ahead: int
 
 
-class Part(NamedTuple):
+class RowRange(NamedTuple):
     """Rows `start` … `start + rows - 1` of each sequence of an array `[b, t, f]`, of which nothing else is read.
 
     A slice given to a kernel would be copied first: reads and writes of all that the kernel then reads again.
@@ -79,7 +79,7 @@ class Piece(NamedTuple):
 
 
 def quantized_rows(
-    x: Float[Array, "*rows f"], *, part: Part | None = None, tile: Tile | None = None, interpret: bool = False
+    x: Float[Array, "*rows f"], *, part: RowRange | None = None, tile: Tile | None = None, interpret: bool = False
 ) -> Numbers:
     """x as e4m3 numbers and float32 scales: x ≈ numbers · scale.
 
@@ -104,7 +104,7 @@ def normed_rows(
     *,
     eps: float,
     offset: float | None = None,
-    part: Part | None = None,
+    part: RowRange | None = None,
     tile: Tile | None = None,
     interpret: bool = False,
 ) -> Numbers:
@@ -193,7 +193,7 @@ def _launch(
     finished: Callable[[Refs, list[Piece], list[Array]], list[Array]],
     tile: Tile | None,
     interpret: bool,
-    part: Part | None = None,
+    part: RowRange | None = None,
 ) -> Numbers:
     """A thread block for every few rows of the `wide` arrays: `value` makes one piece of each of its rows from what is
     loaded, `finished` all pieces of one row from theirs.
