@@ -105,6 +105,7 @@ def cases() -> Iterator[Case]:
     from pallas_kernels.decode.matvec import stacked_matvec
     from pallas_kernels.decode.norm import add_and_norm
     from pallas_kernels.index.keys import digit_counts, key_lists
+    from pallas_kernels.index.probe_sums import row_totals, weight_sums
     from pallas_kernels.mma.attention import mma_attention
     from pallas_kernels.rows.quantize import gated_rows, normed_rows, quantized_rows
 
@@ -130,6 +131,15 @@ def cases() -> Iterator[Case]:
     of_columns = shape((1, 32, 2048), jnp.int32)
     yield Case("selection, second digit, columns", second, (keys, rows, of_columns, prefix), ("9.0",))
     yield Case("selection, lists", key_lists, (keys, prefix, shape((1, 32, 1024), jnp.int32)), ("9.0",))
+    every = tuple(SHARED_MEMORY)
+    for dtype, size in ((jnp.bfloat16, 1 << 20), (jnp.bfloat16, 5000), (jnp.float32, 1 << 20)):
+        name, rows = f"{size}, {jnp.dtype(dtype).name}", shape((4, 64), jnp.int32)
+        arguments = (shape((256, size), dtype), shape((256,), jnp.int32))
+        yield Case(f"probes, totals: {name}", partial(row_totals, factor=0.7), arguments, every, "triton")
+        arguments = (shape((4, 64, size), dtype), rows, shape((4, 64), jnp.float32))
+        for by, skip in (("key", None), ("distance", 64)):
+            sums = partial(weight_sums, factor=0.7, skip=skip)
+            yield Case(f"probes, by {by}: {name}", sums, arguments, every, "triton")
 
     one, with_fp8 = shape((), jnp.int32), ("8.9", "9.0", "10.0", "12.0")
     for dtype, capabilities in ((jnp.bfloat16, tuple(SHARED_MEMORY)), (jnp.float8_e4m3fn, with_fp8)):

@@ -30,6 +30,7 @@ def lowered(capability, call, *arguments):
 
 
 @pytest.mark.parametrize("capability", GPUS)
+@pytest.mark.filterwarnings("ignore:.*Triton:DeprecationWarning")
 def test_prefill_holds_the_generations_kernel_and_no_attention_in_jnp(monkeypatch, capability):
     def refused(*_, **__):
         raise AssertionError("attention in jnp")
@@ -39,6 +40,8 @@ def test_prefill_holds_the_generations_kernel_and_no_attention_in_jnp(monkeypatc
     text = lowered(capability, lambda model, tokens: model.prefill(tokens)[0], model, jnp.zeros((1, 512), jnp.int32))
     assert KERNELS[capability] in text
     assert ("sparse_attention_mma" in text) == (capability != "9.0")
+    for name in ("row_totals", "weights_by_key", "weights_by_distance"):
+        assert f'name = "{name}"' in text, name
 
 
 def test_a_capability_without_kernels_is_refused():

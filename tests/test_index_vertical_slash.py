@@ -7,8 +7,9 @@ import numpy_index
 import pytest
 
 from minference_jax.attention import make_plan
-from minference_jax.index import probes, tile_budget, tiles, vertical_slash
+from minference_jax.index import tile_budget, tiles, vertical_slash
 from minference_jax.index.select import unpack
+from minference_jax.index.weights import lazy_weights
 from minference_jax.patterns import VerticalSlash, layer_patterns
 from minference_jax.patterns.base import Where
 
@@ -72,11 +73,11 @@ def test_weights_by_key_and_by_distance(rng):
     positions = jnp.asarray(np.where(np.arange(64) == 5, -1, rows), jnp.int32)
     weights = np.exp(scores * 2) * (np.arange(100) <= rows[:, None])
     weights = weights / weights.sum(-1, keepdims=True) * (np.arange(64) != 5)[:, None]
-    found = probes.lazy_weights(jnp.asarray(scores), 2.0, positions)
-    np.testing.assert_allclose(found.by_key().sum(-2), weights.sum(0), rtol=1e-5, atol=1e-7)
+    found = lazy_weights(jnp.asarray(scores), 2.0, positions)
+    np.testing.assert_allclose(found.sum_by_key(), weights.sum(0), rtol=1e-5, atol=1e-7)
     for skip in (0, 30):
         expected = numpy_index.diagonal_sums(weights * (np.arange(100) >= skip), rows)
-        np.testing.assert_allclose(found.by_distance(skip).sum(-2), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.sum_by_distance(skip), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_mass_that_bands_capture():

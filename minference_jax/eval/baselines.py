@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from minference_jax.attention import make_plan
-from minference_jax.index import probes, select
+from minference_jax.index import select
+from minference_jax.index.weights import probe_weights
 from minference_jax.patterns import Pattern, PlanBuilder
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, num_key_tiles, num_query_tiles
 from pallas_kernels.plan_builders import compact
@@ -172,7 +173,7 @@ def tile_masses(q: Array, k: Array, *, lengths: Array, q_offset: Array, scale: f
         rows = q_offset + i * QUERY_TILE + jnp.arange(QUERY_TILE, dtype=jnp.int32)
         valid = (rows < lengths[:, None]) & (rows < q_offset + t)
         positions = jnp.where(valid, rows, -1)[:, None, None]
-        weights = probes.probe_weights(scores, scale, jnp.broadcast_to(positions, scores.shape[:-1])).sum(-2)
+        weights = probe_weights(scores, scale, jnp.broadcast_to(positions, scores.shape[:-1])).sum(-2)
         weights = jnp.pad(weights, [(0, 0)] * 3 + [(0, -s % KEY_TILE)])
         return weights.reshape(b, n, -1, KEY_TILE).sum(-1)
 

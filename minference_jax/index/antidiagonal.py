@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minference_jax.index import probes, select
+from minference_jax.index import select
+from minference_jax.index.weights import masked_softmax
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, num_key_tiles, num_query_tiles
 
 
@@ -56,7 +57,7 @@ def antidiagonal_index(
         position = start + stride * jnp.arange(some.shape[1], dtype=jnp.int32)
         key = stride * jnp.arange(keys.shape[1], dtype=jnp.int32)
         seen = (key <= position[:, None]) & (key < visible[:, None, None]) & (position < visible[:, None])[..., None]
-        weights = probes.masked_softmax(scores * (scale / stride), seen[:, None, None]).sum(-2)
+        weights = masked_softmax(scores * (scale / stride), seen[:, None, None]).sum(-2)
         mass = weights.reshape(*weights.shape[:-1], -1, KEY_TILE // stride).sum(-1)
         return fewest_tiles(mass, share, start // KEY_TILE, most, width)
 

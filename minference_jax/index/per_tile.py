@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minference_jax.index import probes, select
 from minference_jax.index.tile_mass import estimate, last_rows, tile_rows
 from minference_jax.index.vertical_slash import MIN_SLASHES, TILE_SINK_COLUMNS, column_words, slash_lines
+from minference_jax.index.weights import lazy_weights
 from minference_jax.index.worth import Mass, held, worth_a_visit
 from pallas_kernels.plan import KEY_TILE, SparsePlan, num_key_tiles, num_query_tiles
 from pallas_kernels.plan_builders import slashes_to_bands
@@ -104,8 +105,8 @@ def _original(
     """The most that the original's rule holds at one of the `SPLITS` of each head's budget."""
     s, shape = k.shape[1], heads["columns"].shape
     scores, factor = probes.probe_scores(heads["last"], k, scale)
-    weights = probes.lazy_weights(scores, factor, heads["last_positions"])
-    by_key, by_distance = weights.by_key().sum(-2), weights.by_distance(0).sum(-2)
+    weights = lazy_weights(scores, factor, heads["last_positions"])
+    by_key, by_distance = weights.sum_by_key(), weights.sum_by_distance(0)
     before = mass.before.reshape(*mass.before.shape[:4], -1)[..., :s]
     back = mass.start[:, None] - jnp.arange(s, dtype=jnp.int32)  # the distance of a key before the query tile
     width = min(s, max(MIN_SLASHES, *(round(of_slashes * slashes) for _, of_slashes in SPLITS)))

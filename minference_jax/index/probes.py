@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,80 +73,6 @@ def probe_scores(
     probes = probes * jnp.asarray(power, probes.dtype)
     scores = jnp.einsum("bkgph,bskh->bkgps", probes, k, precision=exact, preferred_element_type=k.dtype)
     return scores, scale / power
-
-
-class Weights(NamedTuple):
-    """The probes' softmax weights as functions: each call computes them anew, for one sum over them.
-
-    An array of float32 weights would take twice the memory of the scores, and a compiler stores it if it sees many
-    readers. So every call stands behind a barrier of its own, and each sum fuses its own exponentials.
-    """
-
-    by_key: Callable[[], Float[Array, "*heads p s"]]
-    """Weight of the key at each position."""
-
-    by_distance: Callable[..., Float[Array, "*heads p s"]]
-    """Weight of the key at each distance before the probe, without the keys below the position `skip` and, if `keep`
-    (bool `[*heads, s]`) is given, without those where it is False."""
-
-
-def probe_weights(
-    scores: Float[Array, "*heads p s"], factor: float, positions: Int[Array, "*heads p"]
-) -> Float[Array, "*heads p s"]:
-    """Causal softmax over the keys in float32; all zero for a probe at a negative position."""
-    return lazy_weights(scores, factor, positions).by_key()
-
-
-def lazy_weights(
-    scores: Float[Array, "*heads p s"],
-    factor: float,
-    positions: Int[Array, "*heads p"],
-    importance: Float[Array, "*heads p"] | None = None,
-) -> Weights:
-    """The softmax of the probes' scores times `factor`, each probe at its position, times the probe's importance."""
-    shape = scores.shape
-    # Rows are one axis here: with several axes, one of them of size 1, XLA prefers a layout that makes it copy all
-    # scores to transpose them.
-    scores, positions = scores.reshape(-1, shape[-1]), positions.reshape(-1, 1)
-    place = jnp.arange(shape[-1], dtype=jnp.int32)
-
-    def scaled(scores: Array, seen: Array) -> Array:
-        return jnp.where(seen, scores.astype(jnp.float32) * jnp.float32(factor), -jnp.inf)
-
-    seen = place <= positions
-    top = jnp.max(scaled(scores, seen), axis=-1, keepdims=True)
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    total = jnp.sum(jnp.exp(scaled(jax.lax.optimization_barrier(scores), seen) - top), axis=-1, keepdims=True)
-    share = jnp.where(total > 0, 1 / total, 0)
-    if importance is not None:
-        share = share * importance.reshape(-1, 1)
-    # Taken into the exponent: the same exponentials as in `total` would become one array, which XLA may store.
-    shift = top - jnp.log(share)
-
-    def by_key() -> Array:
-        return jnp.exp(scaled(jax.lax.optimization_barrier(scores), seen) - shift).reshape(shape)
-
-    def by_distance(skip: int, keep: Array | None = None) -> Array:
-        # The shift is a gather of the scores, which fuses with all the rest. (Padding and reshaping, which shears the
-        # rows of consecutive probes, takes a GPU five times as long.)
-        key = positions - place
-        at = jnp.clip(key, 0, shape[-1] - 1)
-        shifted = jnp.take_along_axis(jax.lax.optimization_barrier(scores), at, axis=-1, mode="clip")
-        seen = (key >= skip) & (key < shape[-1])
-        if keep is not None:
-            head = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None] // shape[-2]
-            seen &= keep.reshape(-1, shape[-1]).at[head, at].get(mode="promise_in_bounds")
-        return jnp.exp(scaled(shifted, seen) - shift).reshape(shape)
-
-    return Weights(by_key, by_distance)
-
-
-def masked_softmax(scores: Float[Array, "*rows x"], seen: Bool[Array, "*#rows x"]) -> Float[Array, "*rows x"]:
-    """Softmax over the seen entries of each row; zero in a row without one."""
-    scores = jnp.where(seen, scores, -jnp.inf)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0))
-    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
 
 
 def seen_tiles(

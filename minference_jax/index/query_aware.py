@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minference_jax.index import probes
 from minference_jax.index.antidiagonal import fewest_tiles
 from minference_jax.index.block_sparse import pool
 from minference_jax.index.vertical_slash import Widths, vertical_slash_index
+from minference_jax.index.weights import masked_softmax, probe_weights
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, num_key_tiles, num_query_tiles
 
 
@@ -87,7 +87,7 @@ def _divergence_of_pooling(
         queries = jax.lax.dynamic_index_in_dim(last, head, axis=2, keepdims=False)
         keys = jax.lax.dynamic_index_in_dim(k, head // (n // kv_heads), axis=2, keepdims=False)
         scores = jnp.einsum("bph,bsh->bps", queries, keys, precision=exact, preferred_element_type=jnp.float32)
-        weights = probes.probe_weights(scores, scale, position)
+        weights = probe_weights(scores, scale, position)
         weights = jnp.pad(weights.sum(-2), ((0, 0), (0, -s % KEY_TILE)))
         return weights.reshape(b, -1, KEY_TILE).sum(-1)
 
@@ -96,7 +96,7 @@ def _divergence_of_pooling(
     mean = (grouped.sum(1, dtype=jnp.float32) / valid[:, None, None, None]).astype(q.dtype)
     scores = jnp.einsum("bkgh,bskh->bkgs", mean, pooled_k, precision=exact, preferred_element_type=jnp.float32)
     tile = jnp.arange(num_key_tiles(s), dtype=jnp.int32)
-    guess = probes.masked_softmax(scores.reshape(b, n, -1) * scale, (tile * KEY_TILE < visible[:, None])[:, None])
+    guess = masked_softmax(scores.reshape(b, n, -1) * scale, (tile * KEY_TILE < visible[:, None])[:, None])
     return divergence(held / valid[:, None, None], guess)
 
 
@@ -122,7 +122,7 @@ def _pick_blocks(
         scores = jnp.einsum("bkgh,bskh->bkgs", some, pooled_k, precision=exact, preferred_element_type=jnp.float32)
         past = (q_offset + i * QUERY_TILE) // KEY_TILE
         seen = (tile < past + QUERY_TILE // KEY_TILE) & (tile * KEY_TILE < visible[:, None])
-        mass = probes.masked_softmax(scores.reshape(b, n, -1) * scale, seen[:, None])
+        mass = masked_softmax(scores.reshape(b, n, -1) * scale, seen[:, None])
         return fewest_tiles(mass, share, past, most, width)
 
     count = num_query_tiles(t)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from minference_jax.index import probes, select
 from minference_jax.index.tile_mass import last_rows
+from minference_jax.index.weights import lazy_weights
 from pallas_kernels.plan import KEY_TILE, num_key_tiles
 
 
@@ -51,7 +52,7 @@ def question_columns(
 
     def best(k: Array, heads: dict[str, Array], _: Any) -> Array:
         scores, factor = probes.probe_scores(heads["last"], k, scale)
-        sums = probes.lazy_weights(scores, factor, heads["last_positions"]).by_key().sum(-2)
+        sums = lazy_weights(scores, factor, heads["last_positions"]).sum_by_key()
         return select.top_k_words(jnp.where(sums > 0, sums, -jnp.inf), heads["count"])
 
     size = n // kv_heads * probes.PROBES * s * k.dtype.itemsize

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from minference_jax.index import probes
+from minference_jax.index.weights import probe_weights
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
 from pallas_kernels.plan import QUERY_TILE, SparsePlan, kv_limit, num_query_tiles, visited_keys
 from pallas_kernels.spread import KV_AXES, PER_HEAD, PER_SEQUENCE, Q_AXES, WHOLE, by_device
@@ -76,7 +77,7 @@ def _recall(
             ends = jnp.where((positions < limit[row]) & (positions < q_offset + t), positions, -1)
             exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
             scores = jnp.einsum("pgh,sh->gps", queries, keys, precision=exact, preferred_element_type=jnp.float32)
-            weights = probes.probe_weights(scores, factor, jnp.broadcast_to(ends, scores.shape[:2]))
+            weights = probe_weights(scores, factor, jnp.broadcast_to(ends, scores.shape[:2]))
             inside = visited_keys(group, i, keys.shape[0], q_offset, (1, n // kv_heads))[0] | columns
             return jnp.sum(jnp.where(inside[:, None], weights, 0), axis=(1, 2))
 
@@ -116,7 +117,7 @@ def estimated_recall(
 
     def some_heads(k: Array, per_head: dict[str, Any], query_tiles: Int[Array, "b p"]) -> Array:
         scores, factor = probes.probe_scores(per_head["probes"], k, scale)
-        weights = probes.probe_weights(scores, factor, per_head["positions"])
+        weights = probe_weights(scores, factor, per_head["positions"])
         heads = per_head["columns"].shape[1:3]
 
         def seen_by(sequence: tuple[SparsePlan, Array]) -> Bool[Array, "p n s"]:

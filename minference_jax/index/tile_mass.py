@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minference_jax.index import probes
+from minference_jax.index.weights import lazy_weights
 from minference_jax.index.worth import Mass
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE
 
@@ -47,7 +48,7 @@ def estimate(
     scores, factor = probes.probe_scores(rows, k, scale)
     positions = jnp.where(sequence["share"] > 0, sequence["rows"] + q_offset, -1).reshape(b, 1, 1, -1)
     importance = jnp.broadcast_to(sequence["share"].reshape(b, 1, 1, -1), scores.shape[:-1])
-    weights = probes.lazy_weights(scores, factor, jnp.broadcast_to(positions, scores.shape[:-1]), importance).by_key()
+    weights = lazy_weights(scores, factor, jnp.broadcast_to(positions, scores.shape[:-1]), importance).by_key()
     held = weights.reshape(*scores.shape[:3], tiles, per_tile, -1).sum(-2)
     inside, start = query_tiles(sequence["valid"], q_offset, tiles)
     before = jnp.where(jnp.arange(held.shape[-1], dtype=jnp.int32) < start[:, None], held, 0)

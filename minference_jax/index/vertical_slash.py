@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minference_jax.index import probes, select, tiles
+from minference_jax.index.weights import Weights, lazy_weights
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, num_key_tiles
 from pallas_kernels.plan_builders import slashes_to_bands
 
@@ -97,7 +98,7 @@ def vertical_slash_index(
 
     def some_heads(k: Array, per_head: dict[str, Array], valid: Array) -> Any:
         scores, factor = probes.probe_scores(per_head["probes"], k, scale)
-        weights = probes.lazy_weights(scores, factor, per_head["positions"], per_head["importance"])
+        weights = lazy_weights(scores, factor, per_head["positions"], per_head["importance"])
         return _select(weights, per_head, Rows(q_offset, valid[:, None, None]), widths)
 
     size = n // kv_heads * probes.PROBES * s * k.dtype.itemsize
@@ -123,7 +124,7 @@ class Rows(NamedTuple):
 
 
 def _select(
-    weights: probes.Weights, heads: dict[str, Array], rows: Rows, widths: Widths
+    weights: Weights, heads: dict[str, Array], rows: Rows, widths: Widths
 ) -> tuple[UInt32[Array, "b k g w"], UInt32[Array, "b k g l"], UInt32[Array, "b k g r"]]:
     """Bitmaps of columns, of line distances and of bands (by number); one that no head needs has no words."""
     visible, mass = rows.start + rows.valid, heads["importance"].sum(-1)
@@ -131,15 +132,15 @@ def _select(
     none = jnp.zeros((*mass.shape, 0), jnp.uint32)
     columns, lines, bands = [], none, none
     if widths.lines:
-        lines = slash_lines(weights.by_distance(0).sum(-2), heads["slashes"], visible, target)
-        columns.append(column_words(weights.by_key().sum(-2), heads["columns"], visible, target))
+        lines = slash_lines(weights.sum_by_distance(0), heads["slashes"], visible, target)
+        columns.append(column_words(weights.sum_by_key(), heads["columns"], visible, target))
     if widths.tiles or not widths.lines:
         sure, others = None, None
         if widths.threshold:
             sure = sure_columns(weights.by_key(), heads, rows)
             others = (sure == 0) | jnp.isinf(heads["threshold"])[..., None]
         # The sink belongs to the columns; at the probes' distances it would pass for a band.
-        captured = tiles.band_scores(weights.by_distance(KEY_TILE, others).sum(-2))
+        captured = tiles.band_scores(weights.sum_by_distance(KEY_TILE, others))
         scores, budget = captured, heads["tiles"]
         if widths.threshold:
             distance = KEY_TILE * jnp.arange(captured.shape[-1], dtype=jnp.int32)
@@ -147,7 +148,10 @@ def _select(
             scores, budget = widened(captured, budget, mean, heads["threshold"])
         flags = best_bands(scores, budget, visible, captured, target)
         # Under the last rows alone a column looks like a band, and what the bands leave says nothing about it.
-        rest = uncovered(weights.by_key(), heads["positions"], flags, heads["spread"])
+        if widths.spread:
+            rest = uncovered(weights.by_key(), heads["positions"], flags, heads["spread"])
+        else:
+            rest = weights.sum_by_key()
         if widths.spread and sure is None:
             sure = sure_columns(weights.by_key(), heads, rows)
         # The barrier keeps this sum of sums from becoming a pass of its own over the weights.
@@ -272,7 +276,7 @@ def sure_columns(weights: Float[Array, "*heads p s"], heads: dict[str, Array], r
     # No probe counts for more than its share: one sum tells both how much and by how many.
     most_of_row = jnp.broadcast_to(most[..., None, :], weights.shape).reshape(-1, key.size)
     held = jnp.where(key < nearest, jnp.minimum(weights.reshape(-1, key.size), most_of_row), 0)
-    held = held.reshape(weights.shape).sum(-2)  # rows as one axis until here: see probes.lazy_weights
+    held = held.reshape(weights.shape).sum(-2)  # rows as one axis until here: see index/weights.py
     return jnp.where((held >= SURE_COLUMN * most) & heads["spread"][..., None], held, 0)
 
 
@@ -289,7 +293,7 @@ def uncovered(
     s, count = weights.shape[-1], num_key_tiles(weights.shape[-1])
     seen = (probes.seen_tiles(bands, positions, count) & apply[..., None, None]).reshape(-1, count)
     seen = jnp.broadcast_to(seen[..., None], (*seen.shape, KEY_TILE)).reshape(-1, count * KEY_TILE)
-    rest = jnp.where(seen[:, :s], 0, weights.reshape(-1, s))  # rows as one axis: see probes.lazy_weights
+    rest = jnp.where(seen[:, :s], 0, weights.reshape(-1, s))  # rows as one axis: see index/weights.py
     return rest.reshape(weights.shape).sum(-2)
 
 
