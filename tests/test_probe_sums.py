@@ -64,13 +64,19 @@ def test_what_the_kernels_cannot_serve_they_refuse():
     assert "factor above zero" in str(unsupported_reason(jnp.zeros((1, 8)), 0.0))
 
 
-def test_the_kernels_under_shard_map_with_checked_axes(rng, monkeypatch):
+def test_the_kernels_under_shard_map_and_grad(rng, monkeypatch):
     """Traced with the plain form beside them, which is what runs here."""
-    arrays = probes_of(rng, "bfloat16", 64)
-    expected = jax.jit(sums)(*arrays)
+
+    def value(scores, positions, importance):
+        found = sums(scores, positions, importance)
+        return sum(jnp.sum(y * y) for y in found), found
+
+    arrays = probes_of(rng, "float32", 64)
+    gradient = jax.jit(jax.grad(value, has_aux=True))
+    expected = gradient(*arrays)
     monkeypatch.setattr(Device, "default", staticmethod(lambda: Device("gpu", "9.0")))
     mesh = jax.make_mesh((2,), ("head",), (jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("head")
-    found = jax.jit(jax.shard_map(lambda *y: sums(*y), mesh=mesh, in_specs=spec, out_specs=spec))(*arrays)
-    for got, want in zip(found, expected, strict=True):
+    found = jax.jit(jax.shard_map(lambda *y: gradient(*y), mesh=mesh, in_specs=spec, out_specs=spec))(*arrays)
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(got, want)

@@ -20,8 +20,8 @@ class Weights:
     """The probes' softmax weights, not computed yet: each method computes them anew, for one reader.
 
     An array of float32 weights would take twice the memory of the scores, and a compiler stores it if it sees many
-    readers. So every reader stands behind a barrier of its own, and fuses its own exponentials. Sums over the probes
-    have kernels on GPUs, which give what the methods say up to rounding.
+    readers. So every reader stands behind a barrier of its own, and fuses its own exponentials. On GPUs the sums
+    come from kernels, which differ from that in rounding.
     """
 
     shape: tuple[int, ...]
@@ -43,16 +43,16 @@ class Weights:
 
     def sum_by_key(self) -> Float[Array, "*heads s"]:
         """`by_key`, summed over the probes."""
-        return self._summed(lambda: self.by_key().sum(-2), skip=None)
+        return self._summed(lambda weights: weights.by_key().sum(-2), skip=None)
 
     def sum_by_distance(self, skip: int, keep: Bool[Array, "*heads s"] | None = None) -> Float[Array, "*heads s"]:
         """Weight of the key at each distance before the probe, summed over the probes, without the keys below the
         position `skip` (static), and those where `keep` is False if that is given."""
 
-        def plain() -> Array:
-            return self._by_distance(skip, keep).sum(-2)
+        def plain(weights: Weights) -> Array:
+            return weights._by_distance(skip, keep).sum(-2)
 
-        return self._summed(plain, skip) if keep is None else plain()
+        return self._summed(plain, skip) if keep is None else plain(self)
 
     def _by_distance(self, skip: int, keep: Array | None) -> Float[Array, "*heads p s"]:
         # The shift is a gather of the scores, which fuses with all the rest. (Padding and reshaping, which shears the
@@ -67,14 +67,17 @@ class Weights:
             seen &= keep.reshape(-1, s).at[head, at].get(mode="promise_in_bounds")
         return jnp.exp(_scaled(shifted, self.factor, seen) - self.shift).reshape(self.shape)
 
-    def _summed(self, plain: Callable[[], Array], skip: int | None) -> Array:
+    def _summed(self, plain: Callable[[Weights], Array], skip: int | None) -> Array:
         *heads, p, s = self.shape
+
+        def of_arrays(scores: Array, positions: Array, shift: Array) -> Array:
+            return plain(dataclasses.replace(self, scores=scores, positions=positions, shift=shift))
 
         def kernel(scores: Array, positions: Array, shift: Array) -> Array:
             by_head = scores.reshape(-1, p, s), positions.reshape(-1, p), shift.reshape(-1, p)
             return weight_sums(*by_head, self.factor, skip=skip).reshape(*heads, s)
 
-        return _either(kernel, lambda *_: plain(), self.factor, self.scores, self.positions, self.shift)
+        return _either(kernel, of_arrays, self.factor, self.scores, self.positions, self.shift)
 
 
 def probe_weights(
@@ -116,10 +119,16 @@ def lazy_weights(
 def _either(
     kernel: Callable[..., Any], plain: Callable[..., Any], factor: float, scores: Float[Array, "rows s"], *others: Array
 ) -> Any:
-    """One of the two, of the scores and what else there is: the kernel on GPUs."""
+    """One of two functions of the scores and others: the kernel on GPUs. Derivatives are those of the plain form."""
     if Device.default().platform != "gpu" or unsupported_reason(scores, factor) is not None:
         return plain(scores, *others)
-    return jax.lax.platform_dependent(scores, *others, cuda=without_axes(kernel), default=plain)
+
+    @jax.custom_jvp
+    def run(*arrays: Array) -> Any:
+        return jax.lax.platform_dependent(*arrays, cuda=without_axes(kernel), default=plain)
+
+    run.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    return run(scores, *others)
 
 
 def _scaled(scores: Float[Array, "rows s"], factor: float, seen: Bool[Array, "rows s"]) -> Float[Array, "rows s"]:

@@ -5,7 +5,7 @@ together, by key and by distance. A compiler's kernels read the scores twice for
 each score by an index of its own; here a thread block has consecutive distances of one head, so that what it reads of a
 row lies side by side too, only shifted by the row's position.
 
-Cost: the bytes of the scores, and nine instructions for each.
+Cost: the bytes of the scores, and a dozen instructions for each, with one exponential.
 """
 
 from __future__ import annotations
