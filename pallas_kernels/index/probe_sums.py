@@ -163,6 +163,7 @@ def weight_sums(
 
 def unsupported_reason(scores: Float[Array, "*rows s"], factor: float) -> str | None:
     """Why the kernels can't serve such scores, in words; None if they can."""
+    # Of any size: Pallas has offsets of 32 bits, in elements, up to arrays of 2**32 bytes (see `decode.addresses`).
     if scores.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"the kernel reads bfloat16, float16 and float32; the scores are {scores.dtype}"
     if scores.size == 0:
