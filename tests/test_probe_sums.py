@@ -28,10 +28,9 @@ def probes_of(rng, dtype, s):
     return jnp.asarray(scores, dtype), jnp.asarray(positions, jnp.int32), jnp.asarray(importance, jnp.float32)
 
 
-# Odd and short rows, and rows of whole pieces; loads of 16 bytes end within a piece at 136.
+# Pieces have 64 keys. Rows are odd, end within a piece after whole loads of 16 bytes, or have whole pieces.
 @pytest.mark.parametrize(
-    ("dtype", "s", "mapped"),
-    [("bfloat16", 136, False), ("float16", 129, False), ("float32", 21, False), ("bfloat16", 128, True)],
+    ("dtype", "s", "mapped"), [("bfloat16", 136, False), ("float16", 129, True), ("float32", 128, False)]
 )
 def test_a_kernel_gives_what_the_plain_form_gives(rng, monkeypatch, dtype, s, mapped):
     arrays = probes_of(rng, dtype, s)
