@@ -12,6 +12,8 @@ lists. On Hopper, two passes count the tiles of each digit, and lists are writte
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt16
@@ -98,12 +100,16 @@ def _level_by_sums(keys, open_keys, rows, most, total) -> Int[Array, " b"]:
 
     Each pass finds three bits: it sums the cells that reach each of seven trial levels.
     """
-    found = jnp.zeros(most.shape, jnp.int32)
-    for shift in range(_BITS - _DIGIT, -1, -_DIGIT):
-        trials = _reached(keys, open_keys, [found + (digit << shift) for digit in range(1, 1 << _DIGIT)])
+
+    def further(found: Array, shift: Any) -> Array:
+        trials = _reached(keys, open_keys, [found + (jnp.int32(digit) << shift) for digit in range(1, 1 << _DIGIT)])
         cells = total((trials.astype(jnp.float32) * rows[:, None, :, None].astype(jnp.float32)).sum((1, 2)))
-        found = found + ((cells > most[:, None]).sum(-1, dtype=jnp.int32) << shift)
-    return found
+        return found + ((cells > most[:, None]).sum(-1, dtype=jnp.int32) << shift)
+
+    # The first pass by itself: over a mesh, what the loop carries must vary from the start as it does afterwards.
+    top = _BITS - _DIGIT
+    found = further(jnp.zeros(most.shape, jnp.int32), top)
+    return jax.lax.fori_loop(1, _BITS // _DIGIT, lambda turn, found: further(found, top - _DIGIT * turn), found)
 
 
 def _level_by_counts(keys, open_keys, rows, most, total) -> Int[Array, " b"]:

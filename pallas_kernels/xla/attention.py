@@ -43,6 +43,9 @@ from pallas_kernels.xla.grid import (
 )
 from pallas_kernels.xla.visits import STEP, UNITS, Prepared, Visit, visit_of
 
+LANE_TILES = 8
+"""Least query tiles of a loop that has some of them."""
+
 
 def unsupported_reason(
     q: Float[Array, "b t n h"],
@@ -134,16 +137,20 @@ def _load(
     # A CPU copies slices at memory speed; its gathers compute an address for every element.
     p, g, h = *visit.units.shape, x.shape[-1]
 
-    def unit(a: int, b: int, c: int) -> Array:
-        rows = lax.dynamic_slice(x, (a, start[a, b, c], 0), (1, KEY_TILE, h))[0]
-        if column_rows is None or column_tile is None:
-            return rows
-        place = (a, b, jnp.maximum(column_tile[a, b, c], 0) * KEY_TILE, 0)
-        from_columns = lax.dynamic_slice(column_rows, place, (1, 1, KEY_TILE, h))[0, 0]
-        return jnp.where(column_tile[a, b, c] >= 0, from_columns, rows)
+    def of_head(number: Array) -> Array:
+        a, b = number // g, number % g
 
-    units = [unit(a, b, c) for a in range(p) for b in range(g) for c in range(UNITS)]
-    return jnp.concatenate(units).reshape(p, g, STEP, h)
+        def unit(c: int) -> Array:
+            rows = lax.dynamic_slice(x, (a, start[a, b, c], 0), (1, KEY_TILE, h))[0]
+            if column_rows is None or column_tile is None:
+                return rows
+            place = (a, b, jnp.maximum(column_tile[a, b, c], 0) * KEY_TILE, 0)
+            from_columns = lax.dynamic_slice(column_rows, place, (1, 1, KEY_TILE, h))[0, 0]
+            return jnp.where(column_tile[a, b, c] >= 0, from_columns, rows)
+
+        return jnp.concatenate([unit(c) for c in range(UNITS)])
+
+    return lax.map(of_head, jnp.arange(p * g, dtype=jnp.int32)).reshape(p, g, STEP, h)
 
 
 def _diagonal_step(q_tile, keys, values, mask, scale):
@@ -158,7 +165,8 @@ def _diagonal_step(q_tile, keys, values, mask, scale):
 
 
 def _lanes(tiles: int) -> int:
-    return min(tiles, os.cpu_count() or 1, 4) if on_cpu() else 1
+    """Loops that share the query tiles. Each is compiled by itself: a short prompt takes one."""
+    return min(max(1, tiles // LANE_TILES), os.cpu_count() or 1, 4) if on_cpu() else 1
 
 
 def _forward(q, k, v, plan, limit, q_offset, scale):
