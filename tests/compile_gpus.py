@@ -107,7 +107,9 @@ def cases() -> Iterator[Case]:
     from pallas_kernels.index.keys import digit_counts, key_lists
     from pallas_kernels.index.probe_sums import row_totals, weight_sums
     from pallas_kernels.mma.attention import mma_attention
-    from pallas_kernels.rows.quantize import gated_rows, normed_rows, quantized_rows
+    from pallas_kernels.rows.launch import RowRange
+    from pallas_kernels.rows.norms import added_rows, normed_rows
+    from pallas_kernels.rows.quantize import gated_rows, quantized_rows
 
     def warps(q, k, v, plan, lengths, q_offset):
         return mma_attention(q, k, v, plan, lengths=lengths, q_offset=q_offset, return_lse=True)
@@ -179,6 +181,9 @@ def cases() -> Iterator[Case]:
     arguments = (query, row, row, *(shape((2, 1, 64), jnp.float32),) * 2, None, cache, cache, one, prefix)
     yield Case("rotated and appended", rotate_and_append, arguments, tuple(SHARED_MEMORY), "triton")
 
+    def added_part(*arrays):
+        return added_rows(*arrays[:-1], eps=1e-5, part=RowRange(arrays[-1], 4096))
+
     for width in (300, 14336, 32768):
         x, row, channel = shape((4096, width), jnp.bfloat16), shape((4096,), jnp.float32), shape((width,), jnp.float32)
         weight = shape((width,), jnp.bfloat16)
@@ -189,6 +194,10 @@ def cases() -> Iterator[Case]:
             gate = partial(gated_rows, activation=activation)
             yield Case(f"{activation} of {width}", gate, (x, x, row, channel, channel), with_fp8, "triton")
         yield Case(f"rows of {width}", quantized_rows, (x,), with_fp8, "triton")
+    for width in (300, 896, 3584, 4096, 5120, 8192, 16384):
+        x, y = shape((1, 8192, width), jnp.bfloat16), shape((4096, width), jnp.bfloat16)
+        arguments = (x, y, row, shape((width,), jnp.float32), shape((width,), jnp.bfloat16), one)
+        yield Case(f"added rows of {width}", added_part, arguments, with_fp8, "triton")
 
 
 def topology_of(capability: str, devices: int = 1) -> Any:

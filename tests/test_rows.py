@@ -9,12 +9,15 @@ import pytest
 from numpy_llama import random_llama
 
 from minference_jax.models import LlamaConfig, fp8
+from minference_jax.models.chunks import map_chunks
 from minference_jax.models.config import Traits
 from minference_jax.models.experts import gated
-from minference_jax.models.layers import finish_layer, map_chunks, rms_norm
+from minference_jax.models.layers import finish_layer, rms_norm
 from minference_jax.models.llama import Llama
 from pallas_kernels.device import Device, lowering_for
-from pallas_kernels.rows.quantize import RowRange, Tile, gated_rows, normed_rows, quantized_rows, unsupported_reason
+from pallas_kernels.rows.launch import RowRange, Tile, unsupported_reason
+from pallas_kernels.rows.norms import added_rows, normed_rows
+from pallas_kernels.rows.quantize import gated_rows, quantized_rows
 
 SIZES = np.array([1, 1e4, 1e-4, 1e-30, 0, 1e30, 1])
 """What each row's numbers are multiplied with, before an infinity and a NaN are put into the last two."""
@@ -30,17 +33,22 @@ def activation_of(name):
     return plain
 
 
+def added(x, y, row_scale, channel_scale):
+    return x + fp8.rescaled(y, row_scale, channel_scale, x.dtype)
+
+
 CASES = {
     "plain": (quantized_rows, lambda x: x),
     "norm": (partial(normed_rows, eps=1e-5), partial(rms_norm, eps=1e-5)),
     "norm, offset": (partial(normed_rows, eps=1e-5, offset=1.0), partial(rms_norm, eps=1e-5, offset=1.0)),
+    "added": (partial(added_rows, eps=1e-5), lambda *arrays: rms_norm(added(*arrays[:-1]), arrays[-1], 1e-5)),
     "silu": (gated_rows, activation_of("silu")),
     "gelu": (partial(gated_rows, activation="gelu"), activation_of("gelu_tanh")),
 }
 
 
-def arguments(rng, name, width):
-    x = rng.standard_normal((len(SIZES), width)) * SIZES[:, None]
+def arguments(rng, name, width, sizes=SIZES):
+    x = rng.standard_normal((len(sizes), width)) * sizes[:, None]
     x[-2, 3], x[-1, 5] = np.inf, np.nan
     columns = rng.uniform(0.5, 2, (2, width))
     if name == "plain":
@@ -49,7 +57,13 @@ def arguments(rng, name, width):
         return [jnp.asarray(y, jnp.bfloat16) for y in (x, columns[0])]
     up, scale = rng.standard_normal(x.shape), rng.uniform(0.5, 2, len(x))
     wide = [jnp.asarray(y, jnp.bfloat16) for y in (x, up)]
-    return wide + [jnp.asarray(y, jnp.float32) for y in (scale, *columns)]
+    narrow = [jnp.asarray(y, jnp.float32) for y in (scale, *columns)]
+    return wide + (narrow if name != "added" else [*narrow[:2], narrow[2].astype(jnp.bfloat16)])
+
+
+def fp8_layer(config):
+    params = random_llama(config, dtype="bfloat16").with_fp8_projections().params()
+    return {name.removeprefix("layers."): y[0] for name, y in params.items() if name.startswith("layers.")}
 
 
 # Rows of 300 are no multiple of a piece, and 7 rows none of a thread block's 2; rows of 96 are less than a piece.
@@ -58,10 +72,12 @@ def arguments(rng, name, width):
 def test_a_kernel_gives_what_the_chain_gives(rng, name, width, tile):
     kernel, plain = CASES[name]
     arrays = arguments(rng, name, width)
-    numbers, scale = jax.jit(partial(kernel, tile=tile, interpret=True))(*arrays)
+    numbers, scale, *total = jax.jit(partial(kernel, tile=tile, interpret=True))(*arrays)
     expected, expected_scale = fp8.quantize(plain(*arrays))
     assert numbers.dtype == fp8.DTYPE and scale.dtype == jnp.float32 and numbers.shape == (len(SIZES), width)
     got, want = (np.asarray(y.astype(jnp.float32)) for y in (numbers, expected))
+    if name == "added":
+        np.testing.assert_array_equal(*(y.astype(jnp.float32) for y in (*total, added(*arrays[:-1]))))
     whole = np.isfinite(want).all(axis=1)
     # A row with a NaN or an infinity in it is one of NaNs after any product.
     np.testing.assert_array_equal(np.isnan(got).any(axis=1), ~whole)
@@ -77,10 +93,10 @@ def test_a_kernel_gives_what_the_chain_gives(rng, name, width, tile):
     assert (np.abs(got - want) <= 1.1 * step).all()
 
 
-@pytest.mark.parametrize("name", ["plain", "norm"])
+@pytest.mark.parametrize("name", ["plain", "norm", "added"])
 def test_a_part_is_read_where_it_lies(rng, name):
     whole = jnp.asarray(rng.standard_normal((2, 11, 96)), jnp.bfloat16)
-    others = arguments(rng, name, 96)[1:]
+    others = arguments(rng, name, 96, np.ones(8))[1:]
     for start in (0, 3, 7):
         rows = whole[:, start : start + 4]
         part = RowRange(jnp.int32(start), 4)
@@ -92,18 +108,22 @@ def test_a_part_is_read_where_it_lies(rng, name):
 
 @pytest.mark.filterwarnings("ignore:.*Triton:DeprecationWarning")
 def test_no_slice_is_made_for_a_kernel_that_reads_a_part():
+    config = LlamaConfig(61, 64, 128, 1, 2, 1, 32)
 
-    def run(whole):
-        def of_chunk(first, rows):
-            return fp8.rows_of(fp8.Slice(rows, whole, first))[:2]
+    def run(layer, *arrays):
+        return map_chunks(partial(finish_layer, config, layer), arrays, 8, in_place=True)
 
-        return map_chunks(of_chunk, (whole,), 8)
-
-    x = jax.ShapeDtypeStruct((1, 24, 64), jnp.bfloat16)
+    layer = jax.eval_shape(partial(fp8_layer, config))
+    shapes = [jax.ShapeDtypeStruct((1, 24, *row), jnp.bfloat16) for row in ((64,), (2, 32))]
     with lowering_for("9.0"):
-        text = jax.jit(run).trace(x).lower(lowering_platforms=("cuda",)).as_text()
-    (call,) = [line for line in text.splitlines() if "xla.gpu.triton" in line]
-    assert "(tensor<1x24x64xbf16>, tensor<1xi32>)" in call
+        text = jax.jit(run).trace(layer, *shapes).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "xla.gpu.triton" in line]
+    for name, read in (
+        ("quantized_rows", "tensor<1x24x64xbf16>, t"),
+        ("added_rows", "tensor<1x24x64xbf16>, tensor<8x64xbf"),
+    ):
+        (call,) = [line for line in calls if name in line]
+        assert f"({read}" in call and "tensor<1xi32>) ->" in call
 
 
 def test_what_the_kernels_cannot_serve_they_refuse():
@@ -119,7 +139,8 @@ def test_what_the_kernels_cannot_serve_they_refuse():
 @pytest.mark.parametrize("capability", ["8.0", "9.0"])
 def test_a_prefill_in_fp8_holds_the_kernels_where_a_gpu_has_the_numbers(capability):
     config = LlamaConfig(61, 64, 128, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32)
-    for dtype, names in (("bfloat16", ("quantized_rows", "normed_rows", "gated_rows")), ("float32", ())):
+    kernels = ("quantized_rows", "normed_rows", "gated_rows", "added_rows")
+    for dtype, names in (("bfloat16", kernels), ("float32", ())):
         model = jax.eval_shape(
             lambda dtype=dtype: Llama.random(config, jax.random.key(0), dtype).with_fp8_projections()
         )
@@ -127,7 +148,7 @@ def test_a_prefill_in_fp8_holds_the_kernels_where_a_gpu_has_the_numbers(capabili
         with lowering_for(capability):
             traced = jax.jit(lambda model, tokens: model.prefill(tokens)[0]).trace(model, tokens)
             text = traced.lower(lowering_platforms=("cuda",)).as_text()
-        for name in ("quantized_rows", "normed_rows", "gated_rows"):
+        for name in kernels:
             assert (name in text) == (capability == "9.0" and name in names)
 
 
@@ -145,21 +166,17 @@ def test_derivatives_are_those_of_the_chain(rng, monkeypatch):
 
     expected = gradient(lambda *y: fp8.quantize(plain(*y)))
     monkeypatch.setattr(Device, "default", staticmethod(lambda: Device("gpu", "9.0")))
-    for got, want in zip(gradient(partial(fp8.either, gated_rows, plain)), expected, strict=True):
+    for got, want in zip(gradient(partial(fp8.quantized, gated_rows, plain)), expected, strict=True):
         np.testing.assert_array_equal(got, want)
 
 
 def test_kernels_and_chunks_under_shard_map_with_checked_axes(monkeypatch):
     monkeypatch.setattr(Device, "default", staticmethod(lambda: Device("gpu", "9.0")))
     config, mesh = LlamaConfig(61, 64, 128, 1, 2, 1, 32), jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Auto,))
-    layer = {
-        name.removeprefix("layers."): y
-        for name, y in random_llama(config, dtype="bfloat16").with_fp8_projections().params().items()
-    }
-    layer = {name: y[0] for name, y in layer.items() if y.ndim and name not in ("embed", "final_norm", "lm_head")}
+    layer = fp8_layer(config)
 
     def finished(x, out):
-        return map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), 8)
+        return map_chunks(partial(finish_layer, config, layer), (x, out), 8)
 
     x, out = jnp.ones((2, 24, 64), jnp.bfloat16), jnp.ones((2, 24, 2, 32), jnp.bfloat16)
     spec = jax.sharding.PartitionSpec("x")

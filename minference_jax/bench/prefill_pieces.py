@@ -13,8 +13,9 @@ from jaxtyping import Array, Int32
 import pallas_kernels
 from minference_jax.attention import make_plan
 from minference_jax.models import forward
+from minference_jax.models.chunks import map_chunks
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.layers import finish_layer, map_chunks
+from minference_jax.models.layers import finish_layer
 from minference_jax.models.llama import Llama
 from minference_jax.models.rope import layer_rope
 from minference_jax.patterns import Pattern
@@ -68,7 +69,7 @@ def _project(config: LlamaConfig, layer: dict[str, Array], x: Array) -> Any:
 
 @partial(jax.jit, static_argnums=0)
 def _finish(config: LlamaConfig, layer: dict[str, Array], x: Array, out: Array) -> Array:
-    return map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), forward.CHUNK)
+    return map_chunks(partial(finish_layer, config, layer), (x, out), forward.CHUNK)
 
 
 def _compiled(function: Any, static: tuple, *arrays: Any) -> Callable[[], Any]:

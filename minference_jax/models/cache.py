@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int32
 
+from minference_jax.models.chunks import Slice, map_chunks
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.layers import map_chunks
 from minference_jax.models.rope import Turns, apply_rope
 from minference_jax.models.rounding import QUANTIZED, SCALE_DTYPE, quantize_rows, turned
 from pallas_kernels.checks import check_whole
@@ -112,8 +112,12 @@ class KVCache:
 
     def write(self, layer: Array, start: Array, k: Float[Array, "b t k h"], v: Float[Array, "b t k h"]) -> KVCache:
         """With the rows of one layer at positions start, start + 1, … replaced; tokens and lengths stay."""
+
         # In chunks: what compares the factors of a million rows must not exist for all of them at once.
-        new = {"k": k, "v": v} if self.k_scale is None else map_chunks(lambda _, *kv: self._encoded(*kv), (k, v), CHUNK)
+        def encoded(k: Slice, v: Slice) -> dict[str, Array]:
+            return self._encoded(k.rows, v.rows)
+
+        new = {"k": k, "v": v} if self.k_scale is None else map_chunks(encoded, (k, v), CHUNK)
         return dataclasses.replace(
             self,
             **{

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, Int32
 
 from minference_jax.models import forward
 from minference_jax.models.checks import check_tokens
+from minference_jax.models.chunks import map_chunks
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.dual_chunk import chunks_for
-from minference_jax.models.layers import finish_layer, map_chunks
+from minference_jax.models.layers import finish_layer
 from minference_jax.models.llama import Llama
 from minference_jax.models.rope import layer_rope
 from minference_jax.models.stacked import Layer, StackedLayer
@@ -81,4 +82,4 @@ def _finish(
         return forward.attend(q, k, v, None, lengths=lengths, q_offset=0, implementation=None, sinks=sinks)
 
     out, *_ = attend_layer(config, index, (q, k, v), None, whole, start=None, lengths=lengths, sinks=sinks)
-    return map_chunks(lambda _, x, out: finish_layer(config, layer, x, out), (x, out), forward.CHUNK, in_place=True)
+    return map_chunks(partial(finish_layer, config, layer), (x, out), forward.CHUNK, in_place=True)

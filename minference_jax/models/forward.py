@@ -19,17 +19,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 import pallas_kernels
-from minference_jax.models import fp8
 from minference_jax.models.cache import KVCache
+from minference_jax.models.chunks import Slice, map_chunks, plain
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.dual_chunk import chunks_for, dual_chunk_attention, places
-from minference_jax.models.layers import (
-    enter_attention,
-    finish_layer,
-    leave_layer,
-    map_chunks,
-    project_qkv,
-)
+from minference_jax.models.layers import enter_attention, finish_layer, leave_layer, project_qkv
 from minference_jax.models.norms import norm
 from minference_jax.models.part_attention import attend_to_cache
 from minference_jax.models.residual import Residual
@@ -90,7 +84,7 @@ def layer_qkv(
     return q, k, v
 
 
-def _project(config: LlamaConfig, layer: Layer, rope: LayerRope, rows: fp8.Slice, positions: Array) -> Any:
+def _project(config: LlamaConfig, layer: Layer, rope: LayerRope, rows: Slice, positions: Array) -> Any:
     return project_qkv(config, layer, rows, turns(config, rope, positions))
 
 
@@ -193,7 +187,7 @@ def prefill(
         layer = exchange.whole_layer(config, StackedLayer(stacked, index) if layer is None else layer)
         rope = layer_rope(config, rope_lengths, index)
 
-        def projected(rows: fp8.Slice, positions: Array) -> tuple[Array, ...]:
+        def projected(rows: Slice, positions: Array) -> tuple[Array, ...]:
             qkv = _project(config, layer, rope, rows, positions)
             kept = () if order is None or cache is None else qkv[1:]  # a cache has the model's order of heads
             return (*(in_order(y, order) for y in qkv), *kept)
@@ -221,10 +215,8 @@ def prefill(
         out, info, unspent = attend_layer(config, index, (q, k, v), cache, attended, **where)
         back = None if order is None else jnp.argsort(order)
 
-        def finished(x: Array, out: Array | fp8.Slice) -> Array:
-            if back is not None:
-                out = in_order(out.rows if isinstance(out, fp8.Slice) else out, back)
-            return finish_layer(config, layer, x, out)
+        def finished(x: Slice, out: Array | Slice) -> Array:
+            return finish_layer(config, layer, x, out if back is None else in_order(plain(out), back))
 
         x = to_rows(exchange, finished, x, out, chunk)
         hidden = whole(x) if keep == "hidden" else None
@@ -318,9 +310,9 @@ def log_likelihoods(
     """
     head = exchange.whole(config, params, "embed" if config.tie_embeddings else "lm_head")
 
-    def score(_: Array, rows: Array, following: Array) -> Array:
-        values = logits(config, head, rows)
-        picked = jnp.take_along_axis(values, following[:, :, None], axis=-1, mode="clip")[:, :, 0]
+    def score(rows: Slice, following: Slice) -> Array:
+        values = logits(config, head, rows.rows)
+        picked = jnp.take_along_axis(values, following.rows[:, :, None], axis=-1, mode="clip")[:, :, 0]
         return picked - jax.nn.logsumexp(values, axis=-1)
 
     following = exchange.own_rows(jnp.roll(tokens, -1, axis=1))

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float8e4m3fn, Int32
+from jaxtyping import Array, Float, Float8e4m3fn
 
+from minference_jax.models.chunks import Slice, plain
 from pallas_kernels.device import Device
-from pallas_kernels.rows.quantize import DTYPE, LARGEST, RowRange, quantized_rows, unsupported_reason
+from pallas_kernels.rows.launch import DTYPE, LARGEST, RowRange, unsupported_reason
+from pallas_kernels.rows.quantize import quantized_rows
 from pallas_kernels.tracing import without_axes
 
 CONTRACTED = {
@@ -67,40 +69,32 @@ class Rows(NamedTuple):
     dtype: Any
 
 
-class Slice(NamedTuple):
-    """`rows` of a longer array: those of `whole` from row `start` of each sequence on.
-
-    Kernels read them in `whole`; XLA would copy a slice for them first.
-    """
-
-    rows: Float[Array, "b c *in"]
-    whole: Float[Array, "b t *in"]
-    start: Int32[Array, ""]
-
-    def flat(self) -> Slice:
-        """With all of a row's axes as one."""
-        rows, whole = (x.reshape(*x.shape[:2], -1) for x in (self.rows, self.whole))
-        return Slice(rows, whole, self.start)
-
-
 def rows_of(x: Float[Array, "*rows i"] | Slice) -> Rows:
     """x, quantized: on GPUs in one pass."""
-    return either(quantized_rows, lambda x: x, x)
+    return quantized(quantized_rows, lambda x: x, x)
+
+
+def quantized(
+    kernel: Callable[..., Any], value: Callable[..., Array], x: Float[Array, "*rows i"] | Slice, *others: Array
+) -> Rows:
+    """`value(x, *others)`, quantized, by `either`."""
+    numbers, scale = either(kernel, lambda *arrays: quantize(value(*arrays)), x, *others)
+    return Rows(numbers, scale, plain(x).dtype)
 
 
 def either(
-    kernel: Callable[..., Any], plain: Callable[..., Array], x: Float[Array, "*rows i"] | Slice, *others: Array
-) -> Rows:
-    """`quantize(plain(x, *others))`, or on a GPU that can `kernel(x, *others)`, which does both in one pass.
+    kernel: Callable[..., Any], chain: Callable[..., Any], x: Float[Array, "*rows i"] | Slice, *others: Array
+) -> tuple[Array, ...]:
+    """`chain(x, *others)` in jnp, or on a GPU that can `kernel(x, *others)`, which does the same in one pass.
 
-    Both take x as `[rows, i]`; a part of a longer array `[b, t, i]` the kernel takes from it, by its own `part`.
-    Derivatives are those of the plain form.
+    Both take x as `[rows, i]`, and return arrays with such rows, which then have x's axes; a part of a longer array
+    `[b, t, i]` the kernel takes from it, by its own `part`. Derivatives are those of the chain.
     """
-    given, place = (x.rows, (x.whole, x.start)) if isinstance(x, Slice) else (x, None)
+    given, place = plain(x), (x.whole, x.start) if isinstance(x, Slice) else None
     rows = given.reshape(-1, given.shape[-1])
 
-    def chain(rows: Array, source: Any, *others: Array) -> Any:
-        return quantize(plain(rows, *others))
+    def unfused(rows: Array, source: Any, *others: Array) -> Any:
+        return chain(rows, *others)
 
     def fused(rows: Array, source: Any, *others: Array) -> Any:
         if source is None:
@@ -110,16 +104,16 @@ def either(
 
     @jax.custom_jvp
     def run(*arguments: Any) -> Any:
-        return jax.lax.platform_dependent(*arguments, cuda=without_axes(fused), default=chain)
+        return jax.lax.platform_dependent(*arguments, cuda=without_axes(fused), default=unfused)
 
     def derivative(primals: Any, tangents: Any) -> Any:
-        (rows, source, *others), (of_rows, _, *of_others) = primals, tangents
-        return jax.jvp(lambda rows, *others: chain(rows, source, *others), (rows, *others), (of_rows, *of_others))
+        (rows, _, *others), (of_rows, _, *of_others) = primals, tangents
+        return jax.jvp(chain, (rows, *others), (of_rows, *of_others))
 
     run.defjvp(derivative)
     served = Device.default().platform == "gpu" and unsupported_reason(rows) is None
-    numbers, scale = (run if served else chain)(rows, place, *others)
-    return Rows(numbers.reshape(*given.shape[:-1], -1), scale.reshape(given.shape[:-1]), given.dtype)
+    found = run(rows, place, *others) if served else chain(rows, *others)
+    return tuple(y.reshape(*given.shape[:-1], *y.shape[1:]) for y in found)
 
 
 def product(

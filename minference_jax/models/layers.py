@@ -1,11 +1,10 @@
-"""The pieces of a decoder layer: norms, projections with RoPE, SwiGLU; and running them in chunks of the sequence.
+"""The pieces of a decoder layer: norms, projections with RoPE, SwiGLU.
 
 A layer's parameters are a plain mapping name → array, as `params.layer_shapes` lists them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,15 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minference_jax.models import fp8
+from minference_jax.models.chunks import Slice, flat, plain
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.experts import gated, mixture
-from minference_jax.models.norms import norm, rms_norm
+from minference_jax.models.norms import norm, rms_norm, rounded
 from minference_jax.models.residual import Residual
 from minference_jax.models.rope import Turns, apply_rope
 from minference_jax.models.stacked import ACTIVATIONS, Layer, StackedLayer
 from minference_jax.parallel.mesh import HEADS
-from pallas_kernels.rows.quantize import Activation, gated_rows, normed_rows
-from pallas_kernels.tracing import vary_alike
+from pallas_kernels.rows.norms import added_rows, normed_rows
+from pallas_kernels.rows.quantize import Activation, gated_rows
 
 QKV = ("wq", "wk", "wv")
 """The weights of queries, keys and values."""
@@ -43,7 +43,7 @@ def matmul(equation: str, x: Array, weight: Array) -> Array:
 def project(
     layer: Layer,
     names: tuple[str, ...],
-    x: Float[Array, "b t *in"] | fp8.Slice | fp8.Rows,
+    x: Float[Array, "b t *in"] | Slice | fp8.Rows,
     *,
     activation: Activation | None = None,
     dtype: Any = None,
@@ -53,14 +53,14 @@ def project(
     `activation`: of two weights, that of the first product times the second, instead. `dtype`: of the results, where
     their sums need not be rounded to x's.
     """
-    if isinstance(layer, StackedLayer) and not isinstance(x, fp8.Rows) and layer.serves(names, _plain(x)):
-        return layer.matvec(names, _plain(x), activation=activation, dtype=dtype)
+    if isinstance(layer, StackedLayer) and not isinstance(x, fp8.Rows) and layer.serves(names, plain(x)):
+        return layer.matvec(names, plain(x), activation=activation, dtype=dtype)
     if isinstance(x, fp8.Rows) or quantizes(layer, names, x):
         if not isinstance(x, fp8.Rows):
-            x = fp8.rows_of(x.flat() if isinstance(x, fp8.Slice) else x.reshape(*x.shape[:2], -1))
+            x = fp8.rows_of(flat(x))
         outs = [fp8.product(x, layer[name], layer[f"{name}_scale"]) for name in names]
     else:
-        x = _plain(x)
+        x = plain(x)
         inside = "abc"[: x.ndim - 2]
         letters = ("uvw"[: layer[name].ndim - len(inside)] for name in names)
         outs = [matmul(f"st{inside},{inside}{o}->st{o}", x, layer[n]) for n, o in zip(names, letters, strict=True)]
@@ -68,28 +68,24 @@ def project(
     return outs if dtype is None else [out.astype(dtype) for out in outs]
 
 
-def _plain(x: Array | fp8.Slice) -> Array:
-    return x.rows if isinstance(x, fp8.Slice) else x
-
-
-def quantizes(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"] | fp8.Slice) -> bool:
+def quantizes(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"] | Slice) -> bool:
     """Whether `project` quantizes x for these weights."""
-    served = isinstance(layer, StackedLayer) and layer.serves(names, _plain(x))
+    served = isinstance(layer, StackedLayer) and layer.serves(names, plain(x))
     return not served and f"{names[0]}_scale" in layer
 
 
 def into_block(
-    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | fp8.Slice, weight: str, names: tuple[str, ...]
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | Slice, weight: str, names: tuple[str, ...]
 ) -> Float[Array, "b t d"] | fp8.Rows:
     """The residual stream as a block's first weights take it: normalised where the model does so before the block, and
     then quantized for weights in FP8.
     """
     if not config.traits.pre_norms:
-        return _plain(x)
+        return plain(x)
     if not quantizes(layer, names, x):
-        return norm(config, _plain(x), layer[weight])
+        return norm(config, plain(x), layer[weight])
     options: dict[str, Any] = {"eps": config.rms_norm_eps, "offset": config.traits.norm_offset}
-    return fp8.either(partial(normed_rows, **options), partial(rms_norm, **options), x, layer[weight])
+    return fp8.quantized(partial(normed_rows, **options), partial(rms_norm, **options), x, layer[weight])
 
 
 def enter_block(
@@ -121,7 +117,7 @@ def wide_norm(config: LlamaConfig, x: Float[Array, "b t n h"], weight: Float[Arr
 
 
 def project_qkv(
-    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | fp8.Slice, turns: Turns
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | Slice, turns: Turns
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]:
     """Normalised input → queries and keys after RoPE, and values."""
     q, k, v = project(layer, QKV, into_block(config, layer, x, "attn_norm", QKV))
@@ -166,7 +162,7 @@ def rotated(
 
 
 def finish_layer(
-    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], attended: Float[Array, "b t n h"] | fp8.Slice
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | Slice, attended: Float[Array, "b t n h"] | Slice
 ) -> Float[Array, "b t d"]:
     """Output projection and MLP (or experts), each added to the residual stream."""
     return Residual(*leave_layer(config, layer, x, attended)).whole()
@@ -175,17 +171,45 @@ def finish_layer(
 def leave_layer(
     config: LlamaConfig,
     layer: Layer,
-    x: Float[Array, "b t d"],
-    attended: Float[Array, "b t n h"] | fp8.Slice,
+    x: Float[Array, "b t d"] | Slice,
+    attended: Float[Array, "b t n h"] | Slice,
     dtype: Any = None,
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"]]:
     """Both sides of `finish_layer`'s last sum. `dtype`: of the second, where products need not be rounded to x's."""
     traits = config.traits
-    out = project(layer, ("wo",), attended, dtype=dtype)[0]
+    if _normed_as_added(config, layer, x, attended):
+        x, rows = _added_rows(config, layer, x, fp8.rows_of(flat(attended)))
+        return x, mlp(config, layer, rows)
+    x, out = plain(x), project(layer, ("wo",), attended, dtype=dtype)[0]
     out = out + layer["bo"].astype(out.dtype) if traits.o_bias else out
     stream = Residual(x, _added(config, out, layer["post_attn_norm"] if traits.post_norms else None))
     x, out = _mlp_or_experts(config, layer, stream, dtype)
     return x, _added(config, out, layer["post_mlp_norm"] if traits.post_norms else None)
+
+
+def _normed_as_added(config: LlamaConfig, layer: Layer, x: Array | Slice, attended: Array | Slice) -> bool:
+    """Whether nothing but scales and a norm stands between two products in FP8, attention's output and the MLP."""
+    traits = config.traits
+    between = traits.o_bias or traits.post_norms or traits.residual_scale != 1 or traits.experts is not None
+    if between or not traits.pre_norms:
+        return False
+    return quantizes(layer, ("wo",), attended) and quantizes(layer, MLP[:2], x)
+
+
+def _added_rows(
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | Slice, attended: fp8.Rows
+) -> tuple[Float[Array, "b t d"], fp8.Rows]:
+    """The residual stream with attention's output projection added, and what the MLP takes of it: on GPUs one pass."""
+    options: dict[str, Any] = {"eps": config.rms_norm_eps, "offset": config.traits.norm_offset}
+
+    def chain(x: Array, y: Array, row_scale: Array, channel_scale: Array, weight: Array) -> tuple[Array, ...]:
+        x = rounded(x + rounded(fp8.rescaled(y, row_scale, channel_scale, x.dtype)))
+        return *fp8.quantize(rms_norm(x, weight, **options)), x
+
+    scales = attended.scale.reshape(-1), layer["wo_scale"]
+    arrays = fp8.unscaled(attended, layer["wo"]), *scales, layer["mlp_norm"]
+    numbers, scale, total = fp8.either(partial(added_rows, **options), chain, x, *arrays)
+    return total, fp8.Rows(numbers, scale, total.dtype)
 
 
 def _mlp_or_experts(
@@ -248,41 +272,16 @@ def _gated_rows(
     """The activation of an MLP with FP8 weights, quantized for the next: their scales, too, are applied on the way."""
     rows = x if isinstance(x, fp8.Rows) else fp8.rows_of(x)
 
-    def plain(gate: Array, up: Array, row_scale: Array, gate_scale: Array, up_scale: Array) -> Array:
+    def chain(gate: Array, up: Array, row_scale: Array, gate_scale: Array, up_scale: Array) -> tuple[Array, ...]:
         gate, up = (fp8.rescaled(y, row_scale, scale, rows.dtype) for y, scale in ((gate, gate_scale), (up, up_scale)))
-        return gated(config, gate, up)
+        return fp8.quantize(gated(config, gate, up))
 
     products = (fp8.unscaled(rows, layer[name]) for name in names)
     arrays = (*products, rows.scale.reshape(-1), *(layer[f"{name}_scale"] for name in names))
     activation = KERNEL_ACTIVATIONS.get(config.traits.activation)
     if activation is None:
-        numbers, scale = fp8.quantize(plain(*arrays))
+        numbers, scale = chain(*arrays)
     else:
-        numbers, scale, _ = fp8.either(partial(gated_rows, activation=activation), plain, *arrays)
+        numbers, scale = fp8.either(partial(gated_rows, activation=activation), chain, *arrays)
     shape = rows.scale.shape
     return fp8.Rows(numbers.reshape(*shape, -1), scale.reshape(shape), rows.dtype)
-
-
-def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *, in_place: bool = False) -> Any:
-    """`fn(first_row, *arrays)` applied to chunks of `chunk` rows along axis 1, its results put together again.
-
-    Bounds the memory of what `fn` makes on the way: an MLP over a million tokens would hold 29 GB at once.
-    `fn` must treat rows independently; its results have the rows on axis 1. With `in_place`, it returns one array
-    like `arrays[0]`, which the results replace chunk by chunk. A last, shorter chunk is compiled separately.
-    """
-    t = arrays[0].shape[1]
-    if t <= chunk:
-        return fn(jnp.int32(0), *arrays)
-
-    def run(out: Any, start: Any, size: int) -> Any:
-        sources = (out, *arrays[1:]) if in_place else arrays
-        pieces = fn(jnp.int32(start), *(jax.lax.dynamic_slice_in_dim(a, start, size, axis=1) for a in sources))
-        return jax.tree.map(lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p, start, axis=1), out, pieces)
-
-    out: Any = arrays[0]
-    if not in_place:
-        shapes = jax.eval_shape(fn, jnp.int32(0), *(a[:, :chunk] for a in arrays))
-        out = jax.tree.map(lambda s: jax.lax.empty((s.shape[0], t, *s.shape[2:]), s.dtype), shapes)
-        out = vary_alike(out, arrays)
-    out = jax.lax.fori_loop(0, t // chunk, lambda i, o: run(o, i * chunk, chunk), out)
-    return run(out, t - t % chunk, t % chunk) if t % chunk else out

@@ -26,3 +26,9 @@ def rms_norm(
 def norm(config: LlamaConfig, x: Float[Array, "*rows d"], weight: Float[Array, " d"]) -> Float[Array, "*rows d"]:
     """The model's RMSNorm."""
     return rms_norm(x, weight, config.rms_norm_eps, config.traits.norm_offset)
+
+
+def rounded(x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+    """The same numbers, with their dtype's precision in each program: XLA leaves out roundings between float32 sums."""
+    precision = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, precision.nexp, precision.nmant)

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from minference_jax.models.fp8 import Slice
-from minference_jax.models.layers import map_chunks
+from minference_jax.models.chunks import Slice, map_chunks
 from minference_jax.parallel.exchange import Exchange
 
 Pieces = tuple[Float[Array, "b _ d"], ...]
@@ -49,12 +48,12 @@ def to_heads(
     t: int,
     chunk: int,
 ) -> tuple[Float[Array, "b t heads h"], ...]:
-    """`make(rows, positions)` of all pieces, in chunks, `rows` as an `fp8.Slice`; of its results `[b, rows, n, h]` all
+    """`make(rows, positions)` of all pieces, in chunks, `rows` as a `Slice`; of its results `[b, rows, n, h]` all
     t rows of this device's heads."""
 
     def of_piece(piece: Array, positions: Array) -> tuple[Array, ...]:
-        def of_chunk(first: Array, rows: Array, positions: Array) -> tuple[Array, ...]:
-            return make(Slice(rows, piece, first), positions)
+        def of_chunk(rows: Slice, positions: Slice) -> tuple[Array, ...]:
+            return make(rows, positions.rows)
 
         return map_chunks(of_chunk, (piece, positions), chunk)
 
@@ -83,16 +82,12 @@ def to_heads(
 def to_rows(
     exchange: Exchange, finish: Callable[..., Array], x: Pieces, out: Float[Array, "b own heads h"], chunk: int
 ) -> Pieces:
-    """`finish(x's rows, out's rows of all heads)` of all pieces, in chunks; out's may be an `fp8.Slice`.
+    """`finish(x's rows, out's rows of all heads)` of all pieces, in chunks, x's as a `Slice`; out's may be one.
 
     `out`: of this device's heads, the rows that it attends for (`Exchange.own_queries`).
     """
     if exchange.size == 1:
-
-        def of_chunk(first: Array, x: Array, rows: Array) -> Array:
-            return finish(x, Slice(rows, out, first))
-
-        return (map_chunks(of_chunk, (x[0], out), chunk, in_place=True),)
+        return (map_chunks(finish, (x[0], out), chunk, in_place=True),)
     starts = np.cumsum([0, *(piece.shape[1] for piece in x)])
     rows = starts[-1]
     out = jnp.pad(out, [(0, 0), (0, exchange.heads * rows - out.shape[1]), (0, 0), (0, 0)])
@@ -101,8 +96,8 @@ def to_rows(
     def received(i: int) -> Array:
         return exchange.swap(exchange.contiguous(out[:, :, starts[i] : starts[i + 1]]))
 
-    def joined(_: Array, x: Array, attended: Array) -> Array:
-        return finish(x, exchange.joined(jnp.moveaxis(attended, 1, 2)))
+    def joined(x: Slice, attended: Slice) -> Array:
+        return finish(x, exchange.joined(jnp.moveaxis(attended.rows, 1, 2)))
 
     arrived = [received(i) for i in range(len(x))]
     return tuple(

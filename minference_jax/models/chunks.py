@@ -1,0 +1,66 @@
+"""Running a function in chunks of the sequence, each of them known together with the array that it is a part of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Shaped
+
+from pallas_kernels.tracing import vary_alike
+
+
+class Slice(NamedTuple):
+    """`rows` of a longer array: those of `whole` from row `start` of each sequence on.
+
+    Kernels read them in `whole`; XLA would copy a slice for them first.
+    """
+
+    rows: Shaped[Array, "b c *in"]
+    whole: Shaped[Array, "b t *in"]
+    start: Int32[Array, ""]
+
+    def flat(self) -> Slice:
+        """With all of a row's axes as one."""
+        return Slice(flat(self.rows), flat(self.whole), self.start)
+
+
+def plain(x: Float[Array, "b t *in"] | Slice) -> Float[Array, "b t *in"]:
+    """The rows themselves."""
+    return x.rows if isinstance(x, Slice) else x
+
+
+def flat(x: Any) -> Any:
+    """Rows with all of their axes as one."""
+    return x.flat() if isinstance(x, Slice) else x.reshape(*x.shape[:2], -1)
+
+
+def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *, in_place: bool = False) -> Any:
+    """`fn(*slices)` of chunks of `chunk` rows along axis 1, a `Slice` of each array; its results put together again.
+
+    Bounds the memory of what `fn` makes on the way: an MLP over a million tokens would hold 29 GB at once.
+    `fn` must treat rows independently; its results have the rows on axis 1. With `in_place`, it returns one array
+    like `arrays[0]`, which the results replace chunk by chunk: in the `whole` of that slice, those before it are
+    replaced already. A last, shorter chunk is compiled separately.
+    """
+    t = arrays[0].shape[1]
+    if t <= chunk:
+        return fn(*(Slice(a, a, jnp.int32(0)) for a in arrays))
+
+    def applied(arrays: tuple[Array, ...], start: Any, size: int) -> Any:
+        first = jnp.int32(start)
+        return fn(*(Slice(jax.lax.dynamic_slice_in_dim(a, first, size, axis=1), a, first) for a in arrays))
+
+    def run(out: Any, start: Any, size: int) -> Any:
+        pieces = applied((out, *arrays[1:]) if in_place else arrays, start, size)
+        return jax.tree.map(lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p, start, axis=1), out, pieces)
+
+    out: Any = arrays[0]
+    if not in_place:
+        shapes = jax.eval_shape(lambda *arrays: applied(arrays, 0, chunk), *arrays)
+        out = jax.tree.map(lambda s: jax.lax.empty((s.shape[0], t, *s.shape[2:]), s.dtype), shapes)
+        out = vary_alike(out, arrays)
+    out = jax.lax.fori_loop(0, t // chunk, lambda i, o: run(o, i * chunk, chunk), out)
+    return run(out, t - t % chunk, t % chunk) if t % chunk else out

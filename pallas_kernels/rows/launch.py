@@ -1,0 +1,188 @@
+"""What the row kernels share: which rows a thread block has, when it loads their pieces, and how it quantizes them.
+
+A row's scale needs its largest number, so a compiler's kernels go over a row twice, and compute twice what it is made
+of. Here a thread block holds whole rows in registers between the two, as float32. What threads load lies as what they
+store, four elements each: the compiler then moves nothing between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Float8e4m3fn, Int32
+
+from pallas_kernels.device import Device
+
+DTYPE = jnp.float8_e4m3fn
+LARGEST = 448.0
+"""Largest finite e4m3 number."""
+
+WIDEST = 32_768
+"""Elements of the longest row: 64 registers of each thread."""
+
+EACH = 4
+"""Elements of a piece that a thread has: 16 bytes of the float32 ones."""
+
+Numbers = tuple[Float8e4m3fn[Array, "rows f"], Float[Array, " rows"]]
+Refs = Sequence[Any]
+
+
+class Tile(NamedTuple):
+    """Rows of a thread block, which share what belongs to columns; its warps; pieces of a row that it loads ahead."""
+
+    rows: int
+    warps: int
+    ahead: int
+
+
+class RowRange(NamedTuple):
+    """Rows `start` … `start + rows - 1` of each sequence of an array `[b, t, f]`, of which nothing else is read.
+
+    A slice given to a kernel would be copied first: reads and writes of all that the kernel then reads again.
+    """
+
+    start: Int32[Array, ""]
+    rows: int
+
+
+class Piece(NamedTuple):
+    """The columns of a row that a thread block loads at a time, from `start` on; pieces before have those to `fresh`.
+
+    The last piece begins early where pieces do not divide the row: what two of them have is computed and written twice.
+    """
+
+    start: int
+    size: int
+    fresh: int
+
+    @property
+    def columns(self) -> Any:
+        return pl.ds(self.start, self.size)
+
+    def counted(self, value: Float[Array, " size"]) -> Float[Array, " size"]:
+        """With zeros where an earlier piece has the same columns."""
+        if self.fresh == self.start:
+            return value
+        return jnp.where(self.start + jnp.arange(self.size, dtype=jnp.int32) >= self.fresh, value, 0)
+
+
+def unsupported_reason(x: Float[Array, "*rows f"] | jax.ShapeDtypeStruct) -> str | None:
+    """Why the kernels can't serve such rows, in words; None if they can."""
+    if x.dtype != jnp.bfloat16:
+        return f"the kernel reads bfloat16; the rows are {x.dtype}"
+    if x.shape[-1] > WIDEST:
+        return f"the kernel holds rows of at most {WIDEST:,} elements; these have {x.shape[-1]:,}"
+    if x.size >= 2**30:
+        return f"the kernel addresses less than {2**30:,} elements; there are {x.size:,}"
+    if x.size == 0:
+        return f"there is nothing in rows of shape {x.shape}"
+    return Device.default().reason_against_fp8()
+
+
+def launch(
+    name: str,
+    wide: list[Array],
+    others: list[Array],
+    value: Callable[[Refs, Piece, list[Array], list[list[Array]]], list[Array]],
+    finished: Callable[[Refs, list[Piece], list[Array]], list[Array]],
+    tile: Tile | None,
+    interpret: bool,
+    part: RowRange | None = None,
+    keeps: bool = False,
+) -> tuple[Array, ...]:
+    """A thread block for every few rows of the `wide` arrays: `value` makes one piece of each of its rows from what is
+    loaded, `finished` all pieces of one row from theirs.
+
+    With a part, those of the wide arrays that have an axis of sequences are read there. The results are numbers and
+    scales, and if it `keeps` them, what `value` makes, in the dtype of the wide arrays.
+    """
+    *sequences, length, width = wide[0].shape
+    rows_each = length if part is None else part.rows
+    count = math.prod(sequences) * rows_each
+    reason = unsupported_reason(jax.ShapeDtypeStruct((count, width), wide[0].dtype))
+    if reason is not None:
+        raise ValueError(f"{name}: {reason}")
+    tile = tile or _tile(width)
+    pieces, results = _pieces(width, tile.warps), -3 if keeps else -2
+
+    def kernel(*refs: Any) -> None:
+        sources, others, (numbers_ref, scale_ref, *kept) = refs[: len(wide)], refs[len(wide) : results], refs[results:]
+        *others, start = others if part is not None else (*others, None)
+        first = pl.program_id(0) * tile.rows
+        # A last block's missing rows are its last one again.
+        rows = [jnp.minimum(first + row, count - 1) for row in range(tile.rows)]
+
+        def place(ref: Any, row: Array) -> tuple[Array, ...]:
+            return (row,) if start is None or ref.ndim == 2 else (row // rows_each, start[0] + row % rows_each)
+
+        def load(piece: Piece) -> list[list[Array]]:
+            at = [[ref.at[*place(ref, row), piece.columns] for ref in sources] for row in rows]
+            return [[plgpu.load(x, eviction_policy="evict_first") for x in of_row] for of_row in at]
+
+        loaded, parts = [], []
+        for index, piece in enumerate(pieces):
+            loaded += [load(later) for later in pieces[len(loaded) : index + tile.ahead + 1]]
+            numbers = [[x.astype(jnp.float32) for x in of_row] for of_row in loaded[index]]
+            parts.append(value(others, piece, rows, numbers))
+            for ref in kept:
+                for row, y in zip(rows, parts[-1], strict=True):
+                    ref[row, piece.columns] = y.astype(ref.dtype)
+        for row, of_row in zip(rows, zip(*parts, strict=True), strict=True):
+            values = finished(others, pieces, list(of_row))
+            scale = jnp.max(folded(jnp.maximum, [jnp.abs(y) for y in values])) / LARGEST
+            scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 0.0, scale)
+            inverse = jnp.where(scale > 0, 1 / scale, 0.0)
+            for piece, y in zip(pieces, values, strict=True):
+                numbers_ref[row, piece.columns] = (y * inverse).astype(DTYPE)
+            scale_ref[row] = scale
+
+    # Of an array of 2**32 bytes and more, which a part may be of, addresses have 64 bits.
+    first = [] if part is None else [jnp.clip(part.start, 0, length - part.rows).reshape(1)]
+    shapes = [jax.ShapeDtypeStruct((count, width), DTYPE), jax.ShapeDtypeStruct((count,), jnp.float32)]
+    shapes += [jax.ShapeDtypeStruct((count, width), wide[0].dtype)] * keeps
+    return pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(count, tile.rows),),
+        out_shape=tuple(shapes),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
+        interpret=interpret,
+        name=name,
+    )(*wide, *others, *first)
+
+
+def _tile(width: int) -> Tile:
+    """A row of up to 1,024 elements for a warp, and so on to 16 warps.
+
+    On an H200 (commit 67d022b) the gated kernel took .447 ms so at [16384, 14336], with 4 pieces ahead .435, with 8
+    warps .457, with two rows .481; jnp .804.
+    """
+    return Tile(1, min(16, max(1, pl.next_power_of_2(width) // 1024)), 2)
+
+
+def _pieces(width: int, warps: int) -> list[Piece]:
+    size = 32 * warps * EACH
+    while size > width:
+        size //= 2
+    return [Piece(min(start, width - size), size, start) for start in range(0, width, size)]
+
+
+def alone(refs: Refs, piece: Piece, rows: list[Array], loaded: list[list[Array]]) -> list[Array]:
+    return [x for (x,) in loaded]
+
+
+def unchanged(refs: Refs, pieces: list[Piece], row: list[Array]) -> list[Array]:
+    return row
+
+
+def folded(operation: Callable[[Array, Array], Array], values: list[Array]) -> Array:
+    """Pieces into one, element by element: threads then meet once a row."""
+    total = values[0]
+    for y in values[1:]:
+        total = operation(total, y)
+    return total
