@@ -37,11 +37,13 @@ def flat(x: Any) -> Any:
     return x.flat() if isinstance(x, Slice) else x.reshape(*x.shape[:2], -1)
 
 
-def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *, in_place: bool = False) -> Any:
+def map_chunks(
+    fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *, in_place: bool = False, axis: int = 1
+) -> Any:
     """`fn(*slices)` of chunks of `chunk` rows along axis 1, a `Slice` of each array; its results put together again.
 
     Bounds the memory of what `fn` makes on the way: an MLP over a million tokens would hold 29 GB at once.
-    `fn` must treat rows independently; its results have the rows on axis 1. With `in_place`, it returns one array
+    `fn` must treat rows independently; its results have the rows on `axis`. With `in_place`, it returns one array
     like `arrays[0]`, which the results replace chunk by chunk: in the `whole` of that slice, those before it are
     replaced already. A last, shorter chunk is compiled separately.
     """
@@ -55,12 +57,12 @@ def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *,
 
     def run(out: Any, start: Any, size: int) -> Any:
         pieces = applied((out, *arrays[1:]) if in_place else arrays, start, size)
-        return jax.tree.map(lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p, start, axis=1), out, pieces)
+        return jax.tree.map(lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p, start, axis=axis), out, pieces)
 
     out: Any = arrays[0]
     if not in_place:
         shapes = jax.eval_shape(lambda *arrays: applied(arrays, 0, chunk), *arrays)
-        out = jax.tree.map(lambda s: jax.lax.empty((s.shape[0], t, *s.shape[2:]), s.dtype), shapes)
+        out = jax.tree.map(lambda s: jax.lax.empty((*s.shape[:axis], t, *s.shape[axis + 1 :]), s.dtype), shapes)
         out = vary_alike(out, arrays)
     out = jax.lax.fori_loop(0, t // chunk, lambda i, o: run(o, i * chunk, chunk), out)
     return run(out, t - t % chunk, t % chunk) if t % chunk else out

@@ -51,29 +51,32 @@ def to_heads(
     """`make(rows, positions)` of all pieces, in chunks, `rows` as a `Slice`; of its results `[b, rows, n, h]` all
     t rows of this device's heads."""
 
-    def of_piece(piece: Array, positions: Array) -> tuple[Array, ...]:
-        def of_chunk(rows: Slice, positions: Slice) -> tuple[Array, ...]:
-            return make(rows, positions.rows)
-
-        return map_chunks(of_chunk, (piece, positions), chunk)
+    def of_chunk(rows: Slice, positions: Slice) -> tuple[Array, ...]:
+        return make(rows, positions.rows)
 
     if exchange.size == 1:
-        return of_piece(x[0], positions)
+        return map_chunks(of_chunk, (x[0], positions), chunk)
     starts = np.cumsum([0, *(piece.shape[1] for piece in x)])
 
-    def made(i: int) -> tuple[list[int], Array]:
-        """Heads of each result on a device; and the results of a piece, which travel together."""
-        found = of_piece(x[i], positions[:, starts[i] : starts[i + 1]])
-        grouped = [exchange.grouped(y) for y in found]
-        return [y.shape[3] for y in grouped], exchange.contiguous(jnp.concatenate(grouped, axis=3))
+    def grouped(rows: Slice, positions: Slice) -> list[Array]:
+        return [exchange.grouped(y) for y in of_chunk(rows, positions)]
+
+    def joined(rows: Slice, positions: Slice) -> Array:
+        """The results of a chunk as they travel: together, and so laid out."""
+        return exchange.contiguous(jnp.concatenate(grouped(rows, positions), axis=3))
+
+    def made(i: int) -> Array:
+        return map_chunks(joined, (x[i], positions[:, starts[i] : starts[i + 1]]), chunk, axis=2)
 
     update = jax.lax.dynamic_update_slice_in_dim
-    heads, piece = made(0)
+    first = positions[:, : starts[1]]
+    heads = [y.shape[3] for y in jax.eval_shape(grouped, *(Slice(y, y, jnp.int32(0)) for y in (x[0], first)))]
+    piece = made(0)
     into = [jax.lax.empty((*piece.shape[:2], starts[-1], n, piece.shape[4]), piece.dtype) for n in heads]
     for i in range(len(x)):
         sent = exchange.swap(piece)
         if i + 1 < len(x):  # what was sent is put in its place only after the next piece is computed
-            sent, piece = jax.lax.optimization_barrier((sent, made(i + 1)[1]))
+            sent, piece = jax.lax.optimization_barrier((sent, made(i + 1)))
         parts = jnp.split(sent, np.cumsum(heads)[:-1], axis=3)
         into = [update(y, part, starts[i], axis=2) for y, part in zip(into, parts, strict=True)]
     return tuple(exchange.all_rows_of_heads(y, t) for y in into)
@@ -96,11 +99,8 @@ def to_rows(
     def received(i: int) -> Array:
         return exchange.swap(exchange.contiguous(out[:, :, starts[i] : starts[i + 1]]))
 
-    def joined(x: Slice, attended: Slice) -> Array:
-        return finish(x, exchange.joined(jnp.moveaxis(attended.rows, 1, 2)))
-
     arrived = [received(i) for i in range(len(x))]
     return tuple(
-        map_chunks(joined, (piece, jnp.moveaxis(attended, 2, 1)), chunk, in_place=True)
+        map_chunks(finish, (piece, exchange.joined(attended)), chunk, in_place=True)
         for piece, attended in zip(x, arrived, strict=True)
     )
