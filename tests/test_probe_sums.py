@@ -11,6 +11,7 @@ from helpers import assert_close
 from minference_jax.index import weights
 from pallas_kernels.device import Device
 from pallas_kernels.index.probe_sums import Tile, row_totals, unsupported_reason, weight_sums
+from pallas_kernels.tracing import under_own_settings
 
 
 def sums(scores, positions, importance):
@@ -64,18 +65,19 @@ def test_what_the_kernels_cannot_serve_they_refuse():
 
 
 def test_the_kernels_under_shard_map_and_grad(rng, monkeypatch):
-    """Traced with the plain form beside them, which is what runs here."""
+    """Traced with the plain form beside them, which is what runs here: whatever the caller's settings."""
 
     def value(scores, positions, importance):
         found = sums(scores, positions, importance)
         return sum(jnp.sum(y * y) for y in found), found
 
     arrays = probes_of(rng, "float32", 64)
-    gradient = jax.jit(jax.grad(value, has_aux=True))
+    gradient = jax.jit(jax.grad(jax.jit(under_own_settings(value)), has_aux=True))
     expected = gradient(*arrays)
     monkeypatch.setattr(Device, "default", staticmethod(lambda: Device("gpu", "9.0")))
     mesh = jax.make_mesh((2,), ("head",), (jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("head")
-    found = jax.jit(jax.shard_map(lambda *y: gradient(*y), mesh=mesh, in_specs=spec, out_specs=spec))(*arrays)
+    with jax.numpy_rank_promotion("raise"):
+        found = jax.jit(jax.shard_map(lambda *y: gradient(*y), mesh=mesh, in_specs=spec, out_specs=spec))(*arrays)
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(got, want)

@@ -18,6 +18,7 @@ from pallas_kernels.device import Device, lowering_for
 from pallas_kernels.rows.launch import RowRange, Tile, unsupported_reason
 from pallas_kernels.rows.norms import added_rows, normed_rows
 from pallas_kernels.rows.quantize import gated_rows, quantized_rows
+from pallas_kernels.tracing import under_own_settings
 
 SIZES = np.array([1, 1e4, 1e-4, 1e-30, 0, 1e30, 1])
 """What each row's numbers are multiplied with, before an infinity and a NaN are put into the last two."""
@@ -152,21 +153,26 @@ def test_a_prefill_in_fp8_holds_the_kernels_where_a_gpu_has_the_numbers(capabili
             assert (name in text) == (capability == "9.0" and name in names)
 
 
-def test_derivatives_are_those_of_the_chain(rng, monkeypatch):
-    arrays = arguments(rng, "silu", 96)
-    arrays = [*(y[:3] for y in arrays[:3]), *arrays[3:]]
-    plain = activation_of("silu")
+@pytest.mark.parametrize("name", ["silu", "norm"])
+def test_derivatives_are_those_of_the_chain(rng, monkeypatch, name):
+    """Of a program that is traced before it is differentiated, whatever the caller's settings."""
+    arrays = arguments(rng, name, 96, np.ones(5))
+    arrays = [y[:3] if len(y) == 5 else y for y in arrays]
+    kernel, chain = CASES[name]
 
     def value(quantized, *arrays):
         numbers, scale, *_ = quantized(*arrays)
         return jnp.sum(numbers.astype(jnp.float32) * scale[:, None])
 
     def gradient(quantized):
-        return jax.jit(jax.grad(partial(value, quantized), argnums=(0, 3)))(*arrays)
+        traced = jax.jit(under_own_settings(partial(value, quantized)))
+        with jax.numpy_rank_promotion("raise"):
+            return jax.jit(jax.grad(lambda *y: traced(*y), argnums=(0, len(arrays) - 1)))(*arrays)
 
-    expected = gradient(lambda *y: fp8.quantize(plain(*y)))
+    expected = gradient(under_own_settings(lambda *y: fp8.quantize(chain(*y))))
     monkeypatch.setattr(Device, "default", staticmethod(lambda: Device("gpu", "9.0")))
-    for got, want in zip(gradient(partial(fp8.quantized, gated_rows, plain)), expected, strict=True):
+    for got, want in zip(gradient(partial(fp8.quantized, kernel, chain)), expected, strict=True):
+        assert np.any(want != 0)
         np.testing.assert_array_equal(got, want)
 
 

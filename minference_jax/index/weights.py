@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.device import Device
 from pallas_kernels.index.probe_sums import row_totals, unsupported_reason, weight_sums
-from pallas_kernels.tracing import without_axes
+from pallas_kernels.tracing import under_own_settings, without_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,11 @@ def _either(
     def run(*arrays: Array) -> Any:
         return jax.lax.platform_dependent(*arrays, cuda=without_axes(kernel), default=plain)
 
-    run.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    @under_own_settings  # traced when the caller's program is differentiated, when its settings hold again
+    def derivative(primals: Any, tangents: Any) -> Any:
+        return jax.jvp(plain, primals, tangents)
+
+    run.defjvp(derivative)
     return run(scores, *others)
 
 

@@ -23,7 +23,7 @@ from minference_jax.models.chunks import Slice, plain
 from pallas_kernels.device import Device
 from pallas_kernels.rows.launch import DTYPE, LARGEST, RowRange, unsupported_reason
 from pallas_kernels.rows.quantize import quantized_rows
-from pallas_kernels.tracing import without_axes
+from pallas_kernels.tracing import under_own_settings, without_axes
 
 CONTRACTED = {
     "wq": 1,
@@ -106,6 +106,7 @@ def either(
     def run(*arguments: Any) -> Any:
         return jax.lax.platform_dependent(*arguments, cuda=without_axes(fused), default=unfused)
 
+    @under_own_settings  # traced when the caller's program is differentiated, when its settings hold again
     def derivative(primals: Any, tangents: Any) -> Any:
         (rows, _, *others), (of_rows, _, *of_others) = primals, tangents
         return jax.jvp(chain, (rows, *others), (of_rows, *of_others))
