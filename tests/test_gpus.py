@@ -1,10 +1,13 @@
 """What programs hold that are made for each generation of GPUs, on a machine that has none of them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
 from numpy_llama import random_llama
 
+from minference_jax.attention import sparse_attention
 from minference_jax.models import LlamaConfig, fp8
 from minference_jax.patterns import VerticalSlash
 from pallas_kernels import choose_implementation, dense_attention
@@ -47,6 +50,16 @@ def test_prefill_holds_the_generations_kernel_and_no_attention_in_jnp(monkeypatc
 def test_a_capability_without_kernels_is_refused():
     with pytest.raises(ValueError, match=r"8\.0, 8\.6.*got '7\.5'"), lowering_for("7.5"):
         pass
+
+
+@pytest.mark.filterwarnings("ignore:.*Triton:DeprecationWarning")
+def test_a_plan_and_attention_are_exported():
+    q, k = (jax.ShapeDtypeStruct((1, 128, n, 64), jnp.bfloat16) for n in (2, 1))
+    program = jax.jit(partial(sparse_attention, pattern=VerticalSlash(columns=8, tiles=1)))
+    triton = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    with lowering_for("8.0"):
+        exported = jax.export.export(program, platforms=["cuda"], disabled_checks=[triton])(q, k, k)
+    assert jax.export.deserialize(exported.serialize()).out_avals[0].shape == q.shape
 
 
 def test_what_is_made_for_a_gpu_stays_apart_from_what_is_made_for_here():

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32
 
 import pallas_kernels
 from minference_jax.models.cache import KVCache
-from minference_jax.models.chunks import Slice, map_chunks, plain
+from minference_jax.models.chunks import Slice, map_chunks
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.dual_chunk import chunks_for, dual_chunk_attention, places
 from minference_jax.models.layers import enter_attention, finish_layer, leave_layer, project_qkv
@@ -215,8 +215,8 @@ def prefill(
         out, info, unspent = attend_layer(config, index, (q, k, v), cache, attended, **where)
         back = None if order is None else jnp.argsort(order)
 
-        def finished(x: Slice, out: Array | Slice) -> Array:
-            return finish_layer(config, layer, x, out if back is None else in_order(plain(out), back))
+        def finished(x: Slice, out: Slice) -> Array:
+            return finish_layer(config, layer, x, out if back is None else in_order(out.rows, back))
 
         x = to_rows(exchange, finished, x, out, chunk)
         hidden = whole(x) if keep == "hidden" else None

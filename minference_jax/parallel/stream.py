@@ -85,7 +85,7 @@ def to_heads(
 def to_rows(
     exchange: Exchange, finish: Callable[..., Array], x: Pieces, out: Float[Array, "b own heads h"], chunk: int
 ) -> Pieces:
-    """`finish(x's rows, out's rows of all heads)` of all pieces, in chunks, x's as a `Slice`; out's may be one.
+    """`finish(x's rows, out's rows of all heads)` of all pieces, in chunks, each a `Slice`.
 
     `out`: of this device's heads, the rows that it attends for (`Exchange.own_queries`).
     """
