@@ -38,6 +38,7 @@ SWEEPS: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "test_bench_recall.py": {
         "test_lines_reach_the_density_with_one_program": "test_threshold_reaches_the_density_with_one_program",
+        "test_rows_are_those_of_each_layer": "test_threshold_reaches_the_density_with_one_program",
     },
     "test_cache.py": {
         "test_a_chunked_prefill_equals_one_shot": ("None",),
@@ -149,6 +150,7 @@ SWEEPS: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "test_prefill.py": {
         "test_a_second_run_says_that_its_programs_come_from_the_cache": "test_rows_say_what_ran_…, but for the cache",
+        "test_the_command_takes_pattern_files_prints_json_and_draws": "test_rows_before_…, test_rows_say_what_ran_…",
     },
     "test_readme.py": {
         "test_the_examples_of_a_page_do_what_it_says": (

@@ -55,7 +55,7 @@ def test_generate_puts_files_before_prompt_and_question(model, capsys, tmp_path,
 
 def test_sparse_generation_reports_its_density(model, capsys):
     prompt = "x" * 700
-    pattern = "vertical-slash:columns=4,tiles=2,probes=spread"
+    pattern = "a-shape:sink=64,window=128"
     arguments = ("generate", model, prompt, "--pattern", pattern, "--max-new-tokens", 2)
     status, out, _ = run(capsys, *arguments, "--json")
     found = json.loads(out)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int32
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.stacked import Layer, StackedLayer
 from minference_jax.parallel.mesh import HEADS, ROWS
-from minference_jax.parallel.sharded_layer import GatheredLayer, ShardedLayer, gather
+from minference_jax.parallel.sharded_layer import GatheredLayer, ShardedLayer, gather, gather_for_prefill
 from minference_jax.parallel.specs import ALL, is_fp8, param_axes, place, specs_of
 from minference_jax.zigzag import Zigzag
 from pallas_kernels.device import on_target
@@ -176,7 +176,7 @@ class Exchange:
         if isinstance(layer, StackedLayer):
             return GatheredLayer(layer.stacked, layer.index, axes)
         return {
-            name: value if name == "sinks" else gather(value, axes[f"layers.{name}"][1:])
+            name: value if name == "sinks" else gather_for_prefill(value, axes[f"layers.{name}"][1:])
             for name, value in layer.items()
         }
 

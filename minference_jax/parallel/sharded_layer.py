@@ -22,10 +22,32 @@ INTO_HEADS, OUT_OF_HEADS = ("wq", "wk", "wv"), ("wo",)
 OUT_OF_MLP = (("w_down",), ("shared_down",))
 
 
-def gather(x: Array, axes: tuple[tuple[str, ...], ...]) -> Array:
-    """All of an array of which each device has a slice; `axes`: for each axis, the mesh axes over which it is cut."""
+LARGE = 1 << 20
+"""Bytes of a slice that is worth a copy of its own. Smaller ones are gathered by XLA, many at once."""
+
+Cut = tuple[tuple[str, ...], ...]
+"""For each axis of an array the mesh axes over which it is cut."""
+
+
+def gather(x: Array, axes: Cut) -> Array:
+    """All of an array of which each device has a slice."""
     for axis, names in enumerate(axes):
         x = jax.lax.all_gather(x, names, axis=axis, tiled=True) if names else x
+    return x
+
+
+def gather_for_prefill(x: Array, axes: Cut) -> Array:
+    """`gather`; a large array as an exchange of equal parts, which the program copies from memory to memory.
+
+    A gathering kernel of NCCL takes multiprocessors from what is computed beside it.
+    """
+    if x.nbytes < LARGE:
+        return gather(x, axes)
+    for axis, names in enumerate(axes):
+        if names:
+            parts = jnp.broadcast_to(x, (jax.lax.axis_size(names), *x.shape))
+            parts = jax.lax.all_to_all(parts, names, split_axis=0, concat_axis=0, tiled=True)
+            x = jnp.moveaxis(parts, 0, axis).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
     return x
 
 
@@ -38,7 +60,7 @@ class GatheredLayer(StackedLayer):
 
     def __getitem__(self, name: str) -> Array:
         value = super().__getitem__(name)
-        return value if name == "sinks" else gather(value, self.axes[f"layers.{name}"][1:])
+        return value if name == "sinks" else gather_for_prefill(value, self.axes[f"layers.{name}"][1:])
 
     def of_experts(self) -> Layer:
         """Gathered before the loop: each device's is as long as its rows make it, and devices gather together."""

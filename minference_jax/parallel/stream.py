@@ -96,11 +96,17 @@ def to_rows(
     out = jnp.pad(out, [(0, 0), (0, exchange.heads * rows - out.shape[1]), (0, 0), (0, 0)])
     out = jnp.moveaxis(out.reshape(out.shape[0], exchange.heads, rows, *out.shape[2:]), 1, 0)
 
-    def received(i: int) -> Array:
-        return exchange.swap(exchange.contiguous(out[:, :, starts[i] : starts[i + 1]]))
+    def given(i: int) -> Array:
+        return exchange.contiguous(out[:, :, starts[i] : starts[i + 1]])
 
-    arrived = [received(i) for i in range(len(x))]
-    return tuple(
-        map_chunks(finish, (piece, exchange.joined(attended)), chunk, in_place=True)
-        for piece, attended in zip(x, arrived, strict=True)
-    )
+    finished, arrived = [], exchange.swap(given(0))
+    for i, piece in enumerate(x):
+        following = None
+        if i + 1 < len(x):  # what is next is sent once this is there, and taken once this piece is finished
+            following, arrived = jax.lax.optimization_barrier((given(i + 1), arrived))
+            following = exchange.swap(following)
+        result = map_chunks(finish, (piece, exchange.joined(arrived)), chunk, in_place=True)
+        if following is not None:
+            arrived, result = jax.lax.optimization_barrier((following, result))
+        finished.append(result)
+    return tuple(finished)

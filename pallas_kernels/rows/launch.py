@@ -157,12 +157,14 @@ def launch(
 
 
 def _tile(width: int) -> Tile:
-    """A row of up to 1,024 elements for a warp, and so on to 16 warps.
+    """A warp for 512 elements of a row, up to 8 warps, 16 for rows of more than 16,384; most of a row is loaded ahead.
 
-    On an H200 (commit 67d022b) the gated kernel took .447 ms so at [16384, 14336], with 4 pieces ahead .435, with 8
-    warps .457, with two rows .481; jnp .804.
+    On an H200 (commit facefe9, with 16,384 rows) the gated kernel took .390 ms so at width 14,336; with 16 warps .411
+    with two pieces ahead and .402 with six. At 4,096 the norm took .067, with 4 warps .069; with an addition .138
+    and .141.
     """
-    return Tile(1, min(16, max(1, pl.next_power_of_2(width) // 1024)), 2)
+    most = 8 if width <= 16_384 else 16
+    return Tile(1, min(most, max(1, pl.next_power_of_2(width) // 512)), 6)
 
 
 def _pieces(width: int, warps: int) -> list[Piece]:
