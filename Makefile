@@ -16,7 +16,7 @@ ifneq ($(shell cat .venv/.folder 2>/dev/null) $(shell $(BIN)/python -c 'import p
 $(shell rm -f .venv/.folder .venv/.runtime .venv/.dev)
 endif
 
-.PHONY: help venv demo test sweep nightly notebooks check types examples docs lint format clean compile-gpus
+.PHONY: help venv demo test sweep nightly notebooks check types docs lint format clean compile-gpus
 
 help:
 	@echo "make demo     a real Llama reads a book chapter with dense and with sparse prefill, and answers a question"
@@ -24,7 +24,7 @@ help:
 	@echo "make sweep    the same behaviours in more cases; CI runs both"
 	@echo "make nightly  larger cases of what they check"
 	@echo "make notebooks  run the notebooks and keep their outputs"
-	@echo "make check    ruff, pyright, and the documentation with its examples, as CI runs them"
+	@echo "make check    ruff, the documentation and pyright, as CI runs them"
 	@echo "make docs     the documentation site, in .site"
 	@echo "make format   rewrite the sources the way ruff wants them"
 	@echo "make venv     the environment with everything for development, in .venv"
@@ -37,9 +37,8 @@ demo: .venv/.runtime
 # Two processes: the suite is mostly compilation, which uses one core, and each process holds about 2 GB. Whole files go
 # to a process, the longest first (tests/conftest.py orders them).
 IN_TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
-# The examples of the documentation are left to `check`, where they run beside pyright, which uses one core.
 test: .venv/.dev torch-env
-	$(BIN)/python -m pytest $(IN_TWO) --ignore tests/test_readme.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_TWO) $(PYTEST_ARGS)
 
 sweep: .venv/.dev torch-env
 	CHECK_ARRAYS=0 $(BIN)/python -m pytest -m sweep $(IN_TWO) $(PYTEST_ARGS)
@@ -51,7 +50,7 @@ notebooks: .venv/.dev torch-env
 	$(BIN)/python tests/notebook_runs.py $(NOTEBOOKS)
 
 check:
-	@$(MAKE) --no-print-directory --jobs 2 types examples lint docs
+	@$(MAKE) --no-print-directory --jobs 2 types lint docs
 
 types: .venv/.dev
 	$(BIN)/pyright
@@ -59,10 +58,6 @@ types: .venv/.dev
 # The site, in .site. A warning is an error: a link that leads nowhere, a name that is not there.
 docs: .venv/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-
-# What README and docs show does what they say.
-examples: .venv/.dev
-	$(BIN)/python -m pytest --quiet tests/test_readme.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check

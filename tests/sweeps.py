@@ -1,6 +1,6 @@
 """The sweeps: what `make test` leaves to `make sweep`, because another test or case has the behaviour already.
 
-`make test` runs every behaviour once, in minutes, but for two whose entries say that nothing else has them. `make
+`make test` runs every behaviour once, in minutes, but for three whose entries say that nothing else has them. `make
 sweep` runs it again: for more families, dtypes and settings, in processes of their own, on real weights, and for
 longer. CI runs both. `conftest.py` gives what is named here the mark `sweep`; the mark `nightly`, for what takes many
 minutes, stands beside the test.
@@ -53,6 +53,7 @@ SWEEPS: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "test_dual_chunk.py": {
         "test_it_is_the_softmax_over_the_table_of_distances": ("300",),
+        "test_a_cache_parts_and_decoding_agree_with_one_call": "test_cache.py, without dual chunks",
         "test_a_conversation_that_outgrows_its_cache_is_read_again": "test_generate.py, without dual chunks",
     },
     "test_eval_baselines.py": {
@@ -66,6 +67,7 @@ SWEEPS: dict[str, dict[str, str | tuple[str, ...]]] = {
     "test_eval_runner.py": {
         "test_a_batch_of_unequal_prompts_gives_the_answers_of_single_runs": "test_batch.py, for replies and labels",
         "test_methods_keep_to_the_density": ("minference", "oracle"),
+        "test_nothing_compiles_within_a_bucket": "test_generate.py::test_one_compile_per_bucket",
         "test_measured_budgets_keep_their_proportions_and_the_density": "test_search.py::test_patterns_are_scaled_…",
     },
     "test_every_family.py": {
@@ -124,7 +126,7 @@ SWEEPS: dict[str, dict[str, str | tuple[str, ...]]] = {
         "test_an_axis_of_the_mesh_is_no_axis_of_a_kernel": ("8.0-*",),
     },
     "test_mesh.py": {
-        "test_what_lies_with_the_heads_on_two_devices": ("gpt_oss-heads",),
+        "test_what_lies_with_the_heads_on_two_devices": "nothing, for sinks; test_stream.py for all else",
         "test_a_long_prefill_sends_what_the_design_says": "nothing: how much is sent, of which the numbers say nothing",
         "test_four_and_eight_devices_do_what_one_does": "test_what_lies_with_the_heads_on_two_devices",
         "test_narrow_weights_and_cache": "test_what_lies_with_the_heads_on_two_devices, test_fp8.py, test_cache.py",
