@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,10 @@ from jaxtyping import Array, Float, Int32
 from minference_jax.extras import naming_extra
 from minference_jax.models import forward, fp8, programs
 from minference_jax.models.cache import KVCache, cache_dtype
-from minference_jax.models.checks import check_lengths, check_params, check_patterns, check_start, check_tokens
+from minference_jax.models.checks import check_params, check_patterns, check_tokens
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.dual_chunk import chunks_for
 from minference_jax.models.params import param_shapes as param_shapes
-from minference_jax.models.parts import prefill_parts
+from minference_jax.models.prefill import PrefillOptions, prefill, prefill_in_parts
 from minference_jax.models.random_weights import random_params
 from minference_jax.parallel.deal import deal
 from minference_jax.parallel.exchange import ONE, Exchange
@@ -272,6 +271,24 @@ class Llama(nnx.Module):
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
         return programs.hidden_states(self.config, self.params(), arrays, *self._inputs(tokens, lengths), self.exchange)
 
+    @overload
+    def token_log_likelihoods(
+        self,
+        tokens: Int32[Array, "b t"],
+        lengths: Int32[Array, " b"] | None = None,
+        *,
+        implementation: str | None = None,
+        return_info: Literal[False] = False,
+    ) -> Array: ...
+    @overload
+    def token_log_likelihoods(
+        self,
+        tokens: Int32[Array, "b t"],
+        lengths: Int32[Array, " b"] | None = None,
+        *,
+        implementation: str | None = None,
+        return_info: Literal[True],
+    ) -> tuple[Array, Any]: ...
     def token_log_likelihoods(
         self,
         tokens: Int32[Array, "b t"],
@@ -291,6 +308,26 @@ class Llama(nnx.Module):
         scores, info = programs.log_likelihoods(self.config, self.params(), arrays, *inputs)
         return (scores, info) if return_info else scores
 
+    @overload
+    def prefill(
+        self,
+        tokens: Int32[Array, "b t"],
+        lengths: Int32[Array, " b"] | None = None,
+        cache: KVCache | None = None,
+        *,
+        return_info: Literal[False] = False,
+        **options: Unpack[PrefillOptions],
+    ) -> tuple[Array, Any]: ...
+    @overload
+    def prefill(
+        self,
+        tokens: Int32[Array, "b t"],
+        lengths: Int32[Array, " b"] | None = None,
+        cache: KVCache | None = None,
+        *,
+        return_info: Literal[True],
+        **options: Unpack[PrefillOptions],
+    ) -> tuple[Array, Any, Any]: ...
     def prefill(
         self,
         tokens: Int32[Array, "b t"],
@@ -328,61 +365,11 @@ class Llama(nnx.Module):
         with leading layer axis: density and estimated recall `[layers, b, n]`; None for dense attention. With `chunk`,
         a tuple of them, one a part.
         """
-        if chunk is not None:
-            options = {"rows_at_once": rows_at_once, "implementation": implementation, "return_info": return_info}
-            return self._prefill_in_parts(tokens, lengths, cache, start, rope_lengths, chunk, options)
-        tokens, whole = check_tokens(tokens, None)
-        start = check_start(start, tokens, cache)
-        end = whole if start is None else whole + start
-        lengths = end if lengths is None else jnp.maximum(check_lengths(lengths, tokens.shape[0]), 0)
-        if start is None:
-            lengths = jnp.minimum(lengths, whole)
-        if rope_lengths is None:
-            rope_lengths = jnp.minimum(lengths, end)
-        else:
-            rope_lengths = check_lengths(rope_lengths, tokens.shape[0])
-        if rows_at_once is None:
-            rows_at_once = tokens.shape[1] if start is not None and tokens.size <= forward.PART else forward.CHUNK
-        if rows_at_once <= 0:
-            raise ValueError(f"rows_at_once must be positive, got {rows_at_once}")
-        extent = tokens.shape[1] if cache is None else cache.capacity
-        patterns = self.patterns_for(tokens.shape[1], None if start is None else extent)
-        if self.auto and chunks_for(self.config, extent) is not None:
-            patterns = None
-        inputs = (self.embed[...], tokens, lengths, rope_lengths, start)
-        result = programs.prefill_program(self.fp8_projections, self.exchange, *inputs)(
-            self.config,
-            self.params(),
-            patterns,
-            *self.exchange.place(self.config, (tokens, lengths, rope_lengths)),
-            cache,
-            self.exchange.place(self.config, start),
-            None if start is not None else self.order(tokens.shape[1]),
-            rows_at_once=rows_at_once,
-            implementation=implementation,
-            return_info=return_info,
-            exchange=self.exchange,
-        )
-        return result if return_info else result[:2]
-
-    def _prefill_in_parts(
-        self, tokens: Any, lengths: Any, cache: KVCache | None, start: Any, rope_lengths: Any, chunk: int, options: Any
-    ) -> Any:
-        if cache is None or not (start is None or isinstance(start, int)):
-            raise ValueError("chunk needs a cache, and a start that is None or an int")
-        tokens, whole = check_tokens(tokens, None)
-        start = start or 0
-        check_start(start, tokens, cache)
-        end = whole + start
-        lengths = end if lengths is None else jnp.maximum(check_lengths(lengths, tokens.shape[0]), 0)
-        rope_lengths = jnp.minimum(lengths, end) if rope_lengths is None else rope_lengths
-        lengths = self.exchange.place(self.config, lengths)
-        parts = prefill_parts(
-            self.prefill, tokens, lengths, cache, chunk=chunk, start=start, rope_lengths=rope_lengths, **options
-        )
-        done = list(parts)
-        result = done[-1].logits, done[-1].cache
-        return (*result, tuple(part.info for part in done)) if options["return_info"] else result
+        options = {"rows_at_once": rows_at_once, "implementation": implementation, "return_info": return_info}
+        if chunk is None:
+            return prefill(self, tokens, lengths, cache, start=start, rope_lengths=rope_lengths, **options)
+        places = {"chunk": chunk, "start": start, "rope_lengths": rope_lengths}
+        return prefill_in_parts(self, tokens, lengths, cache, **places, **options)
 
     def decode(self, tokens: Int32[Array, " b"], cache: KVCache) -> tuple[Float[Array, "b vocab"], KVCache]:
         """Appends one token to each sequence of the cache: float32 logits `[b, vocab]` and the cache, one longer.

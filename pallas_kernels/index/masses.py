@@ -7,7 +7,7 @@ forms, which agree.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -35,6 +35,32 @@ FORMS = {"hopper": Form(hopper_masses, kernels=True), "xla": Form(xla_masses, ke
 """The forms by name: the kernel, and the one that runs anywhere."""
 
 
+@overload
+def tile_masses(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    rows: Int[Array, "b i p"],
+    share: Float[Array, "b i p"],
+    *,
+    lengths: Int[Array, " b"] | None = None,
+    q_offset: int | Int[Array, ""] = 0,
+    scale: float | None = None,
+    implementation: MassImplementation | None = None,
+    return_lse: Literal[False] = False,
+) -> Array: ...
+@overload
+def tile_masses(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    rows: Int[Array, "b i p"],
+    share: Float[Array, "b i p"],
+    *,
+    lengths: Int[Array, " b"] | None = None,
+    q_offset: int | Int[Array, ""] = 0,
+    scale: float | None = None,
+    implementation: MassImplementation | None = None,
+    return_lse: Literal[True],
+) -> tuple[Array, Array]: ...
 @under_own_settings
 def tile_masses(
     q: Float[Array, "b t n h"],
