@@ -1,6 +1,6 @@
 """The sweeps: what `make test` leaves to `make sweep`, because another test or case has the behaviour already.
 
-`make test` runs every behaviour once, in minutes, but for three whose entries say that nothing else has them. `make
+`make test` runs every behaviour once, in minutes, but for four whose entries say that nothing else has them. `make
 sweep` runs it again: for more families, dtypes and settings, in processes of their own, on real weights, and for
 longer. CI runs both. `conftest.py` gives what is named here the mark `sweep`; the mark `nightly`, for what takes many
 minutes, stands beside the test.
@@ -28,7 +28,8 @@ SWEEPS: dict[str, dict[str, str | tuple[str, ...]]] = {
         "test_gradients_of_a_kernel_lower_for_cuda": ("mma",),
         "test_kernels_lower_under_vmap_scan_and_shard_map": "test_kernel_axes.py, under shard_map",
         "test_interpreted_kernel_equals_the_oracle_and_is_free_of_races": "test_equals_the_oracle, test_lowers_…",
-        "test_dense_gradients_equal_those_of_the_oracle": "test_gradients_equal_those_of_the_oracle",
+        "test_dense_gradients_equal_those_of_the_oracle": "test_gradients.py, by finite differences",
+        "test_gradients_equal_those_of_the_oracle": "test_gradients.py, by finite differences",
         "test_a_sequence_of_a_batch_equals_the_sequence_alone": "test_fuzz.py, whose batches have lengths",
         "test_parts_at_traced_offsets_equal_the_whole": "test_attention.py::test_chunks_with_traced_offset_…",
         "test_vmap_scan_and_shard_map_change_nothing": "test_spread.py, test_llama.py",
@@ -43,7 +44,7 @@ SWEEPS: dict[str, dict[str, str | tuple[str, ...]]] = {
     "test_cache.py": {
         "test_a_chunked_prefill_equals_one_shot": ("None",),
         "test_a_quantized_cache_rounds_rows_and_decodes_as_the_plain_one": ("int8*",),
-        "test_a_part_reads_a_prefix_of_a_long_cache_and_finds_the_same": ("*-info",),
+        "test_a_part_reads_a_prefix_of_a_long_cache_and_finds_the_same": "test_prefill_in_parts_equals_one_shot",
     },
     "test_compare.py": {
         "test_a_checkpoint_that_lacks_tensors_is_an_error_not_random_tensors": "test_a_failing_child_…",
@@ -54,6 +55,7 @@ SWEEPS: dict[str, dict[str, str | tuple[str, ...]]] = {
     "test_dual_chunk.py": {
         "test_it_is_the_softmax_over_the_table_of_distances": ("300",),
         "test_a_cache_parts_and_decoding_agree_with_one_call": "test_cache.py, without dual chunks",
+        "test_up_to_the_trained_length_nothing_changes": "test_it_is_the_softmax_over_the_table_of_distances",
         "test_a_conversation_that_outgrows_its_cache_is_read_again": "test_generate.py, without dual chunks",
     },
     "test_eval_baselines.py": {
@@ -175,6 +177,7 @@ SWEEPS: dict[str, dict[str, str | tuple[str, ...]]] = {
     "test_settings.py": {
         "test_results_are_the_same_under_a_setting": "test_a_model_says_the_same_under_every_setting",
         "test_every_family_is_traced_under_every_setting": ("SharedDensity*",),
+        "test_export_checkpoint_and_forward_mode": "nothing, for jax.checkpoint; …_shard_map_exported_… for export",
         "test_shard_map_with_checked_axes": ("SharedDensity*",),
         "test_models_and_tile_masses_are_traced_under_every_setting": "test_a_model_says_the_same_under_every_setting",
         "test_an_exported_program_gives_a_plan": "test_a_model_inside_shard_map_exported_and_refused_in_words",
