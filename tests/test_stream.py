@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from numpy_llama import random_llama
 
 from minference_jax.models.config import LlamaConfig
-from minference_jax.parallel import make_mesh, stream
+from minference_jax.parallel import make_mesh, sharded_layer, stream
 from minference_jax.parallel.exchange import Exchange
 
 CONFIG = LlamaConfig(96, 64, 112, num_layers=2, num_heads=8, num_kv_heads=2, head_dim=16)
@@ -34,3 +35,20 @@ def test_a_prefill_in_pieces_is_that_of_one_device(monkeypatch, mesh):
     ]
     for expected, same in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_array_equal(expected, same)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_large_weight_that_is_copied_is_the_gathered_one(monkeypatch, axis):
+    monkeypatch.setattr(sharded_layer, "LARGE", 1)
+    x = jnp.arange(4 * 6 * 8, dtype=jnp.float32).reshape(4, 6, 8)
+    names = [("rows", "heads") if i == axis else () for i in range(3)]
+    cut = PartitionSpec(*(name or None for name in names))
+
+    def whole(x):
+        return sharded_layer.gather_for_prefill(x, tuple(names))
+
+    run = jax.jit(
+        jax.shard_map(whole, mesh=make_mesh(heads=2), in_specs=cut, out_specs=PartitionSpec(), check_vma=False)
+    )
+    np.testing.assert_array_equal(run(x), x)
+    assert "all_to_all" in run.lower(x).as_text() and "all_gather" not in run.lower(x).as_text()
