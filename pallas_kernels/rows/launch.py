@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
 from pallas_kernels.device import Device
+from pallas_kernels.rows.instructions import as_float32
 
 DTYPE = jnp.float8_e4m3fn
 LARGEST = 448.0
@@ -89,18 +90,21 @@ def launch(
     name: str,
     wide: list[Array],
     others: list[Array],
-    value: Callable[[Refs, Piece, list[Array], list[list[Array]]], list[Array]],
+    value: Callable[[Refs, Piece, list[Any], list[list[Array]]], list[Array]],
     finished: Callable[[Refs, list[Piece], list[Array]], list[Array]],
     tile: Tile | None,
     interpret: bool,
     part: RowRange | None = None,
     keeps: bool = False,
+    row_scale: Array | None = None,
+    owed: int = 0,
 ) -> tuple[Array, ...]:
     """A thread block for every few rows of the `wide` arrays: `value` makes one piece of each of its rows from what is
     loaded, `finished` all pieces of one row from theirs.
 
-    With a part, those of the wide arrays that have an axis of sequences are read there. The results are numbers and
-    scales, and if it `keeps` them, what `value` makes, in the dtype of the wide arrays.
+    With a part, those of the wide arrays that have an axis of sequences are read there. `value` is given each row's
+    `row_scale`; where it leaves out `owed` factors of that, they are in the scale that results instead. The results are
+    numbers and scales, and if it `keeps` them, what `value` makes, in the dtype of the wide arrays.
     """
     *sequences, length, width = wide[0].shape
     rows_each = length if part is None else part.rows
@@ -114,9 +118,11 @@ def launch(
     def kernel(*refs: Any) -> None:
         sources, others, (numbers_ref, scale_ref, *kept) = refs[: len(wide)], refs[len(wide) : results], refs[results:]
         *others, start = others if part is not None else (*others, None)
+        given = others.pop(0) if row_scale is not None else None
         first = pl.program_id(0) * tile.rows
         # A last block's missing rows are its last one again.
         rows = [jnp.minimum(first + row, count - 1) for row in range(tile.rows)]
+        scales: list[Any] = [given[row] if given is not None else None for row in rows]
 
         def place(ref: Any, row: Array) -> tuple[Array, ...]:
             return (row,) if start is None or ref.ndim == 2 else (row // rows_each, start[0] + row % rows_each)
@@ -128,18 +134,20 @@ def launch(
         loaded, parts = [], []
         for index, piece in enumerate(pieces):
             loaded += [load(later) for later in pieces[len(loaded) : index + tile.ahead + 1]]
-            numbers = [[x.astype(jnp.float32) for x in of_row] for of_row in loaded[index]]
-            parts.append(value(others, piece, rows, numbers))
+            parts.append(value(others, piece, scales, loaded[index]))
             for ref in kept:
                 for row, y in zip(rows, parts[-1], strict=True):
-                    ref[row, piece.columns] = y.astype(ref.dtype)
-        for row, of_row in zip(rows, zip(*parts, strict=True), strict=True):
+                    ref[row, piece.columns] = y
+        for row, left, of_row in zip(rows, scales, zip(*parts, strict=True), strict=True):
             values = finished(others, pieces, list(of_row))
-            scale = jnp.max(folded(jnp.maximum, [jnp.abs(y) for y in values])) / LARGEST
-            scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 0.0, scale)
-            inverse = jnp.where(scale > 0, 1 / scale, 0.0)
+            largest = folded(jnp.maximum, [jnp.abs(y) for y in values])
+            scale = unit = jnp.max(as_float32(largest, interpret)) / LARGEST
+            for _ in range(owed):
+                scale *= left
+            scale = jnp.where(jnp.minimum(unit, scale) < jnp.finfo(jnp.float32).tiny, 0.0, scale)
+            inverse = jnp.where(scale > 0, 1 / unit, 0.0)
             for piece, y in zip(pieces, values, strict=True):
-                numbers_ref[row, piece.columns] = (y * inverse).astype(DTYPE)
+                numbers_ref[row, piece.columns] = (as_float32(y, interpret) * inverse).astype(DTYPE)
             scale_ref[row] = scale
 
     # Of an array of 2**32 bytes and more, which a part may be of, addresses have 64 bits.
@@ -153,7 +161,7 @@ def launch(
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
         interpret=interpret,
         name=name,
-    )(*wide, *others, *first)
+    )(*wide, *([] if row_scale is None else [row_scale]), *others, *first)
 
 
 def _tile(width: int) -> Tile:
@@ -174,7 +182,7 @@ def _pieces(width: int, warps: int) -> list[Piece]:
     return [Piece(min(start, width - size), size, start) for start in range(0, width, size)]
 
 
-def alone(refs: Refs, piece: Piece, rows: list[Array], loaded: list[list[Array]]) -> list[Array]:
+def alone(refs: Refs, piece: Piece, scales: list[Any], loaded: list[list[Array]]) -> list[Array]:
     return [x for (x,) in loaded]
 
 
