@@ -46,10 +46,13 @@ WIDE_PAIR = Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)
 """Of two such weights, of which a thread block multiplies with both: [4096, 14336] 56.9 µs, with 32 outputs 75.5."""
 
 NARROW = Tile(256, 32, 4, 4), Tile(64, 32, 4, 4)
-"""Of weights in FP8."""
+"""Of weights in FP8. On an H200, of [4096, 4096] 9.3 µs, with 128 summed 9.9, with 64 outputs 14.5 (on commit 358d937).
+"""
+
+NARROW_PAIR = Tile(256, 32, 4, 3), Tile(64, 32, 4, 3)
+"""Of two such weights: [14336, 4096] 32.5 µs, with 128 summed of 64 outputs 34.8."""
 
 DTYPE = jnp.dtype(jnp.float8_e4m3fn)
-TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 def stacked_matvec(
@@ -79,8 +82,8 @@ def stacked_matvec(
     - `tile` (static): how much a thread block loads at a time; by default the fastest that was measured.
     - `interpret` (static): run the kernel on a CPU, for tests.
 
-    **Returns:** `[b, o]` for each weight, or one with an `activation`, with float32 sums. x is not rounded to float8:
-    it meets float8 weights in float16, each row divided by its largest number first.
+    **Returns:** `[b, o]` for each weight, or one with an `activation`, with float32 sums. x is not rounded:
+    float8 weights become numbers of its dtype, exactly.
 
     **Raises:** ValueError for anything that does not fit, with the reason that `unsupported_reason` gives.
 
@@ -95,7 +98,6 @@ def stacked_matvec(
         if len(outs) != 2 or outs[0] != outs[1]:
             raise ValueError(f"stacked_matvec: an activation takes two weights of one width, got {outs}")
         outs = outs[:1]
-    sizes = [jnp.max(jnp.abs(x.astype(jnp.float32)), axis=1)] if scales else []
     body = partial(
         _kernel, tile=tile, columns=[out // tile.out for out in outs], narrow=bool(scales), activation=activation
     )
@@ -107,7 +109,7 @@ def stacked_matvec(
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="stacked_matvec",
-    )(layer[None], x, *stacks[: len(weights)], *sizes, *stacks[len(weights) :])
+    )(layer[None], x, *stacks)
     return list(found)
 
 
@@ -142,7 +144,8 @@ def unsupported_reason(
 
 def _tile(weights: Sequence[Array], scales: Sequence[Array], activation: Activation | None) -> Tile:
     """The fastest tile that divides all weights."""
-    axis, tiles = (2, NARROW) if scales else (1, WIDE if activation is None else WIDE_PAIR)
+    alone = activation is None
+    axis, tiles = (2, NARROW if alone else NARROW_PAIR) if scales else (1, WIDE if alone else WIDE_PAIR)
     return next(tile for tile in tiles if all(weight.shape[axis] % tile.inside == 0 for weight in weights))
 
 
@@ -151,23 +154,16 @@ def _kernel(
 ) -> None:
     groups = [1] * len(columns) if activation is None else [2]
     inputs, out_refs = list(refs[: -len(columns)]), refs[-len(columns) :]
-    weight_refs, (size_ref, *scale_refs) = inputs[: sum(groups)], inputs[sum(groups) :] or [None]
+    weight_refs, scale_refs = inputs[: sum(groups)], inputs[sum(groups) :]
     block, layer = pl.program_id(0), layer_ref[0]
     rows, inside = x_ref.shape
     each = jnp.arange(ROWS, dtype=jnp.int32)
-    size = jnp.maximum(size_ref[jnp.minimum(each, rows - 1)], TINY)[:, None] if narrow else None
 
     def columns_of(ref, first, count):
         """Some columns of every row, and which rows there are. In two dimensions the compiler loads them ahead."""
         column = first + jnp.arange(count, dtype=jnp.int32)
         at = (jnp.broadcast_to(x, (ROWS, count)) for x in (each[:, None], column[None]))
         return ref.at[tuple(at)], jnp.broadcast_to(each[:, None] < rows, (ROWS, count))
-
-    def operand(first):
-        source, there = columns_of(x_ref, first, tile.inside)
-        x = plgpu.load(source, mask=there, other=0)
-        # GPUs turn e4m3 into float16 in one instruction, into bfloat16 in many.
-        return x if size is None else (x.astype(jnp.float32) / size).astype(jnp.float16)
 
     before = 0
     for place, (group, out_ref, count) in enumerate(zip(groups, out_refs, columns, strict=True)):
@@ -180,18 +176,21 @@ def _kernel(
             def product(ref, x, first):
                 if not narrow:
                     return plgpu.dot(x, ref[layer, pl.ds(first, tile.inside), out])
-                return plgpu.dot(x, ref[layer, out, pl.ds(first, tile.inside)].astype(jnp.float16).T)
+                weight = ref[layer, out, pl.ds(first, tile.inside)]
+                # GPUs turn e4m3 into float16 in one instruction, and straight into bfloat16 in many.
+                return plgpu.dot(x, weight.astype(jnp.float16).astype(jnp.float32).astype(x.dtype).T)
 
             def step(index, totals):
                 first = index * tile.inside
-                x = operand(first)
+                source, there = columns_of(x_ref, first, tile.inside)
+                x = plgpu.load(source, mask=there, other=0)
                 return [y + product(ref, x, first) for y, ref in zip(totals, weight_refs[place:][:group], strict=True)]
 
             totals = [jnp.zeros((ROWS, tile.out), jnp.float32)] * group
             totals = jax.lax.fori_loop(0, inside // tile.inside, step, totals)
-            if size is not None:
+            if narrow:
                 factors = [ref[layer, out][None] for ref in scale_refs[place:][:group]]
-                totals = [y * size * factor for y, factor in zip(totals, factors, strict=True)]
+                totals = [y * factor for y, factor in zip(totals, factors, strict=True)]
             y = totals[0] if activation is None else activated(totals[0], activation) * totals[1]
             target, there = columns_of(out_ref, column, tile.out)
             plgpu.store(target, y.astype(out_ref.dtype), mask=there)
