@@ -8,18 +8,23 @@ is written so by what computes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from minference_jax.models.chunks import Slice, map_chunks
+from minference_jax.models.chunks import Apart, Slice, fold_chunks, map_chunks, slices
 from minference_jax.parallel.exchange import Exchange
 
 Pieces = tuple[Float[Array, "b _ d"], ...]
 """Some rows in order, on one device all of them in one piece."""
+
+Heads = tuple[Array, ...]
+"""Queries, keys and values of some heads."""
 
 PIECES, LEAST = 8, 2048
 """Pieces that a device's rows are cut into, and rows of one at least. The last piece to heads and the first one back
@@ -56,57 +61,87 @@ def to_heads(
 
     if exchange.size == 1:
         return map_chunks(of_chunk, (x[0], positions), chunk)
-    starts = np.cumsum([0, *(piece.shape[1] for piece in x)])
+    starts, steps = _starts(x), range(1, exchange.heads)
+    of_pieces = [(piece, positions[:, start : start + piece.shape[1]]) for piece, start in zip(x, starts, strict=True)]
+    shapes = jax.eval_shape(of_chunk, *slices(of_pieces[0], 0, 1))
+    counts = [y.shape[2] // exchange.heads for y in shapes]
+    first = [int(n) for n in np.cumsum([0, *counts])]
+    b, h, dtype = shapes[0].shape[0], shapes[0].shape[3], shapes[0].dtype
 
-    def grouped(rows: Slice, positions: Slice) -> list[Array]:
-        return [exchange.grouped(y) for y in of_chunk(rows, positions)]
+    def put(into: Heads, heads: Iterable[Array], step: int, start: Any) -> Heads:
+        """`into` with heads from the device so many further, of its rows from `start` on."""
+        at = (exchange.group(step), 0, start, 0, 0)
+        return tuple(jax.lax.dynamic_update_slice(y, part[None], at) for y, part in zip(into, heads, strict=True))
 
-    def joined(rows: Slice, positions: Slice) -> Array:
-        """The results of a chunk as they travel: together, and so laid out."""
-        return exchange.contiguous(jnp.concatenate(grouped(rows, positions), axis=3))
+    def made(into: Heads, i: int) -> tuple[Heads, list[Array]]:
+        """A piece computed: this device's heads put in their place, and those of each other one, together."""
 
-    def made(i: int) -> Array:
-        return map_chunks(joined, (x[i], positions[:, starts[i] : starts[i + 1]]), chunk, axis=2)
+        def of_own_and_others(carry: tuple[Heads, list[Array]], start: Any, size: int) -> tuple[Heads, list[Array]]:
+            into, given = carry
+            found = of_chunk(*slices(of_pieces[i], start, size))
+            into = put(into, (exchange.heads_of(y, 0) for y in found), 0, starts[i] + start)
+            for (j, step), (n, y) in product(enumerate(steps), zip(first[:-1], found, strict=True)):
+                given[j] = jax.lax.dynamic_update_slice(given[j], exchange.heads_of(y, step), (0, start, n, 0))
+            return into, given
 
-    update = jax.lax.dynamic_update_slice_in_dim
-    first = positions[:, : starts[1]]
-    heads = [y.shape[3] for y in jax.eval_shape(grouped, *(Slice(y, y, jnp.int32(0)) for y in (x[0], first)))]
-    piece = made(0)
-    into = [jax.lax.empty((*piece.shape[:2], starts[-1], n, piece.shape[4]), piece.dtype) for n in heads]
+        given = [jax.lax.empty((b, x[i].shape[1], first[-1], h), dtype) for _ in steps]
+        return fold_chunks(of_own_and_others, (into, given), x[i].shape[1], chunk)
+
+    rows = starts[-1] + x[-1].shape[1]
+    into = tuple(jax.lax.empty((exchange.heads, b, rows, n, h), dtype) for n in counts)
+    into, given = made(into, 0)
     for i in range(len(x)):
-        sent = exchange.swap(piece)
+        arrived = [exchange.send(y, step) for step, y in zip(steps, given, strict=True)]
         if i + 1 < len(x):  # what was sent is put in its place only after the next piece is computed
-            sent, piece = jax.lax.optimization_barrier((sent, made(i + 1)))
-        parts = jnp.split(sent, np.cumsum(heads)[:-1], axis=3)
-        into = [update(y, part, starts[i], axis=2) for y, part in zip(into, parts, strict=True)]
-    return tuple(exchange.all_rows_of_heads(y, t) for y in into)
+            into, given = made(into, i + 1)
+        arrived, into = jax.lax.optimization_barrier((arrived, into))
+        for step, heads in zip(steps, arrived, strict=True):
+            into = put(into, jnp.split(heads, first[1:-1], axis=2), -step, starts[i])
+    # Without a barrier XLA puts the last piece in its place in all that reads it, and copies the rest for that.
+    return tuple(exchange.all_rows_of_heads(y, t) for y in jax.lax.optimization_barrier(into))
 
 
 def to_rows(
     exchange: Exchange, finish: Callable[..., Array], x: Pieces, out: Float[Array, "b own heads h"], chunk: int
 ) -> Pieces:
-    """`finish(x's rows, out's rows of all heads)` of all pieces, in chunks, each a `Slice`.
+    """`finish(x's rows, out's rows of all heads)` of all pieces, in chunks: a `Slice`, and on a mesh an `Apart`.
 
     `out`: of this device's heads, the rows that it attends for (`Exchange.own_queries`).
     """
     if exchange.size == 1:
         return (map_chunks(finish, (x[0], out), chunk, in_place=True),)
-    starts = np.cumsum([0, *(piece.shape[1] for piece in x)])
-    rows = starts[-1]
+    starts, steps = _starts(x), range(1, exchange.heads)
+    rows = starts[-1] + x[-1].shape[1]
     out = jnp.pad(out, [(0, 0), (0, exchange.heads * rows - out.shape[1]), (0, 0), (0, 0)])
-    out = jnp.moveaxis(out.reshape(out.shape[0], exchange.heads, rows, *out.shape[2:]), 1, 0)
+    groups = jnp.stack([exchange.group(-step) for step in range(exchange.heads)])
 
-    def given(i: int) -> Array:
-        return exchange.contiguous(out[:, :, starts[i] : starts[i + 1]])
+    def rows_of(out: Array, step: int, start: Any, size: int) -> Slice:
+        """Those of the device so many further."""
+        first = exchange.group(step) * rows + start
+        return Slice(jax.lax.dynamic_slice_in_dim(out, first, size, axis=1), out, first)
 
-    finished, arrived = [], exchange.swap(given(0))
-    for i, piece in enumerate(x):
-        following = None
+    def sent(out: Array, i: int) -> tuple[Array, ...]:
+        return tuple(exchange.send(rows_of(out, step, starts[i], x[i].shape[1]).rows, step) for step in steps)
+
+    def of_piece(i: int, out: Array, arrived: tuple[Array, ...]) -> Array:
+        def of_chunk(x: Slice, *arrived: Slice) -> Array:
+            own = rows_of(out, 0, starts[i] + x.start, x.rows.shape[1])
+            return finish(x, Apart((own, *arrived), groups))
+
+        return map_chunks(of_chunk, (x[i], *arrived), chunk, in_place=True)
+
+    finished, arrived = [], sent(out, 0)
+    for i in range(len(x)):
+        following = ()
         if i + 1 < len(x):  # what is next is sent once this is there, and taken once this piece is finished
-            following, arrived = jax.lax.optimization_barrier((given(i + 1), arrived))
-            following = exchange.swap(following)
-        result = map_chunks(finish, (piece, exchange.joined(arrived)), chunk, in_place=True)
-        if following is not None:
-            arrived, result = jax.lax.optimization_barrier((following, result))
+            out, arrived = jax.lax.optimization_barrier((out, arrived))
+            following = sent(out, i + 1)
+        result = of_piece(i, out, arrived)
+        arrived, result = jax.lax.optimization_barrier((following, result))
         finished.append(result)
     return tuple(finished)
+
+
+def _starts(x: Pieces) -> list[int]:
+    """The first row of each piece."""
+    return [int(start) for start in np.cumsum([0, *(piece.shape[1] for piece in x[:-1])])]
