@@ -150,23 +150,19 @@ _compiled = partial(
 # Of FP8 products XLA would compile and time Triton kernels beside cuBLASLt's, for more than a minute.
 _FP8 = {"xla_gpu_enable_triton_gemm": False}
 # Devices of one host copy what they exchange straight into each other's memory, which leaves the multiprocessors alone.
-_COPIES = {"xla_gpu_use_memcpy_local_p2p": True}
-# To several others each sends at once; all of that but one XLA would wait for before it computes.
-_AT_ONCE = {"xla_gpu_experimental_parallel_collective_overlap_limit": 8}
-_prefill_of: dict[tuple[bool, int], Any] = {
-    (fp8, devices): _compiled(
-        _run_prefill,
-        compiler_options=(_FP8 if fp8 else {}) | (_COPIES if devices > 1 else {}) | (_AT_ONCE if devices > 2 else {}),
-    )
+# Several of these copies run beside what is computed: XLA would otherwise wait for all but one of them.
+_COPIES = {"xla_gpu_use_memcpy_local_p2p": True, "xla_gpu_experimental_parallel_collective_overlap_limit": 8}
+_prefill_of: dict[tuple[bool, bool], Any] = {
+    (fp8, mesh): _compiled(_run_prefill, compiler_options=(_FP8 if fp8 else {}) | (_COPIES if mesh else {}))
     for fp8 in (False, True)
-    for devices in (1, 2, 3)
+    for mesh in (False, True)
 }
 
 
 def prefill_program(fp8_projections: bool, exchange: Exchange, *inputs: Any) -> Any:
     """The jitted function that prefills; nested in another, the plain one: options are for whole programs."""
     nested = any(isinstance(x, Tracer) for x in inputs)
-    return _prefill_of[(False, 1) if nested else (fp8_projections, min(exchange.size, 3))]
+    return _prefill_of[(False, False) if nested else (fp8_projections, exchange.size > 1)]
 
 
 def programs_compiled() -> int:

@@ -174,6 +174,12 @@ class Exchange:
             for name, value in layer.items()
         }
 
+    def together(self, x: Array, layer: Layer) -> tuple[Array, Layer]:
+        """Both, when both are there: the parameters are then on their way while x is computed, and not after it."""
+        if self.size == 1 or isinstance(layer, StackedLayer):
+            return x, layer
+        return jax.lax.optimization_barrier((x, layer))
+
     def whole(self, config: LlamaConfig, params: Mapping[str, Array], *names: str) -> dict[str, Array]:
         """The parameters with those of `names` gathered."""
         if self.mesh is None or self.size == 1:

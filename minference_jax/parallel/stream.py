@@ -1,9 +1,10 @@
 """Rows and heads exchanged in pieces: while one piece is on its way to the other devices, the next is computed.
 
 Outside attention a device has some rows of all heads, inside it all rows of some heads (`exchange`). Sent at once, the
-rows of a layer would keep every device waiting. So the residual stream is cut into pieces, arrays of their own. What
-one gives for attention travels as `[groups, b, rows, heads, h]`, with the heads of each receiving device together, and
-is written so by what computes it.
+rows of a layer would keep every device waiting. So the residual stream is cut into pieces, arrays of their own. Of each
+a device keeps its own heads, or rows, and sends the others theirs. Nothing is moved beside that: what computes queries,
+keys and values writes them where attention reads them or as they travel, what arrives from other devices is put in its
+place there, and on the way back it is read from where it lies (`Apart`).
 """
 
 from __future__ import annotations
@@ -27,17 +28,28 @@ Heads = tuple[Array, ...]
 """Queries, keys and values of some heads."""
 
 PIECES, LEAST = 8, 2048
-"""Pieces that a device's rows are cut into, and rows of one at least. The last piece to heads and the first one back
-are waited for; the program holds each piece by itself. On two H200s (1M tokens, FP8, commit 98dc82f) the kernels of a
-layer take 290 ms and what is sent 14 ms, together 293. Products of 8,192 rows take 6 % longer a row than those of
-16,384 (67d022b). Other numbers of pieces were not measured."""
+"""Pieces that a device's rows are cut into, about, and rows of one at least. The program holds each by itself."""
 
 
-def cut(exchange: Exchange, x: Float[Array, "b rows d"]) -> Pieces:
-    """A device's rows as pieces."""
+def cut(exchange: Exchange, x: Float[Array, "b rows d"], chunk: int) -> Pieces:
+    """A device's rows as pieces, of whole chunks where there are as many.
+
+    The last piece to heads and the first one back are waited for, so these are short. A piece is sent while the next is
+    computed, which to heads takes two to four times as long (of an 8B model in FP8 on 8 and 2 H200s, by arithmetic):
+    towards the end each has half as many rows as the one before.
+    """
     rows = x.shape[1]
-    size = rows if exchange.size == 1 else max(LEAST, -(-rows // PIECES))
-    return tuple(x[:, start : start + size] for start in range(0, rows, size))
+    if exchange.size == 1 or rows <= LEAST:
+        return (x,)
+    end = max(LEAST, min(chunk, rows // PIECES))
+    most = -(-rows // (PIECES * chunk)) * chunk
+    sizes, size, left = [], end, rows - end
+    while left > 0:
+        sizes.append(min(size, left))
+        left, size = left - sizes[-1], min(2 * size, most)
+    sizes = [end, *reversed(sizes)]
+    starts = np.cumsum([0, *sizes])
+    return tuple(x[:, start : start + size] for start, size in zip(starts[:-1], sizes, strict=True))
 
 
 def whole(x: Pieces) -> Float[Array, "b rows d"]:
