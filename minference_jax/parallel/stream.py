@@ -74,8 +74,7 @@ def to_heads(
     if exchange.size == 1:
         return map_chunks(of_chunk, (x[0], positions), chunk)
     starts, steps = _starts(x), range(1, exchange.heads)
-    of_pieces = [(piece, positions[:, start : start + piece.shape[1]]) for piece, start in zip(x, starts, strict=True)]
-    shapes = jax.eval_shape(of_chunk, *slices(of_pieces[0], 0, 1))
+    shapes = jax.eval_shape(of_chunk, *slices((x[0], positions), 0, 1))
     counts = [y.shape[2] // exchange.heads for y in shapes]
     first = [int(n) for n in np.cumsum([0, *counts])]
     b, h, dtype = shapes[0].shape[0], shapes[0].shape[3], shapes[0].dtype
@@ -85,27 +84,30 @@ def to_heads(
         at = (exchange.group(step), 0, start, 0, 0)
         return tuple(jax.lax.dynamic_update_slice(y, part[None], at) for y, part in zip(into, heads, strict=True))
 
-    def made(into: Heads, i: int) -> tuple[Heads, list[Array]]:
+    def made(into: Heads, piece: Array, first_row: int) -> tuple[Heads, list[Array]]:
         """A piece computed: this device's heads put in their place, and those of each other one, together."""
+        rows = piece.shape[1]
+        arrays = piece, positions[:, first_row : first_row + rows]
 
         def of_own_and_others(carry: tuple[Heads, list[Array]], start: Any, size: int) -> tuple[Heads, list[Array]]:
             into, given = carry
-            found = of_chunk(*slices(of_pieces[i], start, size))
-            into = put(into, (exchange.heads_of(y, 0) for y in found), 0, starts[i] + start)
+            found = of_chunk(*slices(arrays, start, size))
+            into = put(into, (exchange.heads_of(y, 0) for y in found), 0, first_row + start)
             for (j, step), (n, y) in product(enumerate(steps), zip(first[:-1], found, strict=True)):
                 given[j] = jax.lax.dynamic_update_slice(given[j], exchange.heads_of(y, step), (0, start, n, 0))
             return into, given
 
-        given = [jax.lax.empty((b, x[i].shape[1], first[-1], h), dtype) for _ in steps]
-        return fold_chunks(of_own_and_others, (into, given), x[i].shape[1], chunk)
+        given = [jax.lax.empty((b, rows, first[-1], h), dtype) for _ in steps]
+        return fold_chunks(of_own_and_others, (into, given), rows, chunk)
 
     rows = starts[-1] + x[-1].shape[1]
     into = tuple(jax.lax.empty((exchange.heads, b, rows, n, h), dtype) for n in counts)
-    into, given = made(into, 0)
+    into, given = made(into, x[0], 0)
     for i in range(len(x)):
         arrived = [exchange.send(y, step) for step, y in zip(steps, given, strict=True)]
-        if i + 1 < len(x):  # what was sent is put in its place only after the next piece is computed
-            into, given = made(into, i + 1)
+        if i + 1 < len(x):  # the next piece is computed after this one and before what is sent of this is put in place
+            *_, into, following = jax.lax.optimization_barrier((given, into, x[i + 1]))
+            into, given = made(into, following, starts[i + 1])
         arrived, into = jax.lax.optimization_barrier((arrived, into))
         for step, heads in zip(steps, arrived, strict=True):
             into = put(into, jnp.split(heads, first[1:-1], axis=2), -step, starts[i])
