@@ -148,9 +148,9 @@ class Exchange:
         size = x.shape[2] // self.heads
         return jax.lax.dynamic_slice_in_dim(x, self.group(step) * size, size, axis=2)
 
-    def send(self, x: Array, step: int) -> Array:
-        """x to the device so many further, for that of the one so many before."""
-        return jax.lax.ppermute(x, HEADS, [(i, (i + step) % self.heads) for i in range(self.heads)])
+    def swap(self, x: Float[Array, "groups b rows heads h"]) -> Float[Array, "groups b rows heads h"]:
+        """What each device has for the i-th one becomes what the i-th one has from each."""
+        return jax.lax.all_to_all(x, HEADS, split_axis=0, concat_axis=0, tiled=True)
 
     def all_rows_of_heads(self, x: Float[Array, "groups b rows heads h"], t: int) -> Float[Array, "b t heads h"]:
         """All t rows of this device's heads, from the rows that it received from each device."""

@@ -73,7 +73,7 @@ def to_heads(
 
     if exchange.size == 1:
         return map_chunks(of_chunk, (x[0], positions), chunk)
-    starts, steps = _starts(x), range(1, exchange.heads)
+    starts, others = _starts(x), range(1, exchange.heads)
     shapes = jax.eval_shape(of_chunk, *slices((x[0], positions), 0, 1))
     counts = [y.shape[2] // exchange.heads for y in shapes]
     first = [int(n) for n in np.cumsum([0, *counts])]
@@ -84,33 +84,35 @@ def to_heads(
         at = (exchange.group(step), 0, start, 0, 0)
         return tuple(jax.lax.dynamic_update_slice(y, part[None], at) for y, part in zip(into, heads, strict=True))
 
-    def made(into: Heads, piece: Array, first_row: int) -> tuple[Heads, list[Array]]:
+    def made(into: Heads, piece: Array, first_row: int) -> tuple[Heads, Array]:
         """A piece computed: this device's heads put in their place, and those of each other one, together."""
         rows = piece.shape[1]
         arrays = piece, positions[:, first_row : first_row + rows]
 
-        def of_own_and_others(carry: tuple[Heads, list[Array]], start: Any, size: int) -> tuple[Heads, list[Array]]:
+        def of_own_and_others(carry: tuple[Heads, Array], start: Any, size: int) -> tuple[Heads, Array]:
             into, given = carry
             found = of_chunk(*slices(arrays, start, size))
             into = put(into, (exchange.heads_of(y, 0) for y in found), 0, first_row + start)
-            for (j, step), (n, y) in product(enumerate(steps), zip(first[:-1], found, strict=True)):
-                given[j] = jax.lax.dynamic_update_slice(given[j], exchange.heads_of(y, step), (0, start, n, 0))
+            for step, (n, y) in product(others, zip(first[:-1], found, strict=True)):
+                at = (exchange.group(step), 0, start, n, 0)
+                given = jax.lax.dynamic_update_slice(given, exchange.heads_of(y, step)[None], at)
             return into, given
 
-        given = [jax.lax.empty((b, rows, first[-1], h), dtype) for _ in steps]
+        given = jax.lax.empty((exchange.heads, b, rows, first[-1], h), dtype)
         return fold_chunks(of_own_and_others, (into, given), rows, chunk)
 
     rows = starts[-1] + x[-1].shape[1]
     into = tuple(jax.lax.empty((exchange.heads, b, rows, n, h), dtype) for n in counts)
     into, given = made(into, x[0], 0)
     for i in range(len(x)):
-        arrived = [exchange.send(y, step) for step, y in zip(steps, given, strict=True)]
+        arrived = exchange.swap(given)
         if i + 1 < len(x):  # the next piece is computed after this one and before what is sent of this is put in place
             *_, into, following = jax.lax.optimization_barrier((given, into, x[i + 1]))
             into, given = made(into, following, starts[i + 1])
         arrived, into = jax.lax.optimization_barrier((arrived, into))
-        for step, heads in zip(steps, arrived, strict=True):
-            into = put(into, jnp.split(heads, first[1:-1], axis=2), -step, starts[i])
+        for step in others:
+            heads = jax.lax.dynamic_index_in_dim(arrived, exchange.group(step), keepdims=False)
+            into = put(into, jnp.split(heads, first[1:-1], axis=2), step, starts[i])
     # Without a barrier XLA puts the last piece in its place in all that reads it, and copies the rest for that.
     return tuple(exchange.all_rows_of_heads(y, t) for y in jax.lax.optimization_barrier(into))
 
@@ -124,29 +126,36 @@ def to_rows(
     """
     if exchange.size == 1:
         return (map_chunks(finish, (x[0], out), chunk, in_place=True),)
-    starts, steps = _starts(x), range(1, exchange.heads)
+    starts, steps = _starts(x), range(exchange.heads)
     rows = starts[-1] + x[-1].shape[1]
     out = jnp.pad(out, [(0, 0), (0, exchange.heads * rows - out.shape[1]), (0, 0), (0, 0)])
-    groups = jnp.stack([exchange.group(-step) for step in range(exchange.heads)])
 
-    def rows_of(out: Array, step: int, start: Any, size: int) -> Slice:
-        """Those of the device so many further."""
-        first = exchange.group(step) * rows + start
-        return Slice(jax.lax.dynamic_slice_in_dim(out, first, size, axis=1), out, first)
+    def of_device(step: int, x: Array, start: Any, size: int) -> Slice:
+        """Of as many rows for, or from, each device some of those of the one so many further."""
+        first = exchange.group(step) * (x.shape[1] // exchange.heads) + start
+        return Slice(jax.lax.dynamic_slice_in_dim(x, first, size, axis=1), x, first)
 
-    def sent(out: Array, i: int) -> tuple[Array, ...]:
-        return tuple(exchange.send(rows_of(out, step, starts[i], x[i].shape[1]).rows, step) for step in steps)
+    def sent(out: Array, i: int) -> Array:
+        size = x[i].shape[1]
+        given = jax.lax.empty((exchange.heads, out.shape[0], size, *out.shape[2:]), out.dtype)
+        for step in steps[1:]:
+            part = of_device(step, out, starts[i], size).rows
+            given = jax.lax.dynamic_update_index_in_dim(given, part, exchange.group(step), axis=0)
+        arrived = jnp.moveaxis(exchange.swap(given), 0, 1)
+        return arrived.reshape(arrived.shape[0], -1, *arrived.shape[3:])
 
-    def of_piece(i: int, out: Array, arrived: tuple[Array, ...]) -> Array:
-        def of_chunk(x: Slice, *arrived: Slice) -> Array:
-            own = rows_of(out, 0, starts[i] + x.start, x.rows.shape[1])
-            return finish(x, Apart((own, *arrived), groups))
+    def of_piece(i: int, out: Array, arrived: Array) -> Array:
+        def of_chunk(x: Slice) -> Array:
+            size = x.rows.shape[1]
+            own = of_device(0, out, starts[i] + x.start, size)
+            others = (of_device(step, arrived, x.start, size) for step in steps[1:])
+            return finish(x, Apart((own, *others), jnp.stack([exchange.group(step) for step in steps])))
 
-        return map_chunks(of_chunk, (x[i], *arrived), chunk, in_place=True)
+        return map_chunks(of_chunk, (x[i],), chunk, in_place=True)
 
     finished, arrived = [], sent(out, 0)
     for i in range(len(x)):
-        following = ()
+        following = None
         if i + 1 < len(x):  # what is next is sent once this is there, and taken once this piece is finished
             out, arrived = jax.lax.optimization_barrier((out, arrived))
             following = sent(out, i + 1)
