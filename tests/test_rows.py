@@ -9,7 +9,7 @@ import pytest
 from numpy_llama import random_llama
 
 from minference_jax.models import LlamaConfig, fp8
-from minference_jax.models.chunks import map_chunks
+from minference_jax.models.chunks import Apart, Slice, map_chunks
 from minference_jax.models.config import Traits
 from minference_jax.models.experts import gated
 from minference_jax.models.layers import finish_layer, rms_norm
@@ -127,24 +127,47 @@ def test_a_part_is_read_where_it_lies(rng, name):
             np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))
 
 
+@pytest.mark.parametrize("width", [96, 300])
+def test_rows_whose_columns_lie_apart_are_read_where_they_lie(rng, width):
+    arrays = tuple(jnp.asarray(rng.standard_normal((2, t, width)), jnp.bfloat16) for t in (11, 4, 7))
+    starts, groups = (3, 0, 2), (1, 0, 2)
+    slices = tuple(Slice(x[:, at : at + 4], x, jnp.int32(at)) for x, at in zip(arrays, starts, strict=True))
+    apart = Apart(slices, jnp.asarray(groups, jnp.int32))
+    rows = jnp.concatenate([slices[i].rows for i in (1, 0, 2)], axis=2)
+    np.testing.assert_array_equal(apart.rows.astype(jnp.float32), rows.astype(jnp.float32))
+    part = RowRange(jnp.asarray(starts, jnp.int32), 4, apart.groups)
+    found = quantized_rows(arrays, part=part, interpret=True)
+    wanted = quantized_rows(rows.reshape(8, -1), interpret=True)
+    for got, want in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))
+
+
 @pytest.mark.filterwarnings("ignore:.*Triton:DeprecationWarning")
 def test_no_slice_is_made_for_a_kernel_that_reads_a_part():
     config = LlamaConfig(61, 64, 128, 1, 2, 1, 32)
 
-    def run(layer, *arrays):
+    def whole(layer, *arrays):
         return map_chunks(partial(finish_layer, config, layer), arrays, 8, in_place=True)
 
+    def apart(layer, groups, *arrays):
+        def finished(x, *parts):
+            return finish_layer(config, layer, x, Apart(parts, groups))
+
+        return map_chunks(finished, arrays, 8, in_place=True)
+
+    def kernels(run, *arguments):
+        with lowering_for("9.0"):
+            text = jax.jit(run).trace(layer, *arguments).lower(lowering_platforms=("cuda",)).as_text()
+        calls = [line for line in text.splitlines() if "xla.gpu.triton" in line]
+        return [[line for line in calls if name in line] for name in ("quantized_rows", "added_rows")]
+
     layer = jax.eval_shape(partial(fp8_layer, config))
-    shapes = [jax.ShapeDtypeStruct((1, 24, *row), jnp.bfloat16) for row in ((64,), (2, 32))]
-    with lowering_for("9.0"):
-        text = jax.jit(run).trace(layer, *shapes).lower(lowering_platforms=("cuda",)).as_text()
-    calls = [line for line in text.splitlines() if "xla.gpu.triton" in line]
-    for name, read in (
-        ("quantized_rows", "tensor<1x24x64xbf16>, t"),
-        ("added_rows", "tensor<1x24x64xbf16>, tensor<8x64xbf"),
-    ):
-        (call,) = [line for line in calls if name in line]
-        assert f"({read}" in call and "tensor<1xi32>) ->" in call
+    x, out, heads = (jax.ShapeDtypeStruct((1, 24, *row), jnp.bfloat16) for row in ((64,), (2, 32), (1, 32)))
+    (quantized,), (added,) = kernels(whole, x, out)
+    assert "(tensor<1x24x64xbf16>, tensor<1xi32>) ->" in quantized
+    assert "(tensor<1x24x64xbf16>, tensor<8x64xbf" in added and "tensor<1xi32>) ->" in added
+    (quantized,), _ = kernels(apart, jax.ShapeDtypeStruct((2,), jnp.int32), x, heads, heads)
+    assert f"({'tensor<1x24x32xbf16>, ' * 2}tensor<2xi32>, tensor<2xi32>) ->" in quantized
 
 
 def test_what_the_kernels_cannot_serve_they_refuse():

@@ -22,13 +22,18 @@ Activation = Literal["silu", "gelu"]
 
 
 def quantized_rows(
-    x: Float[Array, "*rows f"], *, part: RowRange | None = None, tile: Tile | None = None, interpret: bool = False
+    x: Float[Array, "*rows f"] | tuple[Float[Array, "b _ g"], ...],
+    *,
+    part: RowRange | None = None,
+    tile: Tile | None = None,
+    interpret: bool = False,
 ) -> Numbers:
     """x as e4m3 numbers and float32 scales: x ≈ numbers · scale.
 
     **Arguments:**
 
-    - `x`: `[rows, f]`, bfloat16, f at most 32,768; `[b, t, f]` with a part.
+    - `x`: `[rows, f]`, bfloat16, f at most 32,768; `[b, t, f]` with a part; with one that has n groups of columns, n
+      arrays `[b, t, f / n]`, each with its own t.
     - `part`: the rows that are wanted, those of the first sequence before those of the second; None for all.
     - `tile` (static): how a thread block takes rows; by default a row, and 28 to 56 elements a thread.
     - `interpret` (static): run the kernel on a CPU, for tests.
@@ -38,7 +43,9 @@ def quantized_rows(
 
     **Raises:** ValueError for what does not fit, with the reason that `unsupported_reason` gives.
     """
-    numbers, scale = launch("quantized_rows", [x], [], alone, unchanged, tile, interpret, part)
+    numbers, scale = launch(
+        "quantized_rows", list(x) if isinstance(x, tuple) else [x], [], alone, unchanged, tile, interpret, part
+    )
     return numbers, scale
 
 
