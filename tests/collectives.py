@@ -47,7 +47,7 @@ def lowered(config, exchange):
     tokens, lengths = struct((1, TOKENS), jnp.int32, PartitionSpec()), struct((1,), jnp.int32, PartitionSpec())
     settings = {"rows_at_once": CHUNK, "implementation": None, "return_info": False, "exchange": exchange}
     inputs = (params, patterns, tokens, lengths, lengths, None, None)
-    return programs.prefill_program(False, exchange).lower(config, *inputs, **settings)
+    return programs.PREFILL.form(params, exchange).lower(config, *inputs, **settings)
 
 
 def collectives(text: str) -> Counter:

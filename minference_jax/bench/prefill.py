@@ -26,7 +26,7 @@ from minference_jax.bench.timing import median_seconds
 from minference_jax.extras import naming_extra
 from minference_jax.models.forward import CHUNK
 from minference_jax.models.llama import Llama
-from minference_jax.models.programs import prefill_program
+from minference_jax.models.programs import PREFILL
 from minference_jax.patterns import AShape, HeadPatterns, Pattern
 from minference_jax.planning.auto import AUTO, PAPER_PATTERN
 from minference_jax.planning.memory import advise
@@ -172,8 +172,8 @@ def compile_prefill(model: Llama, tokens: Any, **static: Any) -> tuple[Any, floa
     settings = {"rows_at_once": CHUNK, "implementation": None, "return_info": False, "exchange": model.exchange}
     settings |= static
     started = time.perf_counter()
-    function = prefill_program(model.fp8_projections, model.exchange)
-    program = function.lower(model.config, *arguments(model, tokens), **settings).compile()
+    inputs = arguments(model, tokens)
+    program = PREFILL.form(inputs[0], model.exchange).lower(model.config, *inputs, **settings).compile()
     return program, time.perf_counter() - started
 
 

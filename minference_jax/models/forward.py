@@ -300,7 +300,7 @@ def decode(
 def log_likelihoods(
     config: LlamaConfig,
     params: Params,
-    x: Float[Array, "b t d"],
+    x: Float[Array, "b rows d"],
     tokens: Int32[Array, "b t"],
     lengths: Int32[Array, " b"],
     exchange: Exchange = ONE,

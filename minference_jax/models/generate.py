@@ -229,7 +229,7 @@ def _valid_counts(new: np.ndarray, finished: np.ndarray, eos: tuple[int, ...]) -
 def _programs() -> int:
     """How many programs this process has compiled for the functions below and for prefill."""
     functions: tuple[Any, ...] = (_first_token, _decode_steps)
-    return programs.programs_compiled() + sum(function._cache_size() for function in functions)
+    return programs.PREFILL.compiled() + sum(function._cache_size() for function in functions)
 
 
 @jax.jit

@@ -256,9 +256,8 @@ class Llama(nnx.Module):
         `implementation` (static): of attention. Differentiable in the parameters, also with sparse patterns.
         """
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        return programs.all_logits(
-            self.config, self.params(), arrays, *self._inputs(tokens, lengths), self.exchange, implementation
-        )
+        inputs = (self.params(), arrays, *self._inputs(tokens, lengths))
+        return programs.ALL_LOGITS(self.config, *inputs, exchange=self.exchange, implementation=implementation)
 
     def _inputs(self, tokens: Any, lengths: Any) -> tuple[Int32[Array, "b t"], Int32[Array, " b"]]:
         """Checked tokens and lengths, where the devices want them."""
@@ -269,7 +268,8 @@ class Llama(nnx.Module):
     ) -> Float[Array, "levels b t d"]:
         """Embeddings, the output of each layer, and the output of the final norm: layers + 2 levels."""
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        return programs.hidden_states(self.config, self.params(), arrays, *self._inputs(tokens, lengths), self.exchange)
+        inputs = (self.params(), arrays, *self._inputs(tokens, lengths))
+        return programs.HIDDEN_STATES(self.config, *inputs, exchange=self.exchange)
 
     @overload
     def token_log_likelihoods(
@@ -304,8 +304,9 @@ class Llama(nnx.Module):
         `implementation` (static): of attention. Differentiable in the parameters, so its mean is a loss to train with.
         """
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
-        inputs = (*self._inputs(tokens, lengths), self.exchange, implementation, return_info)
-        scores, info = programs.log_likelihoods(self.config, self.params(), arrays, *inputs)
+        inputs = (self.params(), arrays, *self._inputs(tokens, lengths))
+        static: dict[str, Any] = {"implementation": implementation, "return_info": return_info}
+        scores, info = programs.LOG_LIKELIHOODS(self.config, *inputs, exchange=self.exchange, **static)
         return (scores, info) if return_info else scores
 
     @overload

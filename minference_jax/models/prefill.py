@@ -53,8 +53,7 @@ def prefill(
     patterns = model.patterns_for(tokens.shape[1], None if start is None else extent)
     if model.auto and chunks_for(model.config, extent) is not None:
         patterns = None
-    inputs = (model.embed[...], tokens, lengths, rope_lengths, start)
-    result = programs.prefill_program(model.fp8_projections, model.exchange, *inputs)(
+    result = programs.PREFILL(
         model.config,
         model.params(),
         patterns,

@@ -5,6 +5,7 @@ Each runs its part of `forward` inside `Exchange.run`, which gives every device 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,12 +18,12 @@ from minference_jax.models import forward
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
 from minference_jax.parallel.exchange import OF_HEADS, ONE, Exchange
+from minference_jax.parallel.specs import is_fp8
 from pallas_kernels.tracing import under_own_settings
 
 
-@partial(jax.jit, static_argnames=("config", "exchange", "implementation"))
 @under_own_settings
-def all_logits(
+def _all_logits(
     config: LlamaConfig,
     params: forward.Params,
     patterns: Any,
@@ -40,9 +41,8 @@ def all_logits(
     return exchange.in_order(rows, 1, tokens.shape[1])
 
 
-@partial(jax.jit, static_argnames=("config", "exchange"))
 @under_own_settings
-def hidden_states(
+def _hidden_states(
     config: LlamaConfig, params: forward.Params, patterns: Any, tokens: Array, lengths: Array, exchange: Exchange
 ) -> Array:
     def own(params: forward.Params, patterns: Any, tokens: Array, lengths: Array) -> Array:
@@ -56,9 +56,8 @@ def hidden_states(
     return exchange.in_order(rows, 2, tokens.shape[1])
 
 
-@partial(jax.jit, static_argnames=("config", "exchange", "implementation", "return_info"))
 @under_own_settings
-def log_likelihoods(
+def _log_likelihoods(
     config: LlamaConfig,
     params: forward.Params,
     patterns: Any,
@@ -142,37 +141,56 @@ def _prefill_own(
     return jax.lax.cond(ends, head, lambda *_: jnp.zeros(shape.shape, shape.dtype), x, last), cache, info
 
 
-_compiled = partial(
-    jax.jit,
-    static_argnames=("config", "rows_at_once", "implementation", "return_info", "exchange"),
-    donate_argnames=("cache",),
-)
 # Of FP8 products XLA would compile and time Triton kernels beside cuBLASLt's, for more than a minute.
 _FP8 = {"xla_gpu_enable_triton_gemm": False}
-# Devices of one host copy what they exchange straight into each other's memory, which leaves the multiprocessors alone;
-# NCCL's kernels beside such copies wait for each other for ever. Several copies run beside what is computed: XLA would
-# otherwise wait for all but one of them.
+# Devices of one process copy what they exchange straight into each other's memory, which leaves the multiprocessors
+# alone. All of it: NCCL's kernels beside such copies wait for each other for ever (two H200s, jax 0.11.2, 28c843e).
+# Several copies run beside what is computed: XLA would otherwise wait for all but one of them.
 _COPIES = {
     "xla_gpu_use_memcpy_local_p2p": True,
     "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
     "xla_gpu_experimental_parallel_collective_overlap_limit": 8,
 }
-_prefill_of: dict[tuple[bool, bool], Any] = {
-    (fp8, mesh): _compiled(_run_prefill, compiler_options=(_FP8 if fp8 else {}) | (_COPIES if mesh else {}))
-    for fp8 in (False, True)
-    for mesh in (False, True)
-}
 
 
-def prefill_program(fp8_projections: bool, exchange: Exchange, *inputs: Any) -> Any:
-    """The jitted function that prefills; nested in another, the plain one: options are for whole programs."""
-    nested = any(isinstance(x, Tracer) for x in inputs)
-    return _prefill_of[(False, False) if nested else (fp8_projections, exchange.size > 1)]
+class Program:
+    """A jitted function, compiled with the options that its parameters' kind and its devices want.
+
+    Nested in another jitted function, it is compiled without: options are for whole programs.
+    """
+
+    def __init__(self, function: Callable[..., Any], static: tuple[str, ...], donated: tuple[str, ...] = ()) -> None:
+        self._forms: dict[tuple[bool, bool], Any] = {
+            (fp8, copies): jax.jit(
+                function,
+                static_argnames=("config", "exchange", *static),
+                donate_argnames=donated,
+                compiler_options=(_FP8 if fp8 else {}) | (_COPIES if copies else {}),
+            )
+            for fp8 in (False, True)
+            for copies in (False, True)
+        }
+
+    def __call__(self, config: LlamaConfig, params: forward.Params, *inputs: Any, exchange: Exchange, **static: Any):
+        """The function's results."""
+        return self.form(params, exchange, *inputs)(config, params, *inputs, exchange=exchange, **static)
+
+    def form(self, params: forward.Params, exchange: Exchange, *inputs: Any) -> Any:
+        """The jitted function for such arguments."""
+        here = jnp.zeros(())  # traced inside any jitted function, though that may have no arguments
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves((here, params, inputs))):
+            return self._forms[False, False]
+        return self._forms[is_fp8(params), exchange.in_one_process]
+
+    def compiled(self) -> int:
+        """How many programs of it this process has compiled."""
+        return sum(form._cache_size() for form in self._forms.values())
 
 
-def programs_compiled() -> int:
-    """How many prefill programs this process has compiled."""
-    return sum(function._cache_size() for function in _prefill_of.values())
+PREFILL = Program(_run_prefill, ("rows_at_once", "implementation", "return_info"), ("cache",))
+ALL_LOGITS = Program(_all_logits, ("implementation",))
+HIDDEN_STATES = Program(_hidden_states, ())
+LOG_LIKELIHOODS = Program(_log_likelihoods, ("implementation", "return_info"))
 
 
 def decode_step(

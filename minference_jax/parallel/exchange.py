@@ -48,6 +48,11 @@ class Exchange:
         return 1 if self.mesh is None else self.mesh.size
 
     @property
+    def in_one_process(self) -> bool:
+        """Whether one process has all devices, of which there are several."""
+        return self.mesh is not None and self.size > 1 and not self.mesh.is_multi_process
+
+    @property
     def rows(self) -> int:
         """Devices that share the query tiles of a head."""
         return 1 if self.mesh is None else self.mesh.shape[ROWS]
