@@ -72,7 +72,7 @@ class Zigzag:
         k: Array,
         v: Array,
         plan: SparsePlan | None,
-        q_offset: Int32[Array, ""],
+        q_offset: Int32[Array, ""] | int,
     ) -> Any:
         """`attention(q, k, v, plan, q_offset)`, an array or several, of this device's two chunks of q."""
         t, size = q.shape[1], self.chunk(q.shape[1])

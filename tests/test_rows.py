@@ -9,7 +9,7 @@ import pytest
 from numpy_llama import random_llama
 
 from minference_jax.models import LlamaConfig, fp8
-from minference_jax.models.chunks import map_chunks
+from minference_jax.models.chunks import Apart, Slice, map_chunks
 from minference_jax.models.config import Traits
 from minference_jax.models.experts import gated
 from minference_jax.models.layers import finish_layer, rms_norm
@@ -20,8 +20,9 @@ from pallas_kernels.rows.norms import added_rows, normed_rows
 from pallas_kernels.rows.quantize import gated_rows, quantized_rows
 from pallas_kernels.tracing import under_own_settings
 
-SIZES = np.array([1, 1e4, 1e-4, 1e-30, 0, 1e30, 1])
-"""What each row's numbers are multiplied with, before an infinity and a NaN are put into the last two."""
+SIZES = np.array([1, 1e4, 1e-4, 1e-30, 0, 1e15, 1e30, 1, 1])
+"""What each row's numbers are multiplied with, before an infinity and a NaN are put into the last two. Squares of 1e30
+are no float32 numbers: norms make such a row one of zeros, the chain as the kernels."""
 
 
 def activation_of(name):
@@ -67,13 +68,14 @@ def fp8_layer(config):
     return {name.removeprefix("layers."): y[0] for name, y in params.items() if name.startswith("layers.")}
 
 
-# Rows of 300 are no multiple of a piece, and 7 rows none of a thread block's 2; rows of 96 are less than a piece.
+# Rows of 300 are no multiple of a piece, and 9 rows none of a thread block's 2; rows of 96 are less than a piece.
 @pytest.mark.parametrize(("width", "tile"), [(300, Tile(2, 1, 1)), (96, None)])
 @pytest.mark.parametrize("name", CASES)
 def test_a_kernel_gives_what_the_chain_gives(rng, name, width, tile):
     kernel, plain = CASES[name]
     arrays = arguments(rng, name, width)
-    numbers, scale, *total = jax.jit(partial(kernel, tile=tile, interpret=True))(*arrays)
+    strict = {"xla_allow_excess_precision": False}  # roundings to bfloat16 are left out otherwise
+    numbers, scale, *total = jax.jit(partial(kernel, tile=tile, interpret=True), compiler_options=strict)(*arrays)
     expected, expected_scale = fp8.quantize(plain(*arrays))
     assert numbers.dtype == fp8.DTYPE and scale.dtype == jnp.float32 and numbers.shape == (len(SIZES), width)
     got, want = (np.asarray(y.astype(jnp.float32)) for y in (numbers, expected))
@@ -94,6 +96,24 @@ def test_a_kernel_gives_what_the_chain_gives(rng, name, width, tile):
     assert (np.abs(got - want) <= 1.1 * step).all()
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_gated_rows_of_products_of_any_size(rng, activation):
+    """What is left to a row's scale is neither lost below nor above what float32 holds."""
+    row_scale = np.array([1e-8, 1e-4, 1, 30, 0], np.float32)
+    products = rng.standard_normal((2, 5, 96)) * np.array([3e8, 3e4, 3, 0.1, 0])[:, None]
+    gate, up = np.asarray(jnp.asarray(products, jnp.bfloat16))
+    columns = rng.uniform(0.1, 2, (2, 96)).astype(np.float32)
+    arrays = gate, up, row_scale, *columns
+    x, y = (np.float64(a) * row_scale[:, None] * c for a, c in zip((gate, up), columns, strict=True))
+    inner = x if activation == "silu" else 2 * 0.7978845608 * (x + 0.044715 * x**3)
+    want = x * y / (1 + np.exp(np.minimum(-inner, 700)))
+    numbers, scale = jax.jit(partial(gated_rows, activation=activation, interpret=True))(*map(jnp.asarray, arrays))
+    np.testing.assert_allclose(scale, np.abs(want).max(axis=1) / 448, rtol=1e-5)
+    got = np.asarray(numbers.astype(jnp.float32)) * np.float64(scale)[:, None]
+    # Half a step of e4m3: 3 bits of a number, and 2⁻⁹ for those below 2⁻⁶.
+    assert (np.abs(got - want) <= 1.001 * np.maximum(np.abs(want) / 16, np.float64(scale)[:, None] / 1024)).all()
+
+
 @pytest.mark.parametrize("name", ["plain", "norm", "added"])
 def test_a_part_is_read_where_it_lies(rng, name):
     whole = jnp.asarray(rng.standard_normal((2, 11, 96)), jnp.bfloat16)
@@ -107,24 +127,47 @@ def test_a_part_is_read_where_it_lies(rng, name):
             np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))
 
 
+@pytest.mark.parametrize("width", [96, 300])
+def test_rows_whose_columns_lie_apart_are_read_where_they_lie(rng, width):
+    arrays = tuple(jnp.asarray(rng.standard_normal((2, t, width)), jnp.bfloat16) for t in (11, 4, 7))
+    starts, groups = (3, 0, 2), (1, 0, 2)
+    slices = tuple(Slice(x[:, at : at + 4], x, jnp.int32(at)) for x, at in zip(arrays, starts, strict=True))
+    apart = Apart(slices, jnp.asarray(groups, jnp.int32))
+    rows = jnp.concatenate([slices[i].rows for i in (1, 0, 2)], axis=2)
+    np.testing.assert_array_equal(apart.rows.astype(jnp.float32), rows.astype(jnp.float32))
+    part = RowRange(jnp.asarray(starts, jnp.int32), 4, apart.groups)
+    found = quantized_rows(arrays, part=part, interpret=True)
+    wanted = quantized_rows(rows.reshape(8, -1), interpret=True)
+    for got, want in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))
+
+
 @pytest.mark.filterwarnings("ignore:.*Triton:DeprecationWarning")
 def test_no_slice_is_made_for_a_kernel_that_reads_a_part():
     config = LlamaConfig(61, 64, 128, 1, 2, 1, 32)
 
-    def run(layer, *arrays):
+    def whole(layer, *arrays):
         return map_chunks(partial(finish_layer, config, layer), arrays, 8, in_place=True)
 
+    def apart(layer, groups, *arrays):
+        def finished(x, *parts):
+            return finish_layer(config, layer, x, Apart(parts, groups))
+
+        return map_chunks(finished, arrays, 8, in_place=True)
+
+    def kernels(run, *arguments):
+        with lowering_for("9.0"):
+            text = jax.jit(run).trace(layer, *arguments).lower(lowering_platforms=("cuda",)).as_text()
+        calls = [line for line in text.splitlines() if "xla.gpu.triton" in line]
+        return [[line for line in calls if name in line] for name in ("quantized_rows", "added_rows")]
+
     layer = jax.eval_shape(partial(fp8_layer, config))
-    shapes = [jax.ShapeDtypeStruct((1, 24, *row), jnp.bfloat16) for row in ((64,), (2, 32))]
-    with lowering_for("9.0"):
-        text = jax.jit(run).trace(layer, *shapes).lower(lowering_platforms=("cuda",)).as_text()
-    calls = [line for line in text.splitlines() if "xla.gpu.triton" in line]
-    for name, read in (
-        ("quantized_rows", "tensor<1x24x64xbf16>, t"),
-        ("added_rows", "tensor<1x24x64xbf16>, tensor<8x64xbf"),
-    ):
-        (call,) = [line for line in calls if name in line]
-        assert f"({read}" in call and "tensor<1xi32>) ->" in call
+    x, out, heads = (jax.ShapeDtypeStruct((1, 24, *row), jnp.bfloat16) for row in ((64,), (2, 32), (1, 32)))
+    (quantized,), (added,) = kernels(whole, x, out)
+    assert "(tensor<1x24x64xbf16>, tensor<1xi32>) ->" in quantized
+    assert "(tensor<1x24x64xbf16>, tensor<8x64xbf" in added and "tensor<1xi32>) ->" in added
+    (quantized,), _ = kernels(apart, jax.ShapeDtypeStruct((2,), jnp.int32), x, heads, heads)
+    assert f"({'tensor<1x24x32xbf16>, ' * 2}tensor<2xi32>, tensor<2xi32>) ->" in quantized
 
 
 def test_what_the_kernels_cannot_serve_they_refuse():

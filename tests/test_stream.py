@@ -18,10 +18,17 @@ def test_pieces_are_the_rows_in_order(monkeypatch):
     monkeypatch.setattr(stream, "LEAST", 40)
     x = jnp.arange(2 * 801 * 3, dtype=jnp.float32).reshape(2, 801, 3)
     mesh = Exchange(make_mesh(heads=2))
-    sizes = {rows: [piece.shape[1] for piece in stream.cut(mesh, x[:, :rows])] for rows in (30, 100, 801)}
-    assert sizes == {30: [30], 100: [40, 40, 20], 801: [101] * 7 + [94]}
-    np.testing.assert_array_equal(stream.whole(stream.cut(mesh, x)), x)
-    assert len(stream.cut(Exchange(), x)) == 1
+
+    def sizes(rows, chunk):
+        pieces = stream.cut(mesh, x[:, :rows], chunk)
+        np.testing.assert_array_equal(stream.whole(pieces), x[:, :rows])
+        return [piece.shape[1] for piece in pieces]
+
+    assert sizes(30, 100) == [30]
+    assert sizes(100, 100) == [40, 20, 40]
+    assert sizes(640, 160) == [80, 160, 160, 160, 80]
+    assert sizes(801, 50) == [50, 1, *[150] * 4, 100, 50]
+    assert len(stream.cut(Exchange(), x, 100)) == 1
 
 
 @pytest.mark.parametrize("mesh", [{"heads": 2}, {"rows": 2, "heads": 1}], ids=("heads", "rows"))

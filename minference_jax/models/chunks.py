@@ -27,14 +27,59 @@ class Slice(NamedTuple):
         return Slice(flat(self.rows), flat(self.whole), self.start)
 
 
-def plain(x: Float[Array, "b t *in"] | Slice) -> Float[Array, "b t *in"]:
+class Apart(NamedTuple):
+    """Rows whose heads are cut into equal groups, each a slice of another array: the i-th has group `groups[i]`.
+
+    Kernels read them there; to join them first would be a copy.
+    """
+
+    slices: tuple[Slice, ...]
+    groups: Int32[Array, " n"]
+
+    @property
+    def rows(self) -> Shaped[Array, "b c *in"]:
+        """Joined."""
+        first = self.slices[0].rows
+        if len(self.slices) == 1:
+            return first
+        b, c, heads, *inner = first.shape
+        joined = jax.lax.empty((b, c, len(self.slices), heads, *inner), first.dtype)
+        for i, piece in enumerate(self.slices):
+            joined = jax.lax.dynamic_update_index_in_dim(joined, piece.rows, self.groups[i], axis=2)
+        return joined.reshape(b, c, -1, *inner)
+
+    def flat(self) -> Apart:
+        """With all of a row's axes as one."""
+        return Apart(tuple(piece.flat() for piece in self.slices), self.groups)
+
+
+def plain(x: Float[Array, "b t *in"] | Slice | Apart) -> Float[Array, "b t *in"]:
     """The rows themselves."""
-    return x.rows if isinstance(x, Slice) else x
+    return x.rows if isinstance(x, (Slice, Apart)) else x
 
 
 def flat(x: Any) -> Any:
     """Rows with all of their axes as one."""
-    return x.flat() if isinstance(x, Slice) else x.reshape(*x.shape[:2], -1)
+    return x.flat() if isinstance(x, (Slice, Apart)) else x.reshape(*x.shape[:2], -1)
+
+
+def slices(arrays: tuple[Array, ...], start: Any, size: int) -> tuple[Slice, ...]:
+    """Rows `start` … `start + size - 1` of each."""
+    if size == arrays[0].shape[1]:
+        return tuple(Slice(a, a, jnp.int32(0)) for a in arrays)
+    first = jnp.int32(start)
+    return tuple(Slice(jax.lax.dynamic_slice_in_dim(a, first, size, axis=1), a, first) for a in arrays)
+
+
+def fold_chunks(step: Callable[[Any, Any, int], Any], out: Any, t: int, chunk: int) -> Any:
+    """`out = step(out, start, size)` of chunks of `chunk` rows of t, in order; the last may be shorter.
+
+    Such a last one is compiled separately, and so is a single one.
+    """
+    if t <= chunk:
+        return step(out, 0, t)
+    out = jax.lax.fori_loop(0, t // chunk, lambda i, o: step(o, i * chunk, chunk), out)
+    return step(out, t - t % chunk, t % chunk) if t % chunk else out
 
 
 def map_chunks(
@@ -49,20 +94,15 @@ def map_chunks(
     """
     t = arrays[0].shape[1]
     if t <= chunk:
-        return fn(*(Slice(a, a, jnp.int32(0)) for a in arrays))
+        return fn(*slices(arrays, 0, t))
 
-    def applied(arrays: tuple[Array, ...], start: Any, size: int) -> Any:
-        first = jnp.int32(start)
-        return fn(*(Slice(jax.lax.dynamic_slice_in_dim(a, first, size, axis=1), a, first) for a in arrays))
-
-    def run(out: Any, start: Any, size: int) -> Any:
-        pieces = applied((out, *arrays[1:]) if in_place else arrays, start, size)
+    def step(out: Any, start: Any, size: int) -> Any:
+        pieces = fn(*slices((out, *arrays[1:]) if in_place else arrays, start, size))
         return jax.tree.map(lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p, start, axis=axis), out, pieces)
 
     out: Any = arrays[0]
     if not in_place:
-        shapes = jax.eval_shape(lambda *arrays: applied(arrays, 0, chunk), *arrays)
+        shapes = jax.eval_shape(lambda *arrays: fn(*slices(arrays, 0, chunk)), *arrays)
         out = jax.tree.map(lambda s: jax.lax.empty((*s.shape[:axis], t, *s.shape[axis + 1 :]), s.dtype), shapes)
         out = vary_alike(out, arrays)
-    out = jax.lax.fori_loop(0, t // chunk, lambda i, o: run(o, i * chunk, chunk), out)
-    return run(out, t - t % chunk, t % chunk) if t % chunk else out
+    return fold_chunks(step, out, t, chunk)

@@ -213,6 +213,7 @@ def prefill(
 
         where = {"start": start, "lengths": seen, "own": exchange.own_queries, "sinks": sinks, "unspent": unspent}
         out, info, unspent = attend_layer(config, index, (q, k, v), cache, attended, **where)
+        out, layer = exchange.together(out, layer)
         back = None if order is None else jnp.argsort(order)
 
         def finished(x: Slice, out: Slice) -> Array:
@@ -226,7 +227,7 @@ def prefill(
     stacked = stacked_layers(params)
     table = exchange.whole(config, params, "embed")
     unspent = None if patterns is None else patterns.begin(tokens.shape[0])
-    x = cut(exchange, embed(config, table, exchange.own_rows(tokens)))
+    x = cut(exchange, embed(config, table, exchange.own_rows(tokens)), chunk)
     carry = vary_alike((x, cache, unspent), lengths)
     inputs = (indices, None if _mixed(config) else stacked, patterns, order)
     (x, cache, _), kept = jax.lax.scan(step, carry, inputs)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float8e4m3fn
 
-from minference_jax.models.chunks import Slice, plain
+from minference_jax.models.chunks import Apart, Slice, plain
 from pallas_kernels.device import Device
 from pallas_kernels.rows.launch import DTYPE, LARGEST, RowRange, unsupported_reason
 from pallas_kernels.rows.quantize import quantized_rows
@@ -69,13 +69,13 @@ class Rows(NamedTuple):
     dtype: Any
 
 
-def rows_of(x: Float[Array, "*rows i"] | Slice) -> Rows:
+def rows_of(x: Float[Array, "*rows i"] | Slice | Apart) -> Rows:
     """x, quantized: on GPUs in one pass."""
     return quantized(quantized_rows, lambda x: x, x)
 
 
 def quantized(
-    kernel: Callable[..., Any], value: Callable[..., Array], x: Float[Array, "*rows i"] | Slice, *others: Array
+    kernel: Callable[..., Any], value: Callable[..., Array], x: Float[Array, "*rows i"] | Slice | Apart, *others: Array
 ) -> Rows:
     """`value(x, *others)`, quantized, by `either`."""
     numbers, scale = either(kernel, lambda *arrays: quantize(value(*arrays)), x, *others)
@@ -83,14 +83,19 @@ def quantized(
 
 
 def either(
-    kernel: Callable[..., Any], chain: Callable[..., Any], x: Float[Array, "*rows i"] | Slice, *others: Array
+    kernel: Callable[..., Any], chain: Callable[..., Any], x: Float[Array, "*rows i"] | Slice | Apart, *others: Array
 ) -> tuple[Array, ...]:
     """`chain(x, *others)` in jnp, or on a GPU that can `kernel(x, *others)`, which does the same in one pass.
 
     Both take x as `[rows, i]`, and return arrays with such rows, which then have x's axes; a part of a longer array
-    `[b, t, i]` the kernel takes from it, by its own `part`. Derivatives are those of the chain.
+    `[b, t, i]`, or rows that lie apart, the kernel takes from where they lie, by its own `part`. Derivatives are those
+    of the chain.
     """
-    given, place = plain(x), (x.whole, x.start) if isinstance(x, Slice) else None
+    given, place = plain(x), None
+    if isinstance(x, Slice):
+        place = x.whole, x.start, None
+    elif isinstance(x, Apart):
+        place = tuple(s.whole for s in x.slices), jnp.stack([s.start for s in x.slices]), x.groups
     rows = given.reshape(-1, given.shape[-1])
 
     def unfused(rows: Array, source: Any, *others: Array) -> Any:
@@ -99,8 +104,8 @@ def either(
     def fused(rows: Array, source: Any, *others: Array) -> Any:
         if source is None:
             return kernel(rows, *others)
-        whole, start = source
-        return kernel(whole, *others, part=RowRange(start, given.shape[1]))
+        whole, start, groups = source
+        return kernel(whole, *others, part=RowRange(start, given.shape[1], groups))
 
     @jax.custom_jvp
     def run(*arguments: Any) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minference_jax.models import fp8
-from minference_jax.models.chunks import Slice, flat, plain
+from minference_jax.models.chunks import Apart, Slice, flat, plain
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.experts import gated, mixture
 from minference_jax.models.norms import norm, rms_norm, rounded
@@ -43,7 +43,7 @@ def matmul(equation: str, x: Array, weight: Array) -> Array:
 def project(
     layer: Layer,
     names: tuple[str, ...],
-    x: Float[Array, "b t *in"] | Slice | fp8.Rows,
+    x: Float[Array, "b t *in"] | Slice | Apart | fp8.Rows,
     *,
     activation: Activation | None = None,
     dtype: Any = None,
@@ -68,7 +68,7 @@ def project(
     return outs if dtype is None else [out.astype(dtype) for out in outs]
 
 
-def quantizes(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"] | Slice) -> bool:
+def quantizes(layer: Layer, names: tuple[str, ...], x: Float[Array, "b t *in"] | Slice | Apart) -> bool:
     """Whether `project` quantizes x for these weights."""
     served = isinstance(layer, StackedLayer) and layer.serves(names, plain(x))
     return not served and f"{names[0]}_scale" in layer
@@ -162,7 +162,10 @@ def rotated(
 
 
 def finish_layer(
-    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | Slice, attended: Float[Array, "b t n h"] | Slice
+    config: LlamaConfig,
+    layer: Layer,
+    x: Float[Array, "b t d"] | Slice,
+    attended: Float[Array, "b t n h"] | Slice | Apart,
 ) -> Float[Array, "b t d"]:
     """Output projection and MLP (or experts), each added to the residual stream."""
     return Residual(*leave_layer(config, layer, x, attended)).whole()
@@ -172,7 +175,7 @@ def leave_layer(
     config: LlamaConfig,
     layer: Layer,
     x: Float[Array, "b t d"] | Slice,
-    attended: Float[Array, "b t n h"] | Slice,
+    attended: Float[Array, "b t n h"] | Slice | Apart,
     dtype: Any = None,
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"]]:
     """Both sides of `finish_layer`'s last sum. `dtype`: of the second, where products need not be rounded to x's."""
@@ -187,7 +190,7 @@ def leave_layer(
     return x, _added(config, out, layer["post_mlp_norm"] if traits.post_norms else None)
 
 
-def _normed_as_added(config: LlamaConfig, layer: Layer, x: Array | Slice, attended: Array | Slice) -> bool:
+def _normed_as_added(config: LlamaConfig, layer: Layer, x: Array | Slice, attended: Array | Slice | Apart) -> bool:
     """Whether nothing but scales and a norm stands between two products in FP8, attention's output and the MLP."""
     traits = config.traits
     between = traits.o_bias or traits.post_norms or traits.residual_scale != 1 or traits.experts is not None

@@ -149,8 +149,14 @@ _compiled = partial(
 )
 # Of FP8 products XLA would compile and time Triton kernels beside cuBLASLt's, for more than a minute.
 _FP8 = {"xla_gpu_enable_triton_gemm": False}
-# Devices of one host copy what they exchange straight into each other's memory, which leaves the multiprocessors alone.
-_COPIES = {"xla_gpu_use_memcpy_local_p2p": True}
+# Devices of one host copy what they exchange straight into each other's memory, which leaves the multiprocessors alone;
+# NCCL's kernels beside such copies wait for each other for ever. Several copies run beside what is computed: XLA would
+# otherwise wait for all but one of them.
+_COPIES = {
+    "xla_gpu_use_memcpy_local_p2p": True,
+    "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 8,
+}
 _prefill_of: dict[tuple[bool, bool], Any] = {
     (fp8, mesh): _compiled(_run_prefill, compiler_options=(_FP8 if fp8 else {}) | (_COPIES if mesh else {}))
     for fp8 in (False, True)

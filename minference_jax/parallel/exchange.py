@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
@@ -140,19 +139,14 @@ class Exchange:
         found = jnp.take_along_axis(x, jnp.argmax(own, axis=1)[:, None, None], axis=1)
         return jax.lax.psum(jnp.where(own.any(axis=1)[:, None, None], found, 0), (ROWS, HEADS))
 
-    def grouped(self, x: Float[Array, "b rows n h"]) -> Float[Array, "groups b rows heads h"]:
-        """Rows of all heads, those of each device that has heads of its own together."""
-        b, rows, n, h = x.shape
-        return jnp.moveaxis(x.reshape(b, rows, self.heads, n // self.heads, h), 2, 0)
+    def group(self, step: int) -> Int32[Array, ""]:
+        """The group of heads of the device so many further along `heads`; of this one with 0."""
+        return (jax.lax.axis_index(HEADS) + step) % self.heads
 
-    def joined(self, x: Float[Array, "groups b rows heads h"]) -> Float[Array, "b rows n h"]:
-        """The way back from `grouped`."""
-        groups, b, rows, heads, h = x.shape
-        return jnp.moveaxis(x, 0, 2).reshape(b, rows, groups * heads, h)
-
-    def contiguous(self, x: Array) -> Array:
-        """x in the order of its axes, written so by what computes it: XLA would leave that to a copy of its own."""
-        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    def heads_of(self, x: Float[Array, "b rows n h"], step: int) -> Float[Array, "b rows heads h"]:
+        """Of all heads, those of the device so many further."""
+        size = x.shape[2] // self.heads
+        return jax.lax.dynamic_slice_in_dim(x, self.group(step) * size, size, axis=2)
 
     def swap(self, x: Float[Array, "groups b rows heads h"]) -> Float[Array, "groups b rows heads h"]:
         """What each device has for the i-th one becomes what the i-th one has from each."""
@@ -179,6 +173,12 @@ class Exchange:
             name: value if name == "sinks" else gather_for_prefill(value, axes[f"layers.{name}"][1:])
             for name, value in layer.items()
         }
+
+    def together(self, x: Array, layer: Layer) -> tuple[Array, Layer]:
+        """Both, when both are there: the parameters are then on their way while x is computed, and not after it."""
+        if self.size == 1 or isinstance(layer, StackedLayer):
+            return x, layer
+        return jax.lax.optimization_barrier((x, layer))
 
     def whole(self, config: LlamaConfig, params: Mapping[str, Array], *names: str) -> dict[str, Array]:
         """The parameters with those of `names` gathered."""

@@ -1,38 +1,55 @@
 """Rows and heads exchanged in pieces: while one piece is on its way to the other devices, the next is computed.
 
 Outside attention a device has some rows of all heads, inside it all rows of some heads (`exchange`). Sent at once, the
-rows of a layer would keep every device waiting. So the residual stream is cut into pieces, arrays of their own. What
-one gives for attention travels as `[groups, b, rows, heads, h]`, with the heads of each receiving device together, and
-is written so by what computes it.
+rows of a layer would keep every device waiting. So the residual stream is cut into pieces, arrays of their own. Of each
+a device keeps its own heads, or rows, and sends the others theirs. Nothing is moved beside that: what computes queries,
+keys and values writes them where attention reads them or as they travel, what arrives from other devices is put in its
+place there, and on the way back it is read from where it lies (`Apart`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from minference_jax.models.chunks import Slice, map_chunks
+from minference_jax.models.chunks import Apart, Slice, fold_chunks, map_chunks, slices
 from minference_jax.parallel.exchange import Exchange
 
 Pieces = tuple[Float[Array, "b _ d"], ...]
 """Some rows in order, on one device all of them in one piece."""
 
+Heads = tuple[Array, ...]
+"""Queries, keys and values of some heads."""
+
 PIECES, LEAST = 8, 2048
-"""Pieces that a device's rows are cut into, and rows of one at least. The last piece to heads and the first one back
-are waited for; the program holds each piece by itself. On two H200s (1M tokens, FP8, commit 98dc82f) the kernels of a
-layer take 290 ms and what is sent 14 ms, together 293. Products of 8,192 rows take 6 % longer a row than those of
-16,384 (67d022b). Other numbers of pieces were not measured."""
+"""Pieces that a device's rows are cut into, about, and rows of one at least. The program holds each by itself."""
 
 
-def cut(exchange: Exchange, x: Float[Array, "b rows d"]) -> Pieces:
-    """A device's rows as pieces."""
+def cut(exchange: Exchange, x: Float[Array, "b rows d"], chunk: int) -> Pieces:
+    """A device's rows as pieces, of whole chunks where there are as many.
+
+    The last piece to heads and the first one back are waited for, so these are short. A piece is sent while the next is
+    computed, which to heads takes two to four times as long (of an 8B model in FP8 on 8 and 2 H200s, by arithmetic):
+    towards the end each has half as many rows as the one before.
+    """
     rows = x.shape[1]
-    size = rows if exchange.size == 1 else max(LEAST, -(-rows // PIECES))
-    return tuple(x[:, start : start + size] for start in range(0, rows, size))
+    if exchange.size == 1 or rows <= LEAST:
+        return (x,)
+    end = max(LEAST, min(chunk, rows // PIECES))
+    most = -(-rows // (PIECES * chunk)) * chunk
+    sizes, size, left = [], end, rows - end
+    while left > 0:
+        sizes.append(min(size, left))
+        left, size = left - sizes[-1], min(2 * size, most)
+    sizes = [end, *reversed(sizes)]
+    starts = np.cumsum([0, *sizes])
+    return tuple(x[:, start : start + size] for start, size in zip(starts[:-1], sizes, strict=True))
 
 
 def whole(x: Pieces) -> Float[Array, "b rows d"]:
@@ -56,57 +73,98 @@ def to_heads(
 
     if exchange.size == 1:
         return map_chunks(of_chunk, (x[0], positions), chunk)
-    starts = np.cumsum([0, *(piece.shape[1] for piece in x)])
+    starts, others = _starts(x), range(1, exchange.heads)
+    shapes = jax.eval_shape(of_chunk, *slices((x[0], positions), 0, 1))
+    counts = [y.shape[2] // exchange.heads for y in shapes]
+    first = [int(n) for n in np.cumsum([0, *counts])]
+    b, h, dtype = shapes[0].shape[0], shapes[0].shape[3], shapes[0].dtype
 
-    def grouped(rows: Slice, positions: Slice) -> list[Array]:
-        return [exchange.grouped(y) for y in of_chunk(rows, positions)]
+    def put(into: Heads, heads: Iterable[Array], step: int, start: Any) -> Heads:
+        """`into` with heads from the device so many further, of its rows from `start` on."""
+        at = (exchange.group(step), 0, start, 0, 0)
+        return tuple(jax.lax.dynamic_update_slice(y, part[None], at) for y, part in zip(into, heads, strict=True))
 
-    def joined(rows: Slice, positions: Slice) -> Array:
-        """The results of a chunk as they travel: together, and so laid out."""
-        return exchange.contiguous(jnp.concatenate(grouped(rows, positions), axis=3))
+    def made(into: Heads, piece: Array, first_row: int) -> tuple[Heads, Array]:
+        """A piece computed: this device's heads put in their place, and those of each other one, together."""
+        rows = piece.shape[1]
+        arrays = piece, positions[:, first_row : first_row + rows]
 
-    def made(i: int) -> Array:
-        return map_chunks(joined, (x[i], positions[:, starts[i] : starts[i + 1]]), chunk, axis=2)
+        def of_own_and_others(carry: tuple[Heads, Array], start: Any, size: int) -> tuple[Heads, Array]:
+            into, given = carry
+            found = of_chunk(*slices(arrays, start, size))
+            into = put(into, (exchange.heads_of(y, 0) for y in found), 0, first_row + start)
+            for step, (n, y) in product(others, zip(first[:-1], found, strict=True)):
+                at = (exchange.group(step), 0, start, n, 0)
+                given = jax.lax.dynamic_update_slice(given, exchange.heads_of(y, step)[None], at)
+            return into, given
 
-    update = jax.lax.dynamic_update_slice_in_dim
-    first = positions[:, : starts[1]]
-    heads = [y.shape[3] for y in jax.eval_shape(grouped, *(Slice(y, y, jnp.int32(0)) for y in (x[0], first)))]
-    piece = made(0)
-    into = [jax.lax.empty((*piece.shape[:2], starts[-1], n, piece.shape[4]), piece.dtype) for n in heads]
+        given = jax.lax.empty((exchange.heads, b, rows, first[-1], h), dtype)
+        return fold_chunks(of_own_and_others, (into, given), rows, chunk)
+
+    rows = starts[-1] + x[-1].shape[1]
+    into = tuple(jax.lax.empty((exchange.heads, b, rows, n, h), dtype) for n in counts)
+    into, given = made(into, x[0], 0)
     for i in range(len(x)):
-        sent = exchange.swap(piece)
-        if i + 1 < len(x):  # what was sent is put in its place only after the next piece is computed
-            sent, piece = jax.lax.optimization_barrier((sent, made(i + 1)))
-        parts = jnp.split(sent, np.cumsum(heads)[:-1], axis=3)
-        into = [update(y, part, starts[i], axis=2) for y, part in zip(into, parts, strict=True)]
-    return tuple(exchange.all_rows_of_heads(y, t) for y in into)
+        arrived = exchange.swap(given)
+        if i + 1 < len(x):  # the next piece is computed after this one and before what is sent of this is put in place
+            *_, into, following = jax.lax.optimization_barrier((given, into, x[i + 1]))
+            into, given = made(into, following, starts[i + 1])
+        arrived, into = jax.lax.optimization_barrier((arrived, into))
+        for step in others:
+            heads = jax.lax.dynamic_index_in_dim(arrived, exchange.group(step), keepdims=False)
+            into = put(into, jnp.split(heads, first[1:-1], axis=2), step, starts[i])
+    # Without a barrier XLA puts the last piece in its place in all that reads it, and copies the rest for that.
+    return tuple(exchange.all_rows_of_heads(y, t) for y in jax.lax.optimization_barrier(into))
 
 
 def to_rows(
     exchange: Exchange, finish: Callable[..., Array], x: Pieces, out: Float[Array, "b own heads h"], chunk: int
 ) -> Pieces:
-    """`finish(x's rows, out's rows of all heads)` of all pieces, in chunks, each a `Slice`.
+    """`finish(x's rows, out's rows of all heads)` of all pieces, in chunks: a `Slice`, and on a mesh an `Apart`.
 
     `out`: of this device's heads, the rows that it attends for (`Exchange.own_queries`).
     """
     if exchange.size == 1:
         return (map_chunks(finish, (x[0], out), chunk, in_place=True),)
-    starts = np.cumsum([0, *(piece.shape[1] for piece in x)])
-    rows = starts[-1]
+    starts, steps = _starts(x), range(exchange.heads)
+    rows = starts[-1] + x[-1].shape[1]
     out = jnp.pad(out, [(0, 0), (0, exchange.heads * rows - out.shape[1]), (0, 0), (0, 0)])
-    out = jnp.moveaxis(out.reshape(out.shape[0], exchange.heads, rows, *out.shape[2:]), 1, 0)
 
-    def given(i: int) -> Array:
-        return exchange.contiguous(out[:, :, starts[i] : starts[i + 1]])
+    def of_device(step: int, x: Array, start: Any, size: int) -> Slice:
+        """Of as many rows for, or from, each device some of those of the one so many further."""
+        first = exchange.group(step) * (x.shape[1] // exchange.heads) + start
+        return Slice(jax.lax.dynamic_slice_in_dim(x, first, size, axis=1), x, first)
 
-    finished, arrived = [], exchange.swap(given(0))
-    for i, piece in enumerate(x):
+    def sent(out: Array, i: int) -> Array:
+        size = x[i].shape[1]
+        given = jax.lax.empty((exchange.heads, out.shape[0], size, *out.shape[2:]), out.dtype)
+        for step in steps[1:]:
+            part = of_device(step, out, starts[i], size).rows
+            given = jax.lax.dynamic_update_index_in_dim(given, part, exchange.group(step), axis=0)
+        arrived = jnp.moveaxis(exchange.swap(given), 0, 1)
+        return arrived.reshape(arrived.shape[0], -1, *arrived.shape[3:])
+
+    def of_piece(i: int, out: Array, arrived: Array) -> Array:
+        def of_chunk(x: Slice) -> Array:
+            size = x.rows.shape[1]
+            own = of_device(0, out, starts[i] + x.start, size)
+            others = (of_device(step, arrived, x.start, size) for step in steps[1:])
+            return finish(x, Apart((own, *others), jnp.stack([exchange.group(step) for step in steps])))
+
+        return map_chunks(of_chunk, (x[i],), chunk, in_place=True)
+
+    finished, arrived = [], sent(out, 0)
+    for i in range(len(x)):
         following = None
         if i + 1 < len(x):  # what is next is sent once this is there, and taken once this piece is finished
-            following, arrived = jax.lax.optimization_barrier((given(i + 1), arrived))
-            following = exchange.swap(following)
-        result = map_chunks(finish, (piece, exchange.joined(arrived)), chunk, in_place=True)
-        if following is not None:
-            arrived, result = jax.lax.optimization_barrier((following, result))
+            out, arrived = jax.lax.optimization_barrier((out, arrived))
+            following = sent(out, i + 1)
+        result = of_piece(i, out, arrived)
+        arrived, result = jax.lax.optimization_barrier((following, result))
         finished.append(result)
     return tuple(finished)
+
+
+def _starts(x: Pieces) -> list[int]:
+    """The first row of each piece."""
+    return [int(start) for start in np.cumsum([0, *(piece.shape[1] for piece in x[:-1])])]

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode.addresses import addressable, wraps
 from pallas_kernels.device import Device
-from pallas_kernels.rows.quantize import ACTIVATIONS, Activation
+from pallas_kernels.rows.quantize import Activation, activated
 
 ROWS = 16
 """Rows of a tensor-core product, and the most that a call may have."""
@@ -191,7 +191,7 @@ def _kernel(
             if narrow:
                 factors = [ref[layer, out][None] for ref in scale_refs[place:][:group]]
                 totals = [y * factor for y, factor in zip(totals, factors, strict=True)]
-            y = totals[0] if activation is None else ACTIVATIONS[activation](totals[0]) * totals[1]
+            y = totals[0] if activation is None else activated(totals[0], activation) * totals[1]
             target, there = columns_of(out_ref, column, tile.out)
             plgpu.store(target, y.astype(out_ref.dtype), mask=there)
 

@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float8e4m3fn, Int32
 
 from pallas_kernels.device import Device
+from pallas_kernels.rows.instructions import as_float32
 
 DTYPE = jnp.float8_e4m3fn
 LARGEST = 448.0
@@ -44,22 +45,27 @@ class Tile(NamedTuple):
 class RowRange(NamedTuple):
     """Rows `start` … `start + rows - 1` of each sequence of an array `[b, t, f]`, of which nothing else is read.
 
-    A slice given to a kernel would be copied first: reads and writes of all that the kernel then reads again.
+    A slice given to a kernel would be copied first: reads and writes of all that the kernel then reads again. So would
+    rows whose columns are cut into n equal groups, each in an array `[b, t, f / n]` of its own: those have a start for
+    each array, and `groups` says which group it has.
     """
 
-    start: Int32[Array, ""]
+    start: Int32[Array, "*n"]
     rows: int
+    groups: Int32[Array, " n"] | None = None
 
 
 class Piece(NamedTuple):
     """The columns of a row that a thread block loads at a time, from `start` on; pieces before have those to `fresh`.
 
     The last piece begins early where pieces do not divide the row: what two of them have is computed and written twice.
+    `array`: which one they are loaded from, where each has a group of a row's columns.
     """
 
     start: int
     size: int
     fresh: int
+    array: int = 0
 
     @property
     def columns(self) -> Any:
@@ -89,61 +95,85 @@ def launch(
     name: str,
     wide: list[Array],
     others: list[Array],
-    value: Callable[[Refs, Piece, list[Array], list[list[Array]]], list[Array]],
+    value: Callable[[Refs, Piece, list[Any], list[list[Array]]], list[Array]],
     finished: Callable[[Refs, list[Piece], list[Array]], list[Array]],
     tile: Tile | None,
     interpret: bool,
     part: RowRange | None = None,
     keeps: bool = False,
+    row_scale: Array | None = None,
+    owed: int = 0,
 ) -> tuple[Array, ...]:
     """A thread block for every few rows of the `wide` arrays: `value` makes one piece of each of its rows from what is
     loaded, `finished` all pieces of one row from theirs.
 
-    With a part, those of the wide arrays that have an axis of sequences are read there. The results are numbers and
-    scales, and if it `keeps` them, what `value` makes, in the dtype of the wide arrays.
+    With a part, those of the wide arrays that have an axis of sequences are read there. Where it has groups, the wide
+    arrays are one whose columns lie apart. `value` is given each row's `row_scale`; where it leaves out `owed` factors
+    of that, they are in the scale that results instead. The results are numbers and scales, and if it `keeps` them,
+    what `value` makes, in the dtype of the wide arrays.
     """
-    *sequences, length, width = wide[0].shape
+    *sequences, length, each = wide[0].shape
+    apart = part is not None and part.groups is not None
+    width = each * len(wide) if apart else each
     rows_each = length if part is None else part.rows
     count = math.prod(sequences) * rows_each
     reason = unsupported_reason(jax.ShapeDtypeStruct((count, width), wide[0].dtype))
     if reason is not None:
         raise ValueError(f"{name}: {reason}")
     tile = tile or _tile(width)
-    pieces, results = _pieces(width, tile.warps), -3 if keeps else -2
+    results = -3 if keeps else -2
+    pieces = _pieces(each, tile.warps)
+    if apart:
+        pieces = [piece._replace(array=array) for array in range(len(wide)) for piece in pieces]
 
     def kernel(*refs: Any) -> None:
         sources, others, (numbers_ref, scale_ref, *kept) = refs[: len(wide)], refs[len(wide) : results], refs[results:]
+        *others, groups = others if apart else (*others, None)
         *others, start = others if part is not None else (*others, None)
+        given = others.pop(0) if row_scale is not None else None
         first = pl.program_id(0) * tile.rows
         # A last block's missing rows are its last one again.
         rows = [jnp.minimum(first + row, count - 1) for row in range(tile.rows)]
+        scales: list[Any] = [given[row] if given is not None else None for row in rows]
 
-        def place(ref: Any, row: Array) -> tuple[Array, ...]:
-            return (row,) if start is None or ref.ndim == 2 else (row // rows_each, start[0] + row % rows_each)
+        def place(ref: Any, row: Array, piece: Piece) -> tuple[Array, ...]:
+            if start is None or ref.ndim == 2:
+                return (row,)
+            return row // rows_each, start[piece.array] + row % rows_each
+
+        def written(piece: Piece) -> Any:
+            return piece.columns if groups is None else pl.ds(groups[piece.array] * each + piece.start, piece.size)
 
         def load(piece: Piece) -> list[list[Array]]:
-            at = [[ref.at[*place(ref, row), piece.columns] for ref in sources] for row in rows]
+            read = sources[piece.array : piece.array + 1] if apart else sources
+            at = [[ref.at[*place(ref, row, piece), piece.columns] for ref in read] for row in rows]
             return [[plgpu.load(x, eviction_policy="evict_first") for x in of_row] for of_row in at]
 
         loaded, parts = [], []
         for index, piece in enumerate(pieces):
             loaded += [load(later) for later in pieces[len(loaded) : index + tile.ahead + 1]]
-            numbers = [[x.astype(jnp.float32) for x in of_row] for of_row in loaded[index]]
-            parts.append(value(others, piece, rows, numbers))
+            parts.append(value(others, piece, scales, loaded[index]))
             for ref in kept:
                 for row, y in zip(rows, parts[-1], strict=True):
-                    ref[row, piece.columns] = y.astype(ref.dtype)
-        for row, of_row in zip(rows, zip(*parts, strict=True), strict=True):
+                    ref[row, piece.columns] = y
+        for row, left, of_row in zip(rows, scales, zip(*parts, strict=True), strict=True):
             values = finished(others, pieces, list(of_row))
-            scale = jnp.max(folded(jnp.maximum, [jnp.abs(y) for y in values])) / LARGEST
-            scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 0.0, scale)
-            inverse = jnp.where(scale > 0, 1 / scale, 0.0)
+            largest = folded(jnp.maximum, [jnp.abs(y) for y in values])
+            scale = unit = jnp.max(as_float32(largest, interpret)) / LARGEST
+            for _ in range(owed):
+                scale *= left
+            scale = jnp.where(jnp.minimum(unit, scale) < jnp.finfo(jnp.float32).tiny, 0.0, scale)
+            inverse = jnp.where(scale > 0, 1 / unit, 0.0)
             for piece, y in zip(pieces, values, strict=True):
-                numbers_ref[row, piece.columns] = (y * inverse).astype(DTYPE)
+                numbers_ref[row, written(piece)] = (as_float32(y, interpret) * inverse).astype(DTYPE)
             scale_ref[row] = scale
 
     # Of an array of 2**32 bytes and more, which a part may be of, addresses have 64 bits.
-    first = [] if part is None else [jnp.clip(part.start, 0, length - part.rows).reshape(1)]
+    first = []
+    if part is not None:
+        last = [x.shape[1] - part.rows for x in wide[: part.start.size]]
+        first.append(jnp.clip(part.start.reshape(-1), 0, jnp.asarray(last, jnp.int32)))
+        first += [] if part.groups is None else [part.groups]
     shapes = [jax.ShapeDtypeStruct((count, width), DTYPE), jax.ShapeDtypeStruct((count,), jnp.float32)]
     shapes += [jax.ShapeDtypeStruct((count, width), wide[0].dtype)] * keeps
     return pl.pallas_call(
@@ -153,7 +183,7 @@ def launch(
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
         interpret=interpret,
         name=name,
-    )(*wide, *others, *first)
+    )(*wide, *([] if row_scale is None else [row_scale]), *others, *first)
 
 
 def _tile(width: int) -> Tile:
@@ -174,7 +204,7 @@ def _pieces(width: int, warps: int) -> list[Piece]:
     return [Piece(min(start, width - size), size, start) for start in range(0, width, size)]
 
 
-def alone(refs: Refs, piece: Piece, rows: list[Array], loaded: list[list[Array]]) -> list[Array]:
+def alone(refs: Refs, piece: Piece, scales: list[Any], loaded: list[list[Array]]) -> list[Array]:
     return [x for (x,) in loaded]
 
 

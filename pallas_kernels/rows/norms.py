@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float8e4m3fn
 
-from pallas_kernels.rows.launch import Numbers, Piece, Refs, RowRange, Tile, alone, folded, launch
+from pallas_kernels.rows.instructions import as_bfloat16, as_float32, multiply_add
+from pallas_kernels.rows.launch import Numbers, Piece, Refs, RowRange, Tile, alone, launch
 
 
 def normed_rows(
@@ -30,7 +31,9 @@ def normed_rows(
 
     **Returns**, **Raises:** as `quantized_rows`. Sums are float32, in an order of their own.
     """
-    numbers, scale = launch("normed_rows", [x], [weight], alone, _normed(x, eps, offset), tile, interpret, part)
+    numbers, scale = launch(
+        "normed_rows", [x], [weight], alone, _normed(x.shape[-1], eps, offset, interpret), tile, interpret, part
+    )
     return numbers, scale
 
 
@@ -62,31 +65,33 @@ def added_rows(
     **Raises:** as `quantized_rows`.
     """
 
-    def added(refs: Refs, piece: Piece, rows: list[Array], loaded: list[list[Array]]) -> list[Array]:
-        scales, channels, _ = refs
-        channel = channels[piece.columns]
-        products = [_rounded(y * scales[row] * channel, x) for row, (_, y) in zip(rows, loaded, strict=True)]
-        return [_rounded(before + product, x) for (before, _), product in zip(loaded, products, strict=True)]
+    def added(refs: Refs, piece: Piece, scales: list[Array], loaded: list[list[Array]]) -> list[Array]:
+        channel = refs[0][piece.columns]
+        wide = [as_float32(y, interpret) * scale * channel for scale, (_, y) in zip(scales, loaded, strict=True)]
+        return [before + as_bfloat16(product, interpret) for (before, _), product in zip(loaded, wide, strict=True)]
 
-    others, finished = [row_scale, channel_scale, weight], _normed(x, eps, offset)
-    numbers, scale, total = launch("added_rows", [x, y], others, added, finished, tile, interpret, part, keeps=True)
+    others, finished = [channel_scale, weight], _normed(x.shape[-1], eps, offset, interpret)
+    numbers, scale, total = launch(
+        "added_rows", [x, y], others, added, finished, tile, interpret, part, keeps=True, row_scale=row_scale
+    )
     return numbers, scale, total
 
 
-def _normed(x: Array, eps: float, offset: float | None) -> Callable[[Refs, list[Piece], list[Array]], list[Array]]:
-    """RMSNorm of a row like x's, inside a kernel; the weight is the last of its references."""
+def _normed(
+    width: int, eps: float, offset: float | None, interpret: bool
+) -> Callable[[Refs, list[Piece], list[Array]], list[Array]]:
+    """RMSNorm of a row of a width, inside a kernel; the weight is the last of its references."""
 
     def normed(refs: Refs, pieces: list[Piece], row: list[Array]) -> list[Array]:
-        squares = [piece.counted(y * y) for piece, y in zip(pieces, row, strict=True)]
-        factor = jax.lax.rsqrt(jnp.sum(folded(jnp.add, squares)) / x.shape[-1] + eps)
-        weights = [refs[-1][piece.columns].astype(jnp.float32) for piece in pieces]
-        if offset is not None:
-            return [_rounded(y * factor * (offset + w), x) for y, w in zip(row, weights, strict=True)]
-        return [_rounded(_rounded(y * factor, x) * w, x) for y, w in zip(row, weights, strict=True)]
+        weights = [refs[-1][piece.columns] for piece in pieces]
+        wide = [as_float32(y, interpret) for y in row]
+        squares = jnp.zeros_like(wide[0])
+        for piece, y in zip(pieces, wide, strict=True):
+            squares = multiply_add(piece.counted(y), y, squares, interpret)
+        factor = jax.lax.rsqrt(jnp.sum(squares) / width + eps)
+        if offset is None:
+            return [as_bfloat16(y * factor, interpret) * w for y, w in zip(wide, weights, strict=True)]
+        weights = [offset + as_float32(w, interpret) for w in weights]
+        return [as_bfloat16(y * factor * w, interpret) for y, w in zip(wide, weights, strict=True)]
 
     return normed
-
-
-def _rounded(y: Array, x: Array) -> Array:
-    """float32 numbers as x's dtype has them."""
-    return y.astype(x.dtype).astype(jnp.float32)
