@@ -55,6 +55,14 @@ def test_the_activation_is_part_of_it(rng, narrow, activation):
     assert y.dtype == jnp.float32 and relative_error(y, act(gate) * up) < 1e-3
 
 
+def test_every_number_of_e4m3_is_exact():
+    numbers = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn)
+    weight, scale = jnp.asarray(np.broadcast_to(numbers[None, :, None], (2, 256, 64))), jnp.ones((2, 256), jnp.float32)
+    row = jnp.zeros((1, 64), jnp.bfloat16).at[0, 3].set(1)
+    (y,) = MATVEC(row, [weight], jnp.int32(1), [scale], dtype=jnp.float32, interpret=True)
+    np.testing.assert_array_equal(y[0], numbers.astype(np.float32))  # NaN too
+
+
 @pytest.mark.parametrize(("layers", "sliced"), [(29, False), (40, True), (60, False)])
 def test_weights_that_the_lowering_cannot_address_are_copied_a_layer_at_a_time(layers, sliced):
     # Up to 2**31 bytes offsets fit 32 bits; from 2**32 on they have 64.
