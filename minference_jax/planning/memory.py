@@ -16,7 +16,7 @@ heads; rows outside attention are 1 / N of r. For what is on its way between dev
 these counts, and where devices share heads, which gather what they share, all.
 
 The first two are exact. The last is checked against what XLA allocates when it compiles for an H100: it is 1 to 15 %
-above, and up to 40 % for one prompt in parts; on a mesh of 8 it is 2 % below (1M tokens, for 5.85 GiB).
+above, and up to 40 % for one prompt in parts and on a mesh of 8 (1M tokens, for 4.08 GiB).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Activations are in float32 and not rounded in between. What a row is multiplied with as a whole is left to its scale,
 which spares two products an element: the gated kernel has 16 instructions for one, two of which a GPU issues at an
-eighth of the others' rate.
+eighth of the others' rate. At an H200's full clock it takes as long as with 27 ([16384, 14336], commit c746dbf).
 """
 
 from __future__ import annotations
