@@ -82,13 +82,11 @@ def fold_chunks(step: Callable[[Any, Any, int], Any], out: Any, t: int, chunk: i
     return step(out, t - t % chunk, t % chunk) if t % chunk else out
 
 
-def map_chunks(
-    fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *, in_place: bool = False, axis: int = 1
-) -> Any:
+def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *, in_place: bool = False) -> Any:
     """`fn(*slices)` of chunks of `chunk` rows along axis 1, a `Slice` of each array; its results put together again.
 
     Bounds the memory of what `fn` makes on the way: an MLP over a million tokens would hold 29 GB at once.
-    `fn` must treat rows independently; its results have the rows on `axis`. With `in_place`, it returns one array
+    `fn` must treat rows independently; its results have the rows on axis 1 too. With `in_place`, it returns one array
     like `arrays[0]`, which the results replace chunk by chunk: in the `whole` of that slice, those before it are
     replaced already. A last, shorter chunk is compiled separately.
     """
@@ -98,11 +96,11 @@ def map_chunks(
 
     def step(out: Any, start: Any, size: int) -> Any:
         pieces = fn(*slices((out, *arrays[1:]) if in_place else arrays, start, size))
-        return jax.tree.map(lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p, start, axis=axis), out, pieces)
+        return jax.tree.map(lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p, start, axis=1), out, pieces)
 
     out: Any = arrays[0]
     if not in_place:
         shapes = jax.eval_shape(lambda *arrays: fn(*slices(arrays, 0, chunk)), *arrays)
-        out = jax.tree.map(lambda s: jax.lax.empty((*s.shape[:axis], t, *s.shape[axis + 1 :]), s.dtype), shapes)
+        out = jax.tree.map(lambda s: jax.lax.empty((s.shape[0], t, *s.shape[2:]), s.dtype), shapes)
         out = vary_alike(out, arrays)
     return fold_chunks(step, out, t, chunk)
