@@ -28,7 +28,8 @@ def test_pieces_are_the_rows_in_order(monkeypatch):
     assert sizes(100, 100) == [40, 20, 40]
     assert sizes(640, 160) == [80, 160, 160, 160, 80]
     assert sizes(801, 50) == [50, 1, *[150] * 4, 100, 50]
-    assert len(stream.cut(Exchange(), x, 100)) == 1
+    for whole in (Exchange(), Exchange(make_mesh(rows=2, heads=1))):  # nothing travels between heads
+        assert len(stream.cut(whole, x, 100)) == 1
 
 
 @pytest.mark.parametrize("mesh", [{"heads": 2}, {"rows": 2, "heads": 1}], ids=("heads", "rows"))

@@ -22,7 +22,7 @@ from minference_jax.models.chunks import Apart, Slice, fold_chunks, map_chunks, 
 from minference_jax.parallel.exchange import Exchange
 
 Pieces = tuple[Float[Array, "b _ d"], ...]
-"""Some rows in order, on one device all of them in one piece."""
+"""Some rows in order, in one piece where no other device has heads of its own."""
 
 Heads = tuple[Array, ...]
 """Queries, keys and values of some heads."""
@@ -39,7 +39,7 @@ def cut(exchange: Exchange, x: Float[Array, "b rows d"], chunk: int) -> Pieces:
     towards the end each has half as many rows as the one before.
     """
     rows = x.shape[1]
-    if exchange.size == 1 or rows <= LEAST:
+    if exchange.heads == 1 or rows <= LEAST:
         return (x,)
     end = max(LEAST, min(chunk, rows // PIECES))
     most = -(-rows // (PIECES * chunk)) * chunk
@@ -71,8 +71,9 @@ def to_heads(
     def of_chunk(rows: Slice, positions: Slice) -> tuple[Array, ...]:
         return make(rows, positions.rows)
 
-    if exchange.size == 1:
-        return map_chunks(of_chunk, (x[0], positions), chunk)
+    if exchange.heads == 1:
+        found = map_chunks(of_chunk, (x[0], positions), chunk)
+        return found if exchange.size == 1 else tuple(exchange.all_rows_of_heads(y[None], t) for y in found)
     starts, others = _starts(x), range(1, exchange.heads)
     shapes = jax.eval_shape(of_chunk, *slices((x[0], positions), 0, 1))
     counts = [y.shape[2] // exchange.heads for y in shapes]
@@ -120,15 +121,15 @@ def to_heads(
 def to_rows(
     exchange: Exchange, finish: Callable[..., Array], x: Pieces, out: Float[Array, "b own heads h"], chunk: int
 ) -> Pieces:
-    """`finish(x's rows, out's rows of all heads)` of all pieces, in chunks: a `Slice`, and on a mesh an `Apart`.
+    """`finish(x's rows, out's rows of all heads)` of all pieces, in chunks: a `Slice`, or an `Apart` where heads are divided.
 
     `out`: of this device's heads, the rows that it attends for (`Exchange.own_queries`).
     """
-    if exchange.size == 1:
-        return (map_chunks(finish, (x[0], out), chunk, in_place=True),)
     starts, steps = _starts(x), range(exchange.heads)
     rows = starts[-1] + x[-1].shape[1]
     out = jnp.pad(out, [(0, 0), (0, exchange.heads * rows - out.shape[1]), (0, 0), (0, 0)])
+    if exchange.heads == 1:
+        return (map_chunks(finish, (x[0], out), chunk, in_place=True),)
 
     def of_device(step: int, x: Array, start: Any, size: int) -> Slice:
         """Of as many rows for, or from, each device some of those of the one so many further."""
