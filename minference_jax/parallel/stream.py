@@ -121,7 +121,7 @@ def to_heads(
 def to_rows(
     exchange: Exchange, finish: Callable[..., Array], x: Pieces, out: Float[Array, "b own heads h"], chunk: int
 ) -> Pieces:
-    """`finish(x's rows, out's rows of all heads)` of all pieces, in chunks: a `Slice`, or an `Apart` where heads are divided.
+    """`finish(x's rows, out's rows of all heads)` of all pieces, in chunks: `Slice`s, or x's and an `Apart`.
 
     `out`: of this device's heads, the rows that it attends for (`Exchange.own_queries`).
     """
