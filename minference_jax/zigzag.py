@@ -77,9 +77,8 @@ class Zigzag:
         """`attention(q, k, v, plan, q_offset)`, an array or several, of this device's two chunks of q."""
         t, size = q.shape[1], self.chunk(q.shape[1])
         extra = self.padded(t) - t
-        q, k, v = (
-            _padded(x, x.shape[1] + extra, 1) for x in (q, k, v)
-        )  # queries past the end need keys at their place
+        # Queries past the end need keys at their place.
+        q, k, v = (_padded(x, x.shape[1] + extra, 1) for x in (q, k, v))
         tiles = self.padded(t) // QUERY_TILE
         outs = []
         for start in self._starts(t):

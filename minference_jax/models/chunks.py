@@ -40,8 +40,6 @@ class Apart(NamedTuple):
     def rows(self) -> Shaped[Array, "b c *in"]:
         """Joined."""
         first = self.slices[0].rows
-        if len(self.slices) == 1:
-            return first
         b, c, heads, *inner = first.shape
         joined = jax.lax.empty((b, c, len(self.slices), heads, *inner), first.dtype)
         for i, piece in enumerate(self.slices):
