@@ -107,19 +107,25 @@ def either(
         whole, start, groups = source
         return kernel(whole, *others, part=RowRange(start, given.shape[1], groups))
 
+    run = on_gpus(fused, unfused) if unsupported_reason(rows) is None else unfused
+    return tuple(y.reshape(*given.shape[:-1], *y.shape[1:]) for y in run(rows, place, *others))
+
+
+def on_gpus(kernel: Callable[..., Any], chain: Callable[..., Any]) -> Callable[..., Any]:
+    """`chain`, or on GPUs `kernel`, which takes and gives the same. Derivatives are those of the chain."""
+    if Device.default().platform != "gpu":
+        return chain
+
     @jax.custom_jvp
     def run(*arguments: Any) -> Any:
-        return jax.lax.platform_dependent(*arguments, cuda=without_axes(fused), default=unfused)
+        return jax.lax.platform_dependent(*arguments, cuda=without_axes(kernel), default=chain)
 
     @under_own_settings  # traced when the caller's program is differentiated, when its settings hold again
     def derivative(primals: Any, tangents: Any) -> Any:
-        (rows, _, *others), (of_rows, _, *of_others) = primals, tangents
-        return jax.jvp(chain, (rows, *others), (of_rows, *of_others))
+        return jax.jvp(chain, primals, tangents)
 
     run.defjvp(derivative)
-    served = Device.default().platform == "gpu" and unsupported_reason(rows) is None
-    found = run(rows, place, *others) if served else chain(rows, *others)
-    return tuple(y.reshape(*given.shape[:-1], *y.shape[1:]) for y in found)
+    return run
 
 
 def product(
