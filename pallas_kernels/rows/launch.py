@@ -190,8 +190,8 @@ def _tile(width: int) -> Tile:
     """A warp for 512 elements of a row, up to 8 warps, 16 for rows of more than 8,192; most of a row is loaded ahead.
 
     On an H200 (commit c746dbf, with 16,384 rows) the gated kernel at width 14,336 took about 6 % less with 16 warps
-    than with 8, 5 % less than with 16 for two rows, a tenth less than with 4; an addition and norm at 4,096 with 8 warps
-    2 % less than with 4, a norm alone 1 %. (In loops, whose own time was estimated and subtracted.)
+    than with 8, 5 % less than with 16 for two rows, a tenth less than with 4; an addition and norm at 4,096 took 2 %
+    less with 8 warps than with 4, a norm alone 1 %. (In loops, whose own time was estimated and subtracted.)
     """
     most = 8 if width <= 8192 else 16
     return Tile(1, min(most, max(1, pl.next_power_of_2(width) // 512)), 6)
