@@ -202,7 +202,7 @@ def cases() -> Iterator[Case]:
     for heads, h, whole in ((32, 128, 1 << 20), (8, 128, 1 << 20), (28, 64, 1 << 15), (3, 16, 4096)):
         into, channel = shape((1, whole, heads, h), jnp.bfloat16), shape((heads, h), jnp.float32)
         for turn in (None, (shape((1, 4096, h // 2), jnp.float32),) * 2):
-            arguments = (shape((4096, heads * h), jnp.bfloat16), row, channel, turn, into, one)
+            arguments = (into, one, shape((4096, heads * h), jnp.bfloat16), row, channel, turn)
             name = f"placed rows of {heads} x {h}{'' if turn is None else ', rotated'}"
             yield Case(name, placed_rows, arguments, tuple(SHARED_MEMORY), "triton")
 

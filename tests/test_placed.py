@@ -44,7 +44,7 @@ def arguments(rng, b, c, n, h, sequences):
     return y, *scales, tuple(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
 
 
-def chain(y, row_scale, channel_scale, turn, into, start):
+def chain(into, start, y, row_scale, channel_scale, turn):
     b, (n, h) = len(into), channel_scale.shape
     x = fp8.rescaled(y, row_scale, channel_scale.reshape(-1), y.dtype).reshape(b, -1, n, h)
     x = x if turn is None else apply_rope(x, *turn)
@@ -60,12 +60,13 @@ def test_the_kernel_gives_what_the_chain_gives(rng, n, h, sequences, turned):
     kernel = jax.jit(partial(placed_rows, interpret=True), compiler_options=STRICT)
     expected = jax.jit(chain, compiler_options=STRICT)
     for start in (0, 3, 9):  # rows from 9 on would end past the array: they begin at 7
-        inputs = *arrays, turn if turned else None, into, jnp.int32(start)
+        inputs = into, jnp.int32(start), *arrays, turn if turned else None
         np.testing.assert_array_equal(*(run(*inputs).astype(jnp.float32) for run in (kernel, expected)))
 
 
 def test_many_calls_at_once(rng):
-    inputs = [(*arguments(rng, 1, 4, 2, 16, 1), jnp.zeros((1, 9, 2, 16), jnp.bfloat16), jnp.int32(i)) for i in (0, 5)]
+    into = jnp.zeros((1, 9, 2, 16), jnp.bfloat16)
+    inputs = [(into, jnp.int32(start), *arguments(rng, 1, 4, 2, 16, 1)) for start in (0, 5)]
     many = jax.tree.map(lambda *x: jnp.stack(x), *inputs)
     found = jax.jit(jax.vmap(partial(placed_rows, interpret=True)), compiler_options=STRICT)(*many)
     for got, one in zip(found, inputs, strict=True):
@@ -76,7 +77,7 @@ def test_many_calls_at_once(rng):
 def test_what_the_kernel_cannot_serve_it_refuses(rng):
     *arrays, turn = arguments(rng, 2, 4, 2, 24, 1)
     with pytest.raises(ValueError, match="placed_rows: head_dim must be a power of two from 16 on, got 24"):
-        placed_rows(*arrays, turn, jnp.zeros((2, 11, 2, 24), jnp.bfloat16), jnp.int32(0))
+        placed_rows(jnp.zeros((2, 11, 2, 24), jnp.bfloat16), jnp.int32(0), *arrays, turn)
     for rows, into, dtype, why in (
         ((8, 48), (2, 11, 3, 16), jnp.float32, "reads and writes bfloat16"),
         ((8, 48), (2, 11, 2, 16), jnp.bfloat16, "do not fit"),

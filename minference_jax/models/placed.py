@@ -28,7 +28,7 @@ def rotated_product(
     channel_scale: Float[Array, "n h"],
     turns: Turns | None,
 ) -> Unplaced:
-    """`fp8.product`, and RoPE of it unless `turns` is None: the same numbers, on GPUs put in their place by a kernel."""
+    """`fp8.product`, and RoPE of it unless `turns` is None: the same numbers, on GPUs put in place by a kernel."""
     scales, shape = (rows.scale.reshape(-1), channel_scale), (*rows.scale.shape, *channel_scale.shape)
     turn = None if turns is None else (turns.cos, turns.sin)
 
@@ -44,13 +44,10 @@ def rotated_product(
         numbers, own = jax.lax.optimization_barrier((rows.numbers, weight))
         y = fp8.unscaled(rows._replace(numbers=numbers), own)
 
-        def by_kernel(into: Array, start: Array, *product: Any) -> Array:
-            return placed_rows(*product, into, start)
-
         def by_chain(into: Array, start: Array, *product: Any) -> Array:
             return put(into, chain(*product), start)
 
-        run = by_chain if unsupported_reason(y, into) else fp8.on_gpus(by_kernel, by_chain)
+        run = by_chain if unsupported_reason(y, into) else fp8.on_gpus(placed_rows, by_chain)
         return run(vary_alike(into, y, scales, turn), start, y, *scales, turn)
 
     return Unplaced(shape, rows.dtype, place, value)

@@ -24,12 +24,12 @@ MOST = 2048
 
 
 def placed_rows(
+    into: BFloat16[Array, "b t n h"],
+    start: Int32[Array, ""],
     y: BFloat16[Array, "rows f"],
     row_scale: Float32[Array, " rows"],
     channel_scale: Float32[Array, "n h"],
     turn: tuple[Float32[Array, "#b c r"], Float32[Array, "#b c r"]] | None,
-    into: BFloat16[Array, "b t n h"],
-    start: Int32[Array, ""],
     *,
     interpret: bool = False,
 ) -> BFloat16[Array, "b t n h"]:
@@ -40,11 +40,11 @@ def placed_rows(
 
     **Arguments:**
 
+    - `into`: bfloat16 `[b, t, n, h]`, h a power of two from 16 on; given up for the result.
+    - `start`: int32, the first row that is replaced, clipped to 0 … t - c.
     - `y`: bfloat16 `[rows, f]`, rows = b · c and f = n · h: a product whose scales are not applied yet.
     - `row_scale`, `channel_scale`: float32 `[rows]` and `[n, h]`.
     - `turn`: cos and sin of each row's angles, float32 `[b or 1, c, h / 2]`; None to rotate nothing.
-    - `into`: bfloat16 `[b, t, n, h]`, h a power of two from 16 on; given up for the result.
-    - `start`: int32, the first row that is replaced, clipped to 0 … t - c.
     - `interpret` (static): run the kernel on a CPU, for tests.
 
     **Returns:** `[b, t, n, h]`.
