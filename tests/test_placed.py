@@ -45,7 +45,7 @@ def arguments(rng, b, c, n, h, sequences):
 
 
 def assert_alike(got, want):
-    """The same, but where one of two compilers' sums has its product unrounded, and that crosses a rounding boundary."""
+    """The same, unless a sum whose product one of two compilers does not round crosses a rounding boundary."""
     got, want = (np.asarray(x.astype(jnp.float32)) for x in (got, want))
     assert (got != want).mean() < 2e-3
     np.testing.assert_allclose(got, want, rtol=2**-7, atol=2**-7 * np.abs(want).max())
