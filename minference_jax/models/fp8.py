@@ -23,7 +23,7 @@ from minference_jax.models.chunks import Apart, Slice, plain
 from pallas_kernels.device import Device
 from pallas_kernels.rows.launch import DTYPE, LARGEST, RowRange, unsupported_reason
 from pallas_kernels.rows.quantize import quantized_rows
-from pallas_kernels.tracing import under_own_settings, without_axes
+from pallas_kernels.tracing import on_gpus
 
 CONTRACTED = {
     "wq": 1,
@@ -109,23 +109,6 @@ def either(
 
     run = on_gpus(fused, unfused) if unsupported_reason(rows) is None else unfused
     return tuple(y.reshape(*given.shape[:-1], *y.shape[1:]) for y in run(rows, place, *others))
-
-
-def on_gpus(kernel: Callable[..., Any], chain: Callable[..., Any]) -> Callable[..., Any]:
-    """`chain`, or on GPUs `kernel`, which takes and gives the same. Derivatives are those of the chain."""
-    if Device.default().platform != "gpu":
-        return chain
-
-    @jax.custom_jvp
-    def run(*arguments: Any) -> Any:
-        return jax.lax.platform_dependent(*arguments, cuda=without_axes(kernel), default=chain)
-
-    @under_own_settings  # traced when the caller's program is differentiated, when its settings hold again
-    def derivative(primals: Any, tangents: Any) -> Any:
-        return jax.jvp(chain, primals, tangents)
-
-    run.defjvp(derivative)
-    return run
 
 
 def product(

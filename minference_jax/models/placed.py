@@ -12,7 +12,7 @@ from minference_jax.models.chunks import Unplaced, put
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.rope import Turns, apply_rope
 from pallas_kernels.rows.place import placed_rows, unsupported_reason
-from pallas_kernels.tracing import vary_alike
+from pallas_kernels.tracing import on_gpus, vary_alike
 
 
 def only_rotated(config: LlamaConfig, turns: Turns) -> bool:
@@ -47,7 +47,7 @@ def rotated_product(
         def by_chain(into: Array, start: Array, *product: Any) -> Array:
             return put(into, chain(*product), start)
 
-        run = by_chain if unsupported_reason(y, into) else fp8.on_gpus(placed_rows, by_chain)
+        run = by_chain if unsupported_reason(y, into) else on_gpus(placed_rows, by_chain)
         return run(vary_alike(into, y, scales, turn), start, y, *scales, turn)
 
     return Unplaced(shape, rows.dtype, place, value)
