@@ -77,11 +77,11 @@ def plain(x: Float[Array, "b t *in"] | Slice | Apart | Unplaced) -> Float[Array,
     return x.rows if isinstance(x, (Slice, Apart, Unplaced)) else x
 
 
-def put(into: Shaped[Array, "b t *in"], rows: Array | Unplaced, start: Any, axis: int = 1) -> Array:
-    """`into` with these rows from `start` on; what is unplaced has them on axis 1."""
+def put(into: Shaped[Array, "b t *in"], rows: Array | Unplaced, start: Any) -> Shaped[Array, "b t *in"]:
+    """`into` with these rows from `start` on."""
     if isinstance(rows, Unplaced):
         return rows.place(into, jnp.int32(start))
-    return jax.lax.dynamic_update_slice_in_dim(into, rows, start, axis=axis)
+    return jax.lax.dynamic_update_slice_in_dim(into, rows, start, axis=1)
 
 
 def alone(rows: Array | Unplaced) -> Array:
@@ -113,13 +113,11 @@ def fold_chunks(step: Callable[[Any, Any, int], Any], out: Any, t: int, chunk: i
     return step(out, t - t % chunk, t % chunk) if t % chunk else out
 
 
-def map_chunks(
-    fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *, in_place: bool = False, axis: int = 1
-) -> Any:
+def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *, in_place: bool = False) -> Any:
     """`fn(*slices)` of chunks of `chunk` rows along axis 1, a `Slice` of each array; its results put together again.
 
     Bounds the memory of what `fn` makes on the way: an MLP over a million tokens would hold 29 GB at once.
-    `fn` must treat rows independently; its results have the rows on `axis`, or are `Unplaced`. With `in_place`, it
+    `fn` must treat rows independently; its results have the rows on axis 1 too, or are `Unplaced`. With `in_place`, it
     returns one array like `arrays[0]`, which the results replace chunk by chunk: in the `whole` of that slice, those
     before it are replaced already. A last, shorter chunk is compiled separately.
     """
@@ -129,11 +127,11 @@ def map_chunks(
 
     def step(out: Any, start: Any, size: int) -> Any:
         pieces = fn(*slices((out, *arrays[1:]) if in_place else arrays, start, size))
-        return jax.tree.map(lambda o, p: put(o, p, start, axis), out, pieces)
+        return jax.tree.map(lambda o, p: put(o, p, start), out, pieces)
 
     out: Any = arrays[0]
     if not in_place:
         shapes = jax.eval_shape(lambda *arrays: jax.tree.map(plain, fn(*slices(arrays, 0, chunk))), *arrays)
-        out = jax.tree.map(lambda s: jax.lax.empty((*s.shape[:axis], t, *s.shape[axis + 1 :]), s.dtype), shapes)
+        out = jax.tree.map(lambda s: jax.lax.empty((s.shape[0], t, *s.shape[2:]), s.dtype), shapes)
         out = vary_alike(out, arrays)
     return fold_chunks(step, out, t, chunk)

@@ -253,7 +253,8 @@ class Llama(nnx.Module):
     ) -> Float[Array, "b t vocab"]:
         """float32 logits of every position, `[b, t, vocab]`; those of padding mean nothing.
 
-        `implementation` (static): of attention. Differentiable in the parameters, also with sparse patterns.
+        `implementation` (static): of attention. Differentiable in the parameters, also with sparse patterns;
+        not with FP8 projections.
         """
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
         inputs = (self.params(), arrays, *self._inputs(tokens, lengths))
@@ -301,7 +302,8 @@ class Llama(nnx.Module):
 
         The logits of a few rows exist at a time, so this costs no more memory than a prefill. With `return_info`
         also what `prefill` returns then: the `AttentionInfo` of all layers, None for dense attention.
-        `implementation` (static): of attention. Differentiable in the parameters, so its mean is a loss to train with.
+        `implementation` (static): of attention. Differentiable in the parameters but for FP8 projections, so
+        its mean is a loss to train with.
         """
         arrays = self.patterns_for(jnp.shape(tokens)[-1])
         inputs = (self.params(), arrays, *self._inputs(tokens, lengths))

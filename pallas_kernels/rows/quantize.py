@@ -35,7 +35,7 @@ def quantized_rows(
     - `x`: `[rows, f]`, bfloat16, f at most 32,768; `[b, t, f]` with a part; with one that has n groups of columns, n
       arrays `[b, t, f / n]`, each with its own t.
     - `part`: the rows that are wanted, those of the first sequence before those of the second; None for all.
-    - `tile` (static): how a thread block takes rows; by default a row, and 28 to 56 elements a thread.
+    - `tile` (static): how a thread block takes rows; by default a row, in registers of 1 to 16 warps.
     - `interpret` (static): run the kernel on a CPU, for tests.
 
     **Returns:** the numbers `[rows, f]` and scales `[rows]`: a row's largest magnitude over 448. A row whose scale
