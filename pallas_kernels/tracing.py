@@ -12,6 +12,8 @@ from jax import lax
 from jax._src import config
 from jaxtyping import Array
 
+from pallas_kernels.device import Device
+
 
 def under_own_settings[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     """Traces `function` with 32-bit types and implicit broadcasting, as it is written, whatever the caller's settings.
@@ -86,6 +88,23 @@ def without_axes[**P, R](kernel: Callable[P, R]) -> Callable[P, R]:
         return jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), found)
 
     return call
+
+
+def on_gpus(kernel: Callable[..., Any], chain: Callable[..., Any]) -> Callable[..., Any]:
+    """`chain`, or on GPUs `kernel`, which takes and gives the same. Derivatives are those of the chain."""
+    if Device.default().platform != "gpu":
+        return chain
+
+    @jax.custom_jvp
+    def run(*arguments: Any) -> Any:
+        return jax.lax.platform_dependent(*arguments, cuda=without_axes(kernel), default=chain)
+
+    @under_own_settings  # traced when the caller's program is differentiated, when its settings hold again
+    def derivative(primals: Any, tangents: Any) -> Any:
+        return jax.jvp(chain, primals, tangents)
+
+    run.defjvp(derivative)
+    return run
 
 
 def sum_as(cotangent: Array, primal: Array) -> Array:

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.device import Device
 from pallas_kernels.index.probe_sums import row_totals, unsupported_reason, weight_sums
-from pallas_kernels.tracing import under_own_settings, without_axes
+from pallas_kernels.tracing import on_gpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,18 +119,7 @@ def _either(
     kernel: Callable[..., Any], plain: Callable[..., Any], factor: float, scores: Float[Array, "rows s"], *others: Array
 ) -> Any:
     """One of two functions of the scores and others: the kernel on GPUs. Derivatives are those of the plain form."""
-    if Device.default().platform != "gpu" or unsupported_reason(scores, factor) is not None:
-        return plain(scores, *others)
-
-    @jax.custom_jvp
-    def run(*arrays: Array) -> Any:
-        return jax.lax.platform_dependent(*arrays, cuda=without_axes(kernel), default=plain)
-
-    @under_own_settings  # traced when the caller's program is differentiated, when its settings hold again
-    def derivative(primals: Any, tangents: Any) -> Any:
-        return jax.jvp(plain, primals, tangents)
-
-    run.defjvp(derivative)
+    run = plain if unsupported_reason(scores, factor) is not None else on_gpus(kernel, plain)
     return run(scores, *others)
 
 

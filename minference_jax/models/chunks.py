@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -51,9 +52,39 @@ class Apart(NamedTuple):
         return Apart(tuple(piece.flat() for piece in self.slices), self.groups)
 
 
-def plain(x: Float[Array, "b t *in"] | Slice | Apart) -> Float[Array, "b t *in"]:
+@dataclass(frozen=True)
+class Unplaced:
+    """Rows that are made on the way to their place in a longer array: to make them first would be a copy.
+
+    `place(into, start)` is `into` `[b, t, *in]` with them from row `start` on, `value()` the rows alone.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    place: Callable[[Shaped[Array, "b t *in"], Int32[Array, ""]], Shaped[Array, "b t *in"]]
+    value: Callable[[], Shaped[Array, "b c *in"]]
+
+    @property
+    def rows(self) -> Shaped[Array, "b c *in"]:
+        """For whoever wants them elsewhere."""
+        return self.value()
+
+
+def plain(x: Float[Array, "b t *in"] | Slice | Apart | Unplaced) -> Float[Array, "b t *in"]:
     """The rows themselves."""
-    return x.rows if isinstance(x, (Slice, Apart)) else x
+    return x.rows if isinstance(x, (Slice, Apart, Unplaced)) else x
+
+
+def put(into: Shaped[Array, "b t *in"], rows: Array | Unplaced, start: Any) -> Shaped[Array, "b t *in"]:
+    """`into` with these rows from `start` on."""
+    if isinstance(rows, Unplaced):
+        return rows.place(into, jnp.int32(start))
+    return jax.lax.dynamic_update_slice_in_dim(into, rows, start, axis=1)
+
+
+def alone(rows: Array | Unplaced) -> Array:
+    """Rows as an array of their own."""
+    return put(jax.lax.empty(rows.shape, rows.dtype), rows, 0) if isinstance(rows, Unplaced) else rows
 
 
 def flat(x: Any) -> Any:
@@ -84,21 +115,21 @@ def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *,
     """`fn(*slices)` of chunks of `chunk` rows along axis 1, a `Slice` of each array; its results put together again.
 
     Bounds the memory of what `fn` makes on the way: an MLP over a million tokens would hold 29 GB at once.
-    `fn` must treat rows independently; its results have the rows on axis 1 too. With `in_place`, it returns one array
-    like `arrays[0]`, which the results replace chunk by chunk: in the `whole` of that slice, those before it are
-    replaced already. A last, shorter chunk is compiled separately.
+    `fn` must treat rows independently; its results have the rows on axis 1 too, or are `Unplaced`. With `in_place`, it
+    returns one array like `arrays[0]`, which the results replace chunk by chunk: in the `whole` of that slice, those
+    before it are replaced already. A last, shorter chunk is compiled separately.
     """
     t = arrays[0].shape[1]
     if t <= chunk:
-        return fn(*slices(arrays, 0, t))
+        return jax.tree.map(alone, fn(*slices(arrays, 0, t)))
 
     def step(out: Any, start: Any, size: int) -> Any:
         pieces = fn(*slices((out, *arrays[1:]) if in_place else arrays, start, size))
-        return jax.tree.map(lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p, start, axis=1), out, pieces)
+        return jax.tree.map(lambda o, p: put(o, p, start), out, pieces)
 
     out: Any = arrays[0]
     if not in_place:
-        shapes = jax.eval_shape(lambda *arrays: fn(*slices(arrays, 0, chunk)), *arrays)
+        shapes = jax.eval_shape(lambda *arrays: jax.tree.map(plain, fn(*slices(arrays, 0, chunk))), *arrays)
         out = jax.tree.map(lambda s: jax.lax.empty((s.shape[0], t, *s.shape[2:]), s.dtype), shapes)
         out = vary_alike(out, arrays)
     return fold_chunks(step, out, t, chunk)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32
 
 import pallas_kernels
 from minference_jax.models.cache import KVCache
-from minference_jax.models.chunks import Slice, map_chunks
+from minference_jax.models.chunks import Slice, Unplaced, map_chunks, plain
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.dual_chunk import chunks_for, dual_chunk_attention, places
 from minference_jax.models.layers import enter_attention, finish_layer, leave_layer, project_qkv
@@ -131,9 +131,9 @@ def attend(
     return (found if sinks is None else with_sinks(found[0], found[1], sinks)), info, left
 
 
-def in_order(x: Float[Array, "b t n h"], order: Int32[Array, " k"] | None) -> Float[Array, "b t n h"]:
+def in_order(x: Float[Array, "b t n h"] | Unplaced, order: Int32[Array, " k"] | None) -> Any:
     """Heads with their KV groups in this order."""
-    return x if order is None else jnp.take(x, of_heads(order, x.shape[2]), axis=2)
+    return x if order is None else jnp.take(plain(x), of_heads(order, x.shape[2]), axis=2)
 
 
 def of_heads(order: Int32[Array, "*layers k"], heads: int) -> Int32[Array, "*layers n"]:

@@ -23,7 +23,7 @@ from minference_jax.models.chunks import Apart, Slice, plain
 from pallas_kernels.device import Device
 from pallas_kernels.rows.launch import DTYPE, LARGEST, RowRange, unsupported_reason
 from pallas_kernels.rows.quantize import quantized_rows
-from pallas_kernels.tracing import under_own_settings, without_axes
+from pallas_kernels.tracing import on_gpus
 
 CONTRACTED = {
     "wq": 1,
@@ -107,19 +107,8 @@ def either(
         whole, start, groups = source
         return kernel(whole, *others, part=RowRange(start, given.shape[1], groups))
 
-    @jax.custom_jvp
-    def run(*arguments: Any) -> Any:
-        return jax.lax.platform_dependent(*arguments, cuda=without_axes(fused), default=unfused)
-
-    @under_own_settings  # traced when the caller's program is differentiated, when its settings hold again
-    def derivative(primals: Any, tangents: Any) -> Any:
-        (rows, _, *others), (of_rows, _, *of_others) = primals, tangents
-        return jax.jvp(chain, (rows, *others), (of_rows, *of_others))
-
-    run.defjvp(derivative)
-    served = Device.default().platform == "gpu" and unsupported_reason(rows) is None
-    found = run(rows, place, *others) if served else chain(rows, *others)
-    return tuple(y.reshape(*given.shape[:-1], *y.shape[1:]) for y in found)
+    run = on_gpus(fused, unfused) if unsupported_reason(rows) is None else unfused
+    return tuple(y.reshape(*given.shape[:-1], *y.shape[1:]) for y in run(rows, place, *others))
 
 
 def product(

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minference_jax.models import fp8
-from minference_jax.models.chunks import Apart, Slice, flat, plain
+from minference_jax.models.chunks import Apart, Slice, Unplaced, flat, plain
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.experts import gated, mixture
 from minference_jax.models.norms import norm, rms_norm, rounded
+from minference_jax.models.placed import only_rotated, rotated_product
 from minference_jax.models.residual import Residual
 from minference_jax.models.rope import Turns, apply_rope
 from minference_jax.models.stacked import ACTIVATIONS, Layer, StackedLayer
@@ -118,9 +119,14 @@ def wide_norm(config: LlamaConfig, x: Float[Array, "b t n h"], weight: Float[Arr
 
 def project_qkv(
     config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"] | Slice, turns: Turns
-) -> tuple[Float[Array, "b t n h"], Float[Array, "b t k h"], Float[Array, "b t k h"]]:
-    """Normalised input → queries and keys after RoPE, and values."""
-    q, k, v = project(layer, QKV, into_block(config, layer, x, "attn_norm", QKV))
+) -> tuple[Array | Unplaced, Array | Unplaced, Array | Unplaced]:
+    """Normalised input → queries and keys after RoPE `[b, t, n or k, h]`, and values."""
+    rows = into_block(config, layer, x, "attn_norm", QKV)
+    if isinstance(rows, fp8.Rows) and only_rotated(config, turns):
+        made = zip(QKV, (turns, turns, None), strict=True)
+        q, k, v = (rotated_product(rows, layer[name], layer[f"{name}_scale"], own) for name, own in made)
+        return q, k, v
+    q, k, v = project(layer, QKV, rows)
     q, k, v = _completed(config, layer, q, k, v)
     return *rotated(config, turns, q, k), v
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from minference_jax.models.chunks import Apart, Slice, fold_chunks, map_chunks, slices
+from minference_jax.models.chunks import Apart, Slice, fold_chunks, map_chunks, plain, slices
 from minference_jax.parallel.exchange import Exchange
 
 Pieces = tuple[Float[Array, "b _ d"], ...]
@@ -69,7 +69,8 @@ def to_heads(
     t rows of this device's heads."""
 
     def of_chunk(rows: Slice, positions: Slice) -> tuple[Array, ...]:
-        return make(rows, positions.rows)
+        found = make(rows, positions.rows)
+        return found if exchange.size == 1 else tuple(plain(y) for y in found)
 
     if exchange.heads == 1:
         found = map_chunks(of_chunk, (x[0], positions), chunk)

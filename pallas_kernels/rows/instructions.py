@@ -14,14 +14,14 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, BFloat16, Float, Float32
 
 
-def as_float32(x: Float[Array, " size"], interpret: bool) -> Float32[Array, " size"]:
+def as_float32(x: Float[Array, "*size"], interpret: bool) -> Float32[Array, "*size"]:
     """bfloat16 numbers as float32, of which they are the upper halves; float32 ones as they are."""
     if interpret or x.dtype == jnp.float32:
         return x.astype(jnp.float32)
     return _issued("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], jnp.float32, pack=2)
 
 
-def as_bfloat16(x: Float32[Array, " size"], interpret: bool) -> BFloat16[Array, " size"]:
+def as_bfloat16(x: Float32[Array, "*size"], interpret: bool) -> BFloat16[Array, "*size"]:
     """float32 numbers rounded to bfloat16, to the nearest."""
     if interpret:
         return x.astype(jnp.bfloat16)

@@ -1,0 +1,53 @@
+"""Queries, keys and values of FP8 products, scaled and rotated on the way to their place in all rows' arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Float8e4m3fn
+
+from minference_jax.models import fp8
+from minference_jax.models.chunks import Unplaced, put
+from minference_jax.models.config import LlamaConfig
+from minference_jax.models.rope import Turns, apply_rope
+from pallas_kernels.rows.place import placed_rows, unsupported_reason
+from pallas_kernels.tracing import on_gpus, vary_alike
+
+
+def only_rotated(config: LlamaConfig, turns: Turns) -> bool:
+    """Whether nothing but RoPE stands between products and their places: of whole heads, in halves."""
+    traits = config.traits
+    between = traits.qkv_bias or traits.qk_norm or traits.wide_qk_norm or traits.neighbours
+    return not between and turns.queries is None and config.rotary_dim == config.head_dim
+
+
+def rotated_product(
+    rows: fp8.Rows,
+    weight: Float8e4m3fn[Array, "n h d"],
+    channel_scale: Float[Array, "n h"],
+    turns: Turns | None,
+) -> Unplaced:
+    """`fp8.product`, and RoPE of it unless `turns` is None: the same numbers, on GPUs put in place by a kernel."""
+    scales, shape = (rows.scale.reshape(-1), channel_scale), (*rows.scale.shape, *channel_scale.shape)
+    turn = None if turns is None else (turns.cos, turns.sin)
+
+    def chain(y: Array, row_scale: Array, channel_scale: Array, turn: tuple[Array, Array] | None) -> Array:
+        x = fp8.rescaled(y, row_scale, channel_scale.reshape(-1), rows.dtype).reshape(shape)
+        return x if turn is None else apply_rope(x, *turn)
+
+    def value() -> Array:
+        return chain(fp8.unscaled(rows, weight), *scales, turn)
+
+    def place(into: Array, start: Array) -> Array:
+        # Without a barrier XLA makes one product of several, and copies the parts for the kernels.
+        numbers, own = jax.lax.optimization_barrier((rows.numbers, weight))
+        y = fp8.unscaled(rows._replace(numbers=numbers), own)
+
+        def by_chain(into: Array, start: Array, *product: Any) -> Array:
+            return put(into, chain(*product), start)
+
+        run = by_chain if unsupported_reason(y, into) else on_gpus(placed_rows, by_chain)
+        return run(vary_alike(into, y, scales, turn), start, y, *scales, turn)
+
+    return Unplaced(shape, rows.dtype, place, value)
