@@ -109,7 +109,7 @@ def cases() -> Iterator[Case]:
     from pallas_kernels.mma.attention import mma_attention
     from pallas_kernels.rows.launch import RowRange
     from pallas_kernels.rows.norms import added_rows, normed_rows
-    from pallas_kernels.rows.place import placed_rows
+    from pallas_kernels.rows.place import Place, placed_rows
     from pallas_kernels.rows.quantize import gated_rows, quantized_rows
 
     def warps(q, k, v, plan, lengths, q_offset):
@@ -199,12 +199,22 @@ def cases() -> Iterator[Case]:
         x, y = shape((1, 8192, width), jnp.bfloat16), shape((4096, width), jnp.bfloat16)
         arguments = (x, y, row, shape((width,), jnp.float32), shape((width,), jnp.bfloat16), one)
         yield Case(f"added rows of {width}", added_part, arguments, with_fp8, "triton")
-    for heads, h, whole in ((32, 128, 1 << 20), (8, 128, 1 << 20), (28, 64, 1 << 15), (3, 16, 4096)):
-        into, channel = shape((1, whole, heads, h), jnp.bfloat16), shape((heads, h), jnp.float32)
+    place = Place(one, one, one, one)
+    for n, h, whole, into_heads, heads in (
+        *(
+            (32, 128, 1 << 20, 32, None),
+            (8, 128, 1 << 20, 8, None),
+            (28, 64, 1 << 15, 28, None),
+            (3, 16, 4096, 3, None),
+        ),
+        *((32, 128, 1 << 20, 16, 16), (8, 128, 1 << 17, 24, 4), (8, 128, 1 << 17, 6, 1)),  # on one of many GPUs
+    ):
+        into, channel = shape((1, whole, into_heads, h), jnp.bfloat16), shape((n, h), jnp.float32)
+        y, scale = shape((1, 4096, n * h), jnp.bfloat16), shape((1, 4096), jnp.float32)
         for turn in (None, (shape((1, 4096, h // 2), jnp.float32),) * 2):
-            arguments = (into, one, shape((4096, heads * h), jnp.bfloat16), row, channel, turn)
-            name = f"placed rows of {heads} x {h}{'' if turn is None else ', rotated'}"
-            yield Case(name, placed_rows, arguments, tuple(SHARED_MEMORY), "triton")
+            name = f"placed rows of {heads or n} x {h}{'' if turn is None else ', rotated'}"
+            arguments = (into, place, y, scale, channel, turn)
+            yield Case(name, partial(placed_rows, heads=heads), arguments, tuple(SHARED_MEMORY), "triton")
 
 
 def topology_of(capability: str, devices: int = 1) -> Any:

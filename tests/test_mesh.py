@@ -47,9 +47,9 @@ def test_a_long_prefill_sends_what_the_design_says():
         "all_gather 16032x4096xbf16 1",  # embeddings
         "all_gather 1x1x16032xf32 1",  # logits of the last row
         "all_reduce 1x1x4096xbf16 1",  # the last row, which one device has
+        "all_to_all 8x16384x6x128xbf16 8",  # q, k and v
         "all_to_all 8x1792x4096xbf16 1",  # w_down: a device's slice for each
         "all_to_all 8x1x16384x4x128xbf16 8",  # attention's output, in pieces of a device's rows
-        "all_to_all 8x1x16384x6x128xbf16 8",  # q, k and v
         "all_to_all 8x4096x1792xbf16 2",  # w_gate, w_up
         "all_to_all 8x4096x1x128xbf16 2",  # wk, wv
         "all_to_all 8x4096x4x128xbf16 1",  # wq

@@ -14,7 +14,7 @@ from minference_jax.models.layers import QKV, into_block, project, project_qkv, 
 from minference_jax.models.placed import rotated_product
 from minference_jax.models.rope import Turns, apply_rope, layer_rope, turns
 from pallas_kernels.device import Device, lowering_for
-from pallas_kernels.rows.place import placed_rows, unsupported_reason
+from pallas_kernels.rows.place import Place, placed_rows, unsupported_reason
 from pallas_kernels.tracing import under_own_settings
 
 CONFIG = LlamaConfig(61, 64, 128, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32)
@@ -38,8 +38,8 @@ def projected(layer, x, positions, chunk):
 
 
 def arguments(rng, b, c, n, h, sequences):
-    y = jnp.asarray(rng.standard_normal((b * c, n * h)) * 100, jnp.bfloat16)
-    scales = (jnp.asarray(rng.uniform(0.5, 2, shape), jnp.float32) for shape in ((b * c,), (n, h)))
+    y = jnp.asarray(rng.standard_normal((b, c, n * h)) * 100, jnp.bfloat16)
+    scales = (jnp.asarray(rng.uniform(0.5, 2, shape), jnp.float32) for shape in ((b, c), (n, h)))
     angles = rng.uniform(0, 6, (sequences, c, h // 2))
     return y, *scales, tuple(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
 
@@ -51,11 +51,12 @@ def assert_alike(got, want):
     np.testing.assert_allclose(got, want, rtol=2**-7, atol=2**-7 * np.abs(want).max())
 
 
-def chain(into, start, y, row_scale, channel_scale, turn):
-    b, (n, h) = len(into), channel_scale.shape
-    x = fp8.rescaled(y, row_scale, channel_scale.reshape(-1), y.dtype).reshape(b, -1, n, h)
+def chain(into, at, y, row_scale, channel_scale, turn, heads=None):
+    (b, c, f), (n, h) = y.shape, channel_scale.shape
+    x = fp8.rescaled(y.reshape(-1, f), row_scale.reshape(-1), channel_scale.reshape(-1), y.dtype).reshape(b, c, n, h)
     x = x if turn is None else apply_rope(x, *turn)
-    return jax.lax.dynamic_update_slice_in_dim(into, x, start, axis=1)
+    x = jax.lax.dynamic_slice_in_dim(x, at.first, heads or n, axis=2)
+    return jax.lax.dynamic_update_slice(into, x, (*at[:3], 0))
 
 
 # Three heads are no power of two: a thread block has one. Of 64 heads a block has half, or a quarter if nothing turns.
@@ -67,13 +68,25 @@ def test_the_kernel_gives_what_the_chain_gives(rng, n, h, sequences, turned):
     kernel = jax.jit(partial(placed_rows, interpret=True), compiler_options=STRICT)
     expected = jax.jit(chain, compiler_options=STRICT)
     for start in (0, 3, 9):  # rows from 9 on would end past the array: they begin at 7
-        inputs = into, jnp.int32(start), *arrays, turn if turned else None
+        inputs = into, Place(row=jnp.int32(start)), *arrays, turn if turned else None
+        assert_alike(*(run(*inputs) for run in (kernel, expected)))
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_some_heads_go_to_any_place(rng, turned):
+    """Two of six heads; places too far on, in the last case, are clipped alike."""
+    *arrays, turn = arguments(rng, 2, 4, 6, 16, 2)
+    into = jnp.asarray(rng.standard_normal((5, 9, 7, 16)), jnp.bfloat16)
+    kernel = jax.jit(partial(placed_rows, heads=2, interpret=True), compiler_options=STRICT)
+    expected = jax.jit(partial(chain, heads=2), compiler_options=STRICT)
+    for at in (Place(2, 3, 4, 2), Place(1, 0, 5, 4), Place(3, 5, 5, 0), Place(9, 9, 9, 9)):
+        inputs = into, Place(*map(jnp.int32, at)), *arrays, turn if turned else None
         assert_alike(*(run(*inputs) for run in (kernel, expected)))
 
 
 def test_many_calls_at_once(rng):
     into = jnp.zeros((1, 9, 2, 16), jnp.bfloat16)
-    inputs = [(into, jnp.int32(start), *arguments(rng, 1, 4, 2, 16, 1)) for start in (0, 5)]
+    inputs = [(into, Place(*map(jnp.int32, (0, start, 0, 0))), *arguments(rng, 1, 4, 2, 16, 1)) for start in (0, 5)]
     many = jax.tree.map(lambda *x: jnp.stack(x), *inputs)
     found = jax.jit(jax.vmap(partial(placed_rows, interpret=True)), compiler_options=STRICT)(*many)
     for got, one in zip(found, inputs, strict=True):
@@ -83,16 +96,20 @@ def test_many_calls_at_once(rng):
 def test_what_the_kernel_cannot_serve_it_refuses(rng):
     *arrays, turn = arguments(rng, 2, 4, 2, 24, 1)
     with pytest.raises(ValueError, match="placed_rows: head_dim must be a power of two from 16 on, got 24"):
-        placed_rows(jnp.zeros((2, 11, 2, 24), jnp.bfloat16), jnp.int32(0), *arrays, turn)
-    for rows, into, dtype, why in (
-        ((8, 48), (2, 11, 3, 16), jnp.float32, "reads and writes bfloat16"),
-        ((8, 48), (2, 11, 2, 16), jnp.bfloat16, "do not fit"),
-        ((8, 48), (3, 11, 3, 16), jnp.bfloat16, "do not fit"),
-        ((8, 48), (2, 3, 3, 16), jnp.bfloat16, "do not fit"),
-        ((0, 48), (2, 11, 3, 16), jnp.bfloat16, "there is nothing"),
-        ((1 << 18, 4096), (1, 1 << 20, 32, 128), jnp.bfloat16, "addresses less than"),
+        placed_rows(jnp.zeros((2, 11, 2, 24), jnp.bfloat16), Place(), *arrays, turn)
+    for rows, into, heads, dtype, why in (
+        ((2, 4, 48), (2, 11, 3, 16), None, jnp.float32, "reads and writes bfloat16"),
+        ((2, 4, 48), (2, 11, 2, 16), None, jnp.bfloat16, "3 heads of rows of shape (2, 4, 48) do not fit an array"),
+        ((2, 4, 48), (2, 11, 9, 16), 4, jnp.bfloat16, "4 heads of rows of shape (2, 4, 48) do not fit an array"),
+        ((2, 4, 40), (2, 11, 2, 16), None, jnp.bfloat16, "do not fit"),
+        ((2, 4, 48), (1, 11, 3, 16), None, jnp.bfloat16, "do not fit"),
+        ((2, 4, 48), (2, 3, 3, 16), None, jnp.bfloat16, "do not fit"),
+        ((2, 0, 48), (2, 11, 3, 16), None, jnp.bfloat16, "there is nothing"),
+        ((1, 1 << 18, 4096), (1, 1 << 20, 32, 128), None, jnp.bfloat16, "addresses less than"),
+        ((1, 4, 48), (1, 1 << 30, 3, 16), None, jnp.bfloat16, "less than 2,147,483,648 heads of rows"),
     ):
-        assert why in str(unsupported_reason(*(jax.ShapeDtypeStruct(shape, dtype) for shape in (rows, into))))
+        y, into = (jax.ShapeDtypeStruct(shape, dtype) for shape in (rows, into))
+        assert why in str(unsupported_reason(y, into, heads))
 
 
 @pytest.mark.parametrize("chunk", [8, 64])
@@ -131,7 +148,7 @@ def test_derivatives_are_those_of_the_chain(rng, monkeypatch):
     def gradient(placed):
         def value(into, scale, channel_scale):
             product = rotated_product(fp8.Rows(rows[0], scale, into.dtype), weight, channel_scale, Turns(*turn))
-            out = product.place(into, jnp.int32(3)) if placed else plain(product)
+            out = product.place(into, Place(row=3), 2) if placed else plain(product)
             return jnp.sum(jnp.sin(out.astype(jnp.float32)))
 
         traced = jax.jit(under_own_settings(value))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped
 
+from pallas_kernels.rows.place import Place
 from pallas_kernels.tracing import vary_alike
 
 
@@ -54,18 +56,19 @@ class Apart(NamedTuple):
 
 @dataclass(frozen=True)
 class Unplaced:
-    """Rows that are made on the way to their place in a longer array: to make them first would be a copy.
+    """Rows of heads that are made on the way to their place in another array: to make them first would be a copy.
 
-    `place(into, start)` is `into` `[b, t, *in]` with them from row `start` on, `value()` the rows alone.
+    `place(into, at, heads)` is `into` `[B, T, N, h]` with so many of their heads there (`placed_rows`), `value()` the
+    rows alone.
     """
 
     shape: tuple[int, ...]
     dtype: Any
-    place: Callable[[Shaped[Array, "b t *in"], Int32[Array, ""]], Shaped[Array, "b t *in"]]
-    value: Callable[[], Shaped[Array, "b c *in"]]
+    place: Callable[[Shaped[Array, "B T N h"], Place, int], Shaped[Array, "B T N h"]]
+    value: Callable[[], Shaped[Array, "b c n h"]]
 
     @property
-    def rows(self) -> Shaped[Array, "b c *in"]:
+    def rows(self) -> Shaped[Array, "b c n h"]:
         """For whoever wants them elsewhere."""
         return self.value()
 
@@ -78,8 +81,28 @@ def plain(x: Float[Array, "b t *in"] | Slice | Apart | Unplaced) -> Float[Array,
 def put(into: Shaped[Array, "b t *in"], rows: Array | Unplaced, start: Any) -> Shaped[Array, "b t *in"]:
     """`into` with these rows from `start` on."""
     if isinstance(rows, Unplaced):
-        return rows.place(into, jnp.int32(start))
+        return rows.place(into, Place(row=start), rows.shape[2])
     return jax.lax.dynamic_update_slice_in_dim(into, rows, start, axis=1)
+
+
+def put_heads(
+    into: Shaped[Array, "B T N h"], rows: Shaped[Array, "b c n h"] | Unplaced, at: Place, heads: int
+) -> Shaped[Array, "B T N h"]:
+    """`into` with so many heads of these rows there; no place in `at` is negative.
+
+    XLA stores 8 bytes at once with a row's numbers on one axis; with an axis for heads it stored some 2 at once.
+    """
+    if isinstance(rows, Unplaced):
+        return rows.place(into, at, heads)
+    h, numbers = into.shape[3], flat(rows)
+    if heads < rows.shape[2]:
+        numbers = slice_of(numbers, at.first * h, heads * h, axis=2)
+    start = at.sequence, at.row, at.head * h
+    return jax.lax.dynamic_update_slice(flat(into), numbers, start, allow_negative_indices=False).reshape(into.shape)
+
+
+slice_of = partial(jax.lax.dynamic_slice_in_dim, allow_negative_indices=False)
+"""To allow for negative starts costs instructions in each kernel."""
 
 
 def alone(rows: Array | Unplaced) -> Array:

@@ -144,23 +144,19 @@ class Exchange:
         found = jnp.take_along_axis(x, jnp.argmax(own, axis=1)[:, None, None], axis=1)
         return jax.lax.psum(jnp.where(own.any(axis=1)[:, None, None], found, 0), (ROWS, HEADS))
 
-    def group(self, step: int) -> Int32[Array, ""]:
-        """The group of heads of the device so many further along `heads`; of this one with 0."""
-        return (jax.lax.axis_index(HEADS) + step) % self.heads
+    def groups(self) -> list[Int32[Array, ""]]:
+        """The groups of heads of the devices from this one on, along `heads`."""
+        found = (jax.lax.axis_index(HEADS) + jnp.arange(self.heads, dtype=jnp.int32)) % self.heads
+        # There before they are used: a kernel that computes them beside its addresses reads and writes 2 bytes at once.
+        return list(jax.lax.optimization_barrier(found))
 
-    def heads_of(self, x: Float[Array, "b rows n h"], step: int) -> Float[Array, "b rows heads h"]:
-        """Of all heads, those of the device so many further."""
-        size = x.shape[2] // self.heads
-        return jax.lax.dynamic_slice_in_dim(x, self.group(step) * size, size, axis=2)
-
-    def swap(self, x: Float[Array, "groups b rows heads h"]) -> Float[Array, "groups b rows heads h"]:
-        """What each device has for the i-th one becomes what the i-th one has from each."""
+    def swap(self, x: Float[Array, "parts ..."]) -> Float[Array, "parts ..."]:
+        """What each device has for the i-th one becomes what the i-th one has from each, with equal parts for each on
+        axis 0; what a device has for itself needs not be set."""
         return jax.lax.all_to_all(x, HEADS, split_axis=0, concat_axis=0, tiled=True)
 
-    def all_rows_of_heads(self, x: Float[Array, "groups b rows heads h"], t: int) -> Float[Array, "b t heads h"]:
-        """All t rows of this device's heads, from the rows that it received from each device."""
-        x = jnp.moveaxis(x, 0, 1)
-        x = x.reshape(x.shape[0], -1, *x.shape[3:])
+    def all_rows_of_heads(self, x: Float[Array, "b rows heads h"], t: int) -> Float[Array, "b t heads h"]:
+        """All t rows of this device's heads, from those of all devices along `heads`."""
         return self.in_order(x if self.rows == 1 else jax.lax.all_gather(x, ROWS, axis=1, tiled=True), 1, t)
 
     def own_queries(self, x: Float[Array, "b t heads h"]) -> Float[Array, "b own heads h"]:

@@ -9,7 +9,7 @@ place there, and on the way back it is read from where it lies (`Apart`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -18,8 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from minference_jax.models.chunks import Apart, Slice, fold_chunks, map_chunks, plain, slices
+from minference_jax.models.chunks import (
+    Apart,
+    Slice,
+    Unplaced,
+    fold_chunks,
+    map_chunks,
+    plain,
+    put_heads,
+    slice_of,
+    slices,
+)
 from minference_jax.parallel.exchange import Exchange
+from pallas_kernels.rows.place import Place
 
 Pieces = tuple[Float[Array, "b _ d"], ...]
 """Some rows in order, in one piece where no other device has heads of its own."""
@@ -68,43 +79,45 @@ def to_heads(
     """`make(rows, positions)` of all pieces, in chunks, `rows` as a `Slice`; of its results `[b, rows, n, h]` all
     t rows of this device's heads."""
 
-    def of_chunk(rows: Slice, positions: Slice) -> tuple[Array, ...]:
-        found = make(rows, positions.rows)
-        return found if exchange.size == 1 else tuple(plain(y) for y in found)
+    def of_chunk(rows: Slice, positions: Slice) -> tuple[Array | Unplaced, ...]:
+        return make(rows, positions.rows)
 
     if exchange.heads == 1:
         found = map_chunks(of_chunk, (x[0], positions), chunk)
-        return found if exchange.size == 1 else tuple(exchange.all_rows_of_heads(y[None], t) for y in found)
-    starts, others = _starts(x), range(1, exchange.heads)
-    shapes = jax.eval_shape(of_chunk, *slices((x[0], positions), 0, 1))
+        return found if exchange.size == 1 else tuple(exchange.all_rows_of_heads(y, t) for y in found)
+    starts, (own, *others) = _starts(x), exchange.groups()
+    rows = starts[-1] + x[-1].shape[1]
+    shapes = jax.eval_shape(lambda *of: tuple(map(plain, of_chunk(*of))), *slices((x[0], positions), 0, 1))
     counts = [y.shape[2] // exchange.heads for y in shapes]
-    first = [int(n) for n in np.cumsum([0, *counts])]
+    *heads, total = (int(n) for n in np.cumsum([0, *counts]))
     b, h, dtype = shapes[0].shape[0], shapes[0].shape[3], shapes[0].dtype
-
-    def put(into: Heads, heads: Iterable[Array], step: int, start: Any) -> Heads:
-        """`into` with heads from the device so many further, of its rows from `start` on."""
-        at = (exchange.group(step), 0, start, 0, 0)
-        return tuple(jax.lax.dynamic_update_slice(y, part[None], at) for y, part in zip(into, heads, strict=True))
 
     def made(into: Heads, piece: Array, first_row: int) -> tuple[Heads, Array]:
         """A piece computed: this device's heads put in their place, and those of each other one, together."""
-        rows = piece.shape[1]
-        arrays = piece, positions[:, first_row : first_row + rows]
+        arrays = piece, positions[:, first_row : first_row + piece.shape[1]]
 
         def of_own_and_others(carry: tuple[Heads, Array], start: Any, size: int) -> tuple[Heads, Array]:
             into, given = carry
             found = of_chunk(*slices(arrays, start, size))
-            into = put(into, (exchange.heads_of(y, 0) for y in found), 0, first_row + start)
-            for step, (n, y) in product(others, zip(first[:-1], found, strict=True)):
-                at = (exchange.group(step), 0, start, n, 0)
-                given = jax.lax.dynamic_update_slice(given, exchange.heads_of(y, step)[None], at)
+            row = own * rows + first_row + start
+            places = zip(into, found, counts, strict=True)
+            into = tuple(put_heads(x, y, Place(row=row, first=own * n), n) for x, y, n in places)
+            for group, (y, n, head) in product(others, zip(found, counts, heads, strict=True)):
+                given = put_heads(given, y, Place(group * b, start, head, group * n), n)
             return into, given
 
-        given = jax.lax.empty((exchange.heads, b, rows, first[-1], h), dtype)
-        return fold_chunks(of_own_and_others, (into, given), rows, chunk)
+        given = jax.lax.empty((exchange.heads * b, piece.shape[1], total, h), dtype)
+        return fold_chunks(of_own_and_others, (into, given), piece.shape[1], chunk)
 
-    rows = starts[-1] + x[-1].shape[1]
-    into = tuple(jax.lax.empty((exchange.heads, b, rows, n, h), dtype) for n in counts)
+    def with_arrived(into: Heads, arrived: Array, first_row: int) -> Heads:
+        """This device's heads of the other devices' rows put in their place."""
+        for group in others:
+            found, row = slice_of(arrived, group * b, b, axis=0), group * rows + first_row
+            places = zip(into, heads, counts, strict=True)
+            into = tuple(put_heads(y, found, Place(row=row, first=head), n) for y, head, n in places)
+        return into
+
+    into = tuple(jax.lax.empty((b, exchange.heads * rows, n, h), dtype) for n in counts)
     into, given = made(into, x[0], 0)
     for i in range(len(x)):
         arrived = exchange.swap(given)
@@ -112,9 +125,7 @@ def to_heads(
             *_, into, following = jax.lax.optimization_barrier((given, into, x[i + 1]))
             into, given = made(into, following, starts[i + 1])
         arrived, into = jax.lax.optimization_barrier((arrived, into))
-        for step in others:
-            heads = jax.lax.dynamic_index_in_dim(arrived, exchange.group(step), keepdims=False)
-            into = put(into, jnp.split(heads, first[1:-1], axis=2), step, starts[i])
+        into = with_arrived(into, arrived, starts[i])
     # Without a barrier XLA puts the last piece in its place in all that reads it, and copies the rest for that.
     return tuple(exchange.all_rows_of_heads(y, t) for y in jax.lax.optimization_barrier(into))
 
@@ -126,32 +137,33 @@ def to_rows(
 
     `out`: of this device's heads, the rows that it attends for (`Exchange.own_queries`).
     """
-    starts, steps = _starts(x), range(exchange.heads)
+    starts = _starts(x)
     rows = starts[-1] + x[-1].shape[1]
     out = jnp.pad(out, [(0, 0), (0, exchange.heads * rows - out.shape[1]), (0, 0), (0, 0)])
     if exchange.heads == 1:
         return (map_chunks(finish, (x[0], out), chunk, in_place=True),)
+    own, *others = exchange.groups()
 
-    def of_device(step: int, x: Array, start: Any, size: int) -> Slice:
-        """Of as many rows for, or from, each device some of those of the one so many further."""
-        first = exchange.group(step) * (x.shape[1] // exchange.heads) + start
-        return Slice(jax.lax.dynamic_slice_in_dim(x, first, size, axis=1), x, first)
+    def of_device(group: Array, x: Array, start: Any, size: int) -> Slice:
+        """Of as many rows for, or from, each device some of those of the one that has the group."""
+        first = group * (x.shape[1] // exchange.heads) + start
+        return Slice(slice_of(x, first, size, axis=1), x, first)
 
     def sent(out: Array, i: int) -> Array:
         size = x[i].shape[1]
         given = jax.lax.empty((exchange.heads, out.shape[0], size, *out.shape[2:]), out.dtype)
-        for step in steps[1:]:
-            part = of_device(step, out, starts[i], size).rows
-            given = jax.lax.dynamic_update_index_in_dim(given, part, exchange.group(step), axis=0)
+        for group in others:
+            part, at = of_device(group, out, starts[i], size).rows[None], (group, 0, 0, 0, 0)
+            given = jax.lax.dynamic_update_slice(given, part, at, allow_negative_indices=False)
         arrived = jnp.moveaxis(exchange.swap(given), 0, 1)
         return arrived.reshape(arrived.shape[0], -1, *arrived.shape[3:])
 
     def of_piece(i: int, out: Array, arrived: Array) -> Array:
         def of_chunk(x: Slice) -> Array:
             size = x.rows.shape[1]
-            own = of_device(0, out, starts[i] + x.start, size)
-            others = (of_device(step, arrived, x.start, size) for step in steps[1:])
-            return finish(x, Apart((own, *others), jnp.stack([exchange.group(step) for step in steps])))
+            heads = (of_device(own, out, starts[i] + x.start, size),)
+            heads += tuple(of_device(group, arrived, x.start, size) for group in others)
+            return finish(x, Apart(heads, jnp.stack([own, *others])))
 
         return map_chunks(of_chunk, (x[i],), chunk, in_place=True)
 

@@ -6,13 +6,13 @@ bits and single conversions: it ran at half the rate of memory. Here a thread ha
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, BFloat16, Float32, Int32
+from jaxtyping import Array, BFloat16, Float32
 
 from pallas_kernels.rows.instructions import as_bfloat16, as_float32
 
@@ -23,48 +23,61 @@ MOST = 2048
 """Elements of a thread block, at most; of each half, where halves are rotated."""
 
 
+class Place(NamedTuple):
+    """Where rows go in an array `[B, T, N, h]`: the first sequence, row and head; and the first of their own heads that
+    goes there. Integers, or int32 scalars."""
+
+    sequence: Any = 0
+    row: Any = 0
+    head: Any = 0
+    first: Any = 0
+
+
 def placed_rows(
-    into: BFloat16[Array, "b t n h"],
-    start: Int32[Array, ""],
-    y: BFloat16[Array, "rows f"],
-    row_scale: Float32[Array, " rows"],
+    into: BFloat16[Array, "B T N h"],
+    at: Place,
+    y: BFloat16[Array, "b c f"],
+    row_scale: Float32[Array, "b c"],
     channel_scale: Float32[Array, "n h"],
     turn: tuple[Float32[Array, "#b c r"], Float32[Array, "#b c r"]] | None,
     *,
+    heads: int | None = None,
     interpret: bool = False,
-) -> BFloat16[Array, "b t n h"]:
-    """`into` with c rows of each sequence replaced by an FP8 product: with its scales, after RoPE.
+) -> BFloat16[Array, "B T N h"]:
+    """`into` with some heads of c rows of b sequences replaced by an FP8 product: with its scales, after RoPE.
 
     Numbers are scaled in float32 and rounded to bfloat16, then rotated in float32 and rounded again. Dimensions j and
     j + h/2 of a head are a pair.
 
     **Arguments:**
 
-    - `into`: bfloat16 `[b, t, n, h]`, h a power of two from 16 on; given up for the result.
-    - `start`: int32, the first row that is replaced, clipped to 0 … t - c.
-    - `y`: bfloat16 `[rows, f]`, rows = b · c and f = n · h: a product whose scales are not applied yet.
-    - `row_scale`, `channel_scale`: float32 `[rows]` and `[n, h]`.
+    - `into`: bfloat16 `[B, T, N, h]`, h a power of two from 16 on; given up for the result.
+    - `at`: where the rows go, clipped so that all of them fit.
+    - `y`: bfloat16 `[b, c, f]`, f = n · h: a product whose scales are not applied yet.
+    - `row_scale`, `channel_scale`: float32 `[b, c]` and `[n, h]`.
     - `turn`: cos and sin of each row's angles, float32 `[b or 1, c, h / 2]`; None to rotate nothing.
+    - `heads` (static): how many of the n heads, from `at.first` on; None for all.
     - `interpret` (static): run the kernel on a CPU, for tests.
 
-    **Returns:** `[b, t, n, h]`.
+    **Returns:** `[B, T, N, h]`.
 
     **Raises:** ValueError for what does not fit, with the reason that `unsupported_reason` gives.
     """
-    reason = unsupported_reason(y, into)
+    reason = unsupported_reason(y, into, heads)
     if reason is not None:
         raise ValueError(f"placed_rows: {reason}")
-    (b, t, n, h), rows = into.shape, y.shape[0]
-    each = rows // b
+    (sequences, t, wide, h), (b, c, _), n = into.shape, y.shape, channel_scale.shape[0]
+    heads = n if heads is None else heads
     halves = [pl.ds(0, h)] if turn is None else [pl.ds(0, h // 2), pl.ds(h // 2, h // 2)]
-    heads = min(n & -n, max(1, MOST * len(halves) // h))
-    threads = heads * h // len(halves) // EACH
+    block = min(heads & -heads, max(1, MOST * len(halves) // h))
+    threads = block * h // len(halves) // EACH
 
     def kernel(y_ref: Any, row_ref: Any, channel_ref: Any, *refs: Any) -> None:
-        *turn_refs, start_ref, _, out_ref = refs
-        row, own = pl.program_id(0), pl.ds(pl.program_id(1) * heads, heads)
-        sequence, place = row // each, row % each
-        at = (sequence, start_ref[0] + place, own)
+        *turn_refs, at_ref, _, out_ref = refs
+        row, head = pl.program_id(0), pl.program_id(1) * block
+        sequence, place = row // c, row % c
+        target = pl.ds((sequence * t + place) * wide + at_ref[0] + head, block)
+        own = pl.ds(head if heads == n else at_ref[1] + head, block)
         read = [y_ref.at[row, own, half] for half in halves]
         read = [plgpu.load(x, eviction_policy="evict_first") for x in read]
         values = []
@@ -78,31 +91,40 @@ def placed_rows(
             values = [a * cos - b * sin, b * cos + a * sin]
             values = [as_bfloat16(x, interpret) for x in values]
         for value, half in zip(values, halves, strict=True):
-            out_ref[*at, half] = value
+            out_ref[target, half] = value
 
-    inputs = y.reshape(rows, n, h), row_scale, channel_scale, *(turn or ()), jnp.clip(start, 0, t - each)[None], into
-    return pl.pallas_call(
+    most = Place(sequences - b, t - c, wide - heads, n - heads)
+    sequence, row, head, first = (jnp.clip(jnp.int32(x), 0, end) for x, end in zip(at, most, strict=True))
+    where = jnp.stack([(sequence * t + row) * wide + head, first])  # one number for the address: a thread adds it once
+    rows = y.reshape(b * c, n, h), row_scale.reshape(-1), channel_scale
+    inputs = *rows, *(turn or ()), where, into.reshape(-1, h)
+    placed = pl.pallas_call(
         kernel,
-        grid=(rows, n // heads),
-        out_shape=jax.ShapeDtypeStruct(into.shape, into.dtype),
+        grid=(b * c, heads // block),
+        out_shape=jax.ShapeDtypeStruct(inputs[-1].shape, into.dtype),
         input_output_aliases={len(inputs) - 1: 0},
         compiler_params=plgpu.CompilerParams(num_warps=min(8, max(1, threads // 32)), num_stages=1),
         interpret=interpret,
         name="placed_rows",
     )(*inputs)
+    return placed.reshape(into.shape)
 
 
-def unsupported_reason(y: Any, into: Any) -> str | None:
-    """Why the kernel can't put such rows into such an array, in words; None if it can."""
+def unsupported_reason(y: Any, into: Any, heads: int | None = None) -> str | None:
+    """Why the kernel can't put so many heads of such rows into such an array, in words; None if it can."""
     if y.dtype != jnp.bfloat16 or into.dtype != jnp.bfloat16:
         return f"the kernel reads and writes bfloat16; the rows are {y.dtype}, the array {into.dtype}"
-    (b, t, n, h), (rows, f) = into.shape, y.shape
+    (sequences, t, wide, h), (b, c, f) = into.shape, y.shape
     if h < 16 or h & (h - 1):
         return f"head_dim must be a power of two from 16 on, got {h}"
     if y.size == 0:
         return f"there is nothing in rows of shape {y.shape}"
-    if f != n * h or rows % b or rows > b * t:
-        return f"rows of shape {y.shape} do not fit an array of shape {into.shape}"
+    n = f // h
+    count = n if heads is None else heads
+    if f % h or not 0 < count <= min(n, wide) or b > sequences or c > t:
+        return f"{count} heads of rows of shape {y.shape} do not fit an array of shape {into.shape}"
     if y.size >= 2**30:
         return f"the kernel addresses less than {2**30:,} elements; there are {y.size:,}"
+    if into.size // h >= 2**31:
+        return f"the kernel addresses less than {2**31:,} heads of rows; there are {into.size // h:,}"
     return None
