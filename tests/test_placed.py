@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from numpy_llama import random_llama
 
-from minference_jax.models import LlamaConfig, fp8
+from minference_jax.models import LlamaConfig, fp8, placed
 from minference_jax.models.chunks import map_chunks, plain
 from minference_jax.models.layers import QKV, into_block, project, project_qkv, rotated
 from minference_jax.models.placed import rotated_product
 from minference_jax.models.rope import Turns, apply_rope, layer_rope, turns
+from minference_jax.parallel import make_mesh, stream
+from minference_jax.parallel.exchange import Exchange
 from pallas_kernels.device import Device, lowering_for
 from pallas_kernels.rows.place import Place, placed_rows, unsupported_reason
 from pallas_kernels.tracing import under_own_settings
@@ -22,8 +25,8 @@ STRICT = {"xla_allow_excess_precision": False}
 """Roundings to bfloat16 are left out otherwise."""
 
 
-def fp8_layer():
-    params = random_llama(CONFIG, dtype="bfloat16").with_fp8_projections().params()
+def fp8_layer(config=CONFIG):
+    params = random_llama(config, dtype="bfloat16").with_fp8_projections().params()
     return {name.removeprefix("layers."): y[0] for name, y in params.items() if name.startswith("layers.")}
 
 
@@ -137,6 +140,33 @@ def test_products_are_put_in_place_by_the_kernel_alone(chunk):
     calls = [line for line in text.splitlines() if "placed_rows" in line]
     assert [line.count("output_operand_alias<") for line in calls] == [1] * 3
     assert "dynamic_update_slice" not in text and "apply_rope" not in text
+
+
+def test_on_two_devices_the_kernel_puts_heads_where_one_has_them(rng, monkeypatch):
+    """Of a piece of two chunks and one of one: heads that a device keeps, and those that travel."""
+    config = LlamaConfig(61, 64, 128, num_layers=1, num_heads=6, num_kv_heads=2, head_dim=16)
+    layer, rope, t = fp8_layer(config), layer_rope(config, jnp.full((1,), 99, jnp.int32), 0), 23
+    monkeypatch.setattr(stream, "LEAST", 8)
+    monkeypatch.setattr(placed, "on_gpus", lambda kernel, chain: partial(kernel, interpret=True))
+    x, axes = jnp.asarray(rng.standard_normal((2, t, 64)), jnp.bfloat16), PartitionSpec(None, None, "heads")
+
+    def heads(exchange, x):
+        def of_chunk(rows, positions):
+            return project_qkv(config, layer, rows, turns(config, rope, positions))
+
+        pieces = stream.cut(exchange, exchange.own_rows(x), 4)
+        assert len(pieces) == (1 if exchange.size == 1 else 2)
+        return stream.to_heads(exchange, of_chunk, pieces, exchange.positions(t)[None], t, 4)
+
+    def on(mesh):
+        run = jax.shard_map(
+            partial(heads, Exchange(mesh)), mesh=mesh, in_specs=PartitionSpec(), out_specs=axes, check_vma=False
+        )
+        return jax.jit(run, compiler_options=STRICT)(x)
+
+    expected = jax.jit(partial(heads, Exchange()), compiler_options=STRICT)(x)
+    for got, want in zip(on(make_mesh(heads=2)), expected, strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_derivatives_are_those_of_the_chain(rng, monkeypatch):
