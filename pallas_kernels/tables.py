@@ -11,6 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, BFloat16, Bool, Float, Int
 
@@ -30,6 +31,10 @@ ROWS_VALID = 5  # rows before the sequence's length
 TILES_NO_BIAS = 6  # band and block tiles but one that key 0 cuts
 ALL_TILES = 7  # band, block and column tiles
 WORK_FIELDS = 8  # padded to a power of two
+
+# Without columns and bands: 0 for the last two whole tiles, -inf for a missing half. A constant takes no launch.
+_BIAS_OF_NONE = np.full((1, 1, 4 * KEY_TILE), -np.inf, jnp.bfloat16)
+_BIAS_OF_NONE[..., : 2 * KEY_TILE] = 0
 
 
 @partial(
@@ -53,7 +58,7 @@ class KernelTables:
     Fields:
 
     - `work`: int32 `[z, i, 8]`, the counts of each query tile (constants above).
-    - `bands`: int32 `[z, R]`, distances in keys, ascending, no gaps or repeats, then `NO_BAND` (R = 1 without bands).
+    - `bands`: int32 `[z, R]`, distances in keys, ascending, no gaps or repeats, then `NO_BAND`. None without bands.
     - `blocks`: int32 `[z, i, M]`, key tiles: as many as `work` counts are in order and in no band. None without blocks.
     - `keys`, `values`: `[z, C, h]`, the keys and values of the columns, gathered, with 0 for what is not finite. None
       without columns.
@@ -71,7 +76,7 @@ class KernelTables:
     """
 
     work: Int[Array, "z i 8"]
-    bands: Int[Array, "z R"]
+    bands: Int[Array, "z R"] | None
     blocks: Int[Array, "z i M"] | None
     keys: Float[Array, "z C h"] | None
     values: Float[Array, "z C h"] | None
@@ -96,7 +101,7 @@ def prepare(
     first = q_offset + tiles * QUERY_TILE  # position of each query tile, [i]
     limit = kv_limit(lengths, b, s)
     rows = jnp.clip(limit[:, None] - first, 0, QUERY_TILE)  # [b, i]
-    rows = jnp.repeat(rows, n, axis=0, total_repeat_length=b * n)  # [z, i]
+    rows = jnp.broadcast_to(rows[:, None], (b, n, tiles.size)).reshape(b * n, -1)  # [z, i]
 
     bands, band_tiles, cut = _bands(plan, b * n, first)
     blocks, block_tiles = _blocks(plan, b * n, first, bands, s)
@@ -104,12 +109,15 @@ def prepare(
     if plan.columns is None or plan.columns.shape[-1] == 0:
         keys = values = None
         column_tiles = jnp.zeros_like(whole)
-        bias = jnp.full((1, 1, KEY_TILE) if bands is None else (*whole.shape, KEY_TILE), -jnp.inf, jnp.bfloat16)
+        bias = None if bands is None else jnp.full((*whole.shape, KEY_TILE), -jnp.inf, jnp.bfloat16)
     else:
         keys, values, column_tiles, bias = _columns(plan, k, v, limit, first, bands, blocks, block_tiles)
-    last = jnp.arange(2 * KEY_TILE, dtype=jnp.int32) < 2 * KEY_TILE - cut[..., None]  # of a cut tile, the keys it holds
-    last = jnp.where(last[: bias.shape[0], : bias.shape[1]], 0, -jnp.inf).astype(jnp.bfloat16)
-    bias = jnp.concatenate([last, bias, jnp.full((*bias.shape[:2], KEY_TILE), -jnp.inf, jnp.bfloat16)], -1)
+    if bias is None:
+        bias = jnp.asarray(_BIAS_OF_NONE)
+    else:
+        last = jnp.arange(2 * KEY_TILE, dtype=jnp.int32) < 2 * KEY_TILE - cut[..., None]  # of a cut tile, the keys held
+        last = jnp.where(last, 0, -jnp.inf).astype(jnp.bfloat16)
+        bias = jnp.concatenate([last, bias, jnp.full((*whole.shape, KEY_TILE), -jnp.inf, jnp.bfloat16)], -1)
 
     valid = rows > 0
     unbiased = whole - (cut > 0).astype(jnp.int32)
@@ -125,7 +133,6 @@ def prepare(
     ]
     # Bands make neighbouring query tiles, which are taken side by side, read the same keys; and about as many of them.
     order = _longest_first(work[STEPS]) if bands is None and blocks is not None else None
-    bands = jnp.zeros((b * n, 1), jnp.int32) if bands is None else bands
     last_values = None if lengths is None else _last_values(v, limit)
     return KernelTables(jnp.stack(work, -1), bands, blocks, keys, values, bias, last_values, order)
 

@@ -104,7 +104,7 @@ def shared_density_index(
     keys = jnp.where(worth, level_keys(weights), jnp.uint16(NEVER))
     keys = jnp.where(eligible & kept, jnp.uint16(ALWAYS), keys)
 
-    most = _most(tiles, density, columns, axis_name, unspent)
+    most = _most(tiles, valid, q_offset, density, columns, axis_name, unspent)
     blocks, block_count = reaching(keys, counted, tiles.rows, most, axis_name=axis_name, kernels=kernels)
     if columns is None:
         return SparsePlan(blocks=blocks, block_count=block_count, band_multiple=KEY_TILE, clean=True)
@@ -153,21 +153,23 @@ def _tiles(valid: Int[Array, " b"], q_offset: Int[Array, ""], query_tiles: int, 
 
 def _most(
     tiles: Tiles,
+    valid: Int[Array, " b"],
+    q_offset: Int[Array, ""],
     density: Float[Array, " n"],
     columns: Columns | None,
     axis_name: str | None,
     unspent: Float[Array, " b"] | None,
 ) -> Float[Array, " b"]:
     """Cells of each sequence for tiles: the heads' shares and what is left over, less their diagonals and columns."""
-    rows = tiles.rows.astype(jnp.float32)
     takes_part = jnp.isfinite(density)
-    diagonal = ((rows + 1) / 2 * rows).sum(-1)
-    causal = (tiles.start.astype(jnp.float32) * rows).sum(-1) + diagonal
+    whole, rest, rows = (x.astype(jnp.float32) for x in (valid // QUERY_TILE, valid % QUERY_TILE, valid))
+    diagonal = QUERY_TILE * (QUERY_TILE + 1) / 2 * whole + (rest + 1) / 2 * rest
+    causal = (q_offset.astype(jnp.float32) + (rows + 1) / 2) * rows
     heads = jnp.stack([jnp.where(takes_part, density, 0).sum(), takes_part.sum().astype(jnp.float32)])
     spent = jnp.zeros(causal.shape, jnp.float32)
     if columns is not None:
         before = jnp.where(tiles.past, columns.in_tile[:, :, None], 0).sum(-1, dtype=jnp.int32)  # [b, n, i]
-        spent = (before.astype(jnp.float32) * rows[:, None]).sum((1, 2))
+        spent = (before.astype(jnp.float32) * tiles.rows[:, None].astype(jnp.float32)).sum((1, 2))
     if axis_name is not None:
         heads, spent = (jax.lax.psum(x, axis_name) for x in (heads, spent))
     share = heads[0] if unspent is None else heads[0] + unspent
