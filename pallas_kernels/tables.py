@@ -17,7 +17,7 @@ from jaxtyping import Array, BFloat16, Bool, Float, Int
 
 from pallas_kernels import rule
 from pallas_kernels.bands import NO_BAND, at_place, band_bitmap, covered, entries_before, listed_bands
-from pallas_kernels.device import multiprocessors
+from pallas_kernels.order import longest_first
 from pallas_kernels.plan import SparsePlan, kv_limit
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_query_tiles
 
@@ -132,7 +132,7 @@ def prepare(
         whole + column_tiles,
     ]
     # Bands make neighbouring query tiles, which are taken side by side, read the same keys; and about as many of them.
-    order = _longest_first(work[STEPS]) if bands is None and blocks is not None else None
+    order = longest_first(work[STEPS]) if bands is None and blocks is not None else None
     last_values = None if lengths is None else _last_values(v, limit)
     return KernelTables(jnp.stack(work, -1), bands, blocks, keys, values, bias, last_values, order)
 
@@ -143,21 +143,6 @@ def _last_values(v: Float[Array, "b s k h"], limit: Int[Array, " b"]) -> Float[A
     batch = jnp.arange(v.shape[0], dtype=jnp.int32)[:, None]
     values = v.at[batch, jnp.minimum(rows, v.shape[1] - 1)].get(mode="promise_in_bounds")
     return jnp.where((rows < limit[:, None])[..., None, None], values, jnp.zeros((), v.dtype))
-
-
-def _longest_first(steps: Int[Array, "z i"]) -> Int[Array, " w"]:
-    """The usual order, but first those query tiles that take over a sixteenth of a multiprocessor's whole work.
-
-    Lists of blocks differ much in length: those of the last rows of a prompt may hold every key. Such a tile begun last
-    keeps one multiprocessor busy while the others have nothing left. The rest keep their order, in which those of one
-    head follow each other and find its keys in the L2 cache.
-    """
-    steps = steps[:, ::-1].reshape(-1)
-    long = 16.0 * multiprocessors() * steps.astype(jnp.float32) > steps.sum(dtype=jnp.float32)
-    longs = jnp.cumsum(long, dtype=jnp.int32)
-    index = jnp.arange(steps.size, dtype=jnp.int32)
-    place = jnp.where(long, longs - 1, longs[-1] + index - longs)
-    return jnp.zeros_like(steps).at[place].set(index, unique_indices=True)
 
 
 def _bands(

@@ -106,7 +106,9 @@ def cases() -> Iterator[Case]:
     from pallas_kernels.decode.norm import add_and_norm
     from pallas_kernels.index.keys import digit_counts, key_lists
     from pallas_kernels.index.probe_sums import row_totals, weight_sums
+    from pallas_kernels.index.running import best_digit, tied_tiles
     from pallas_kernels.mma.attention import mma_attention
+    from pallas_kernels.order import longest_first
     from pallas_kernels.rows.launch import RowRange
     from pallas_kernels.rows.norms import added_rows, normed_rows
     from pallas_kernels.rows.quantize import gated_rows, quantized_rows
@@ -133,7 +135,12 @@ def cases() -> Iterator[Case]:
     of_columns = shape((1, 32, 2048), jnp.int32)
     yield Case("selection, second digit, columns", second, (keys, rows, of_columns, prefix), ("9.0",))
     yield Case("selection, lists", key_lists, (keys, prefix, shape((1, 32, 1024), jnp.int32)), ("9.0",))
+    counts, cells, level = shape((1, 528, 256), jnp.int32), shape((1,), jnp.float32), partial(best_digit, highest=9)
+    yield Case("selection, best digit", level, (counts, cells, cells, prefix), ("9.0",), "triton")
+    found, ties = shape((1, 32, 1024), jnp.int32), partial(tied_tiles, unit=64, width=2048)
+    yield Case("selection, ties", ties, (found, found, rows, cells), ("9.0",), "triton")
     every = tuple(SHARED_MEMORY)
+    yield Case("the longest first", longest_first, (shape((32, 1024), jnp.int32),), every, "triton")
     for dtype, size in ((jnp.bfloat16, 1 << 20), (jnp.bfloat16, 5000), (jnp.float32, 1 << 20)):
         name, rows = f"{size}, {jnp.dtype(dtype).name}", shape((4, 64), jnp.int32)
         arguments = (shape((256, size), dtype), shape((256,), jnp.int32))
