@@ -1,4 +1,4 @@
-"""Kernels of one thread block between other kernels (interpreted): against what they stand for in jnp."""
+"""Small kernels between other kernels (interpreted): against what they stand for in jnp."""
 
 from functools import partial
 
@@ -9,7 +9,8 @@ import pytest
 
 from minference_jax.index import level
 from pallas_kernels import order
-from pallas_kernels.index import running
+from pallas_kernels.index import normalise, running
+from pallas_kernels.index.tile_keys import TileRule
 
 
 def tiles_of(rng):
@@ -70,3 +71,35 @@ def test_the_order_of_a_kernel_is_that_of_sums(rng, at_once):
     found = jax.jit(partial(order.in_one_block, at_once=at_once, interpret=True))(steps)
     np.testing.assert_array_equal(found, order.in_jnp(steps))
     assert not np.array_equal(found, np.arange(steps.size))
+
+
+def test_logarithms_become_masses_and_keys_of_what_rows_see(rng, monkeypatch):
+    """Several chunks, three probes a tile, widths that nothing divides; NaN where nothing is defined."""
+    monkeypatch.setattr(normalise, "AT_ONCE", 128)
+    b, kv_heads, group, i, per_tile, keys, chunk = 2, 2, 3, 3, 3, 2900, 1024
+    positions = rng.integers(0, keys, (b, i, per_tile))
+    positions[0, 1] = -1
+    positions[1, 2] = keys - 1, -1, 0
+    share = jnp.asarray(rng.integers(1, 9, (b, i, per_tile)), jnp.float32)
+    of_rows = np.repeat(positions[:, :, None], group, axis=2).reshape(b, 1, -1, 1)
+    terms = rng.exponential(size=(b, kv_heads, of_rows.shape[2], 48)) * (64 * np.arange(48) <= of_rows)
+    sums = np.stack([terms[..., first : first + 16].sum(-1) for first in (0, 16, 32)], 2)
+    with np.errstate(divide="ignore"):
+        tiles, chunks = (np.where(x > 0, np.log2(x), np.nan).astype(np.float32) for x in (terms, sums))
+    start, rows = jnp.asarray([512, 1024, 2816], jnp.int32), jnp.asarray([[128, 0, 84], [128, 128, 128]], jnp.int32)
+    threshold = jnp.asarray(rng.choice([0, 1e-4, 1e-3, np.inf], (b, kv_heads * group)), jnp.float32)
+    rule = TileRule(start, rows, jnp.asarray([[False, False, True], [False, False, True]]), threshold)
+    arrays = (jnp.asarray(tiles), jnp.asarray(chunks), jnp.asarray(of_rows[:, 0, :, 0], jnp.int32), share)
+    run = jax.jit(partial(normalise.normalised, heads=kv_heads * group, keys=keys, chunk=chunk, interpret=True))
+    mass, lse = run(*arrays, None)
+    total = terms.sum(-1, keepdims=True)
+    shape = (b, kv_heads, i, group, per_tile)
+    weights = (terms / np.where(total > 0, total, 1)).reshape(*shape, -1) * np.asarray(share)[:, None, :, None, :, None]
+    expected = weights.sum(-2).swapaxes(2, 3).reshape(b, kv_heads * group, i, -1)[..., :46]
+    np.testing.assert_allclose(mass, expected, rtol=1e-4, atol=1e-7)
+    with np.errstate(divide="ignore"):
+        expected = np.log(total).reshape(shape).swapaxes(2, 3).reshape(b, kv_heads * group, i, per_tile)
+    np.testing.assert_allclose(lse, expected, rtol=1e-5, atol=1e-6)
+    (found,) = run(*arrays, rule)
+    np.testing.assert_array_equal(found, jax.jit(lambda mass: rule.keys(mass))(mass))
+    assert found.dtype == jnp.uint16 and {0, 0x7FFF} < set(np.asarray(found).ravel().tolist())

@@ -21,24 +21,11 @@ from jaxtyping import Array, Float, Int, UInt16
 from minference_jax.index import select
 from pallas_kernels.index.keys import digit_counts, key_lists
 from pallas_kernels.index.running import best_digit, tied_tiles
+from pallas_kernels.index.tile_keys import ALWAYS, NEVER
 from pallas_kernels.sizes import KEY_TILE
-
-NEVER, ALWAYS = 0, 0x7FFF
-"""Keys of tiles that are not visited at any level, and of those that are visited at all."""
 
 _BITS, _DIGIT = 15, 3  # of a key, and of the level that a pass finds in jnp
 _LOW = 7  # bits of the level that the second of two passes finds
-_SMALLEST = 2.0**-31
-_STEPS = 10  # bits of a key below the octave
-
-
-def level_keys(worth: Float[Array, "*tiles"]) -> UInt16[Array, "*tiles"]:
-    """Worths in (0, 1] as integers in their order, 1,024 to an octave: those of 1 to ALWAYS - 1.
-
-    Worths of 2⁻³¹ or less, zero among them, have key 1.
-    """
-    bits, least = (jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.int32) for x in (worth, _SMALLEST))
-    return jnp.clip(((bits - least) >> (23 - _STEPS)) + 1, 1, ALWAYS - 1).astype(jnp.uint16)
 
 
 def reaching(
