@@ -19,7 +19,7 @@ from pallas_kernels.xla.backward import attention_backward
 
 @dataclasses.dataclass(frozen=True)
 class Refs:
-    """Arrays in device memory. `blocks`, `keys`, `values`, `last_values`, `order` and `lse` may be None."""
+    """Arrays in device memory. All from `bands` on but `bias` and `out` may be None."""
 
     q: Any
     k: Any

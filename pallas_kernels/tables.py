@@ -11,12 +11,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, BFloat16, Bool, Float, Int
 
 from pallas_kernels import rule
 from pallas_kernels.bands import NO_BAND, at_place, band_bitmap, covered, entries_before, listed_bands
-from pallas_kernels.device import multiprocessors
+from pallas_kernels.order import longest_first
 from pallas_kernels.plan import SparsePlan, kv_limit
 from pallas_kernels.sizes import KEY_TILE, QUERY_TILE, num_query_tiles
 
@@ -30,6 +31,10 @@ ROWS_VALID = 5  # rows before the sequence's length
 TILES_NO_BIAS = 6  # band and block tiles but one that key 0 cuts
 ALL_TILES = 7  # band, block and column tiles
 WORK_FIELDS = 8  # padded to a power of two
+
+# Without columns and bands: 0 for the last two whole tiles, -inf for a missing half. A constant takes no launch.
+_BIAS_OF_NONE = np.full((1, 1, 4 * KEY_TILE), -np.inf, jnp.bfloat16)
+_BIAS_OF_NONE[..., : 2 * KEY_TILE] = 0
 
 
 @partial(
@@ -53,7 +58,7 @@ class KernelTables:
     Fields:
 
     - `work`: int32 `[z, i, 8]`, the counts of each query tile (constants above).
-    - `bands`: int32 `[z, R]`, distances in keys, ascending, no gaps or repeats, then `NO_BAND` (R = 1 without bands).
+    - `bands`: int32 `[z, R]`, distances in keys, ascending, no gaps or repeats, then `NO_BAND`. None without bands.
     - `blocks`: int32 `[z, i, M]`, key tiles: as many as `work` counts are in order and in no band. None without blocks.
     - `keys`, `values`: `[z, C, h]`, the keys and values of the columns, gathered, with 0 for what is not finite. None
       without columns.
@@ -71,7 +76,7 @@ class KernelTables:
     """
 
     work: Int[Array, "z i 8"]
-    bands: Int[Array, "z R"]
+    bands: Int[Array, "z R"] | None
     blocks: Int[Array, "z i M"] | None
     keys: Float[Array, "z C h"] | None
     values: Float[Array, "z C h"] | None
@@ -96,7 +101,7 @@ def prepare(
     first = q_offset + tiles * QUERY_TILE  # position of each query tile, [i]
     limit = kv_limit(lengths, b, s)
     rows = jnp.clip(limit[:, None] - first, 0, QUERY_TILE)  # [b, i]
-    rows = jnp.repeat(rows, n, axis=0, total_repeat_length=b * n)  # [z, i]
+    rows = jnp.broadcast_to(rows[:, None], (b, n, tiles.size)).reshape(b * n, -1)  # [z, i]
 
     bands, band_tiles, cut = _bands(plan, b * n, first)
     blocks, block_tiles = _blocks(plan, b * n, first, bands, s)
@@ -104,12 +109,15 @@ def prepare(
     if plan.columns is None or plan.columns.shape[-1] == 0:
         keys = values = None
         column_tiles = jnp.zeros_like(whole)
-        bias = jnp.full((1, 1, KEY_TILE) if bands is None else (*whole.shape, KEY_TILE), -jnp.inf, jnp.bfloat16)
+        bias = None if bands is None else jnp.full((*whole.shape, KEY_TILE), -jnp.inf, jnp.bfloat16)
     else:
         keys, values, column_tiles, bias = _columns(plan, k, v, limit, first, bands, blocks, block_tiles)
-    last = jnp.arange(2 * KEY_TILE, dtype=jnp.int32) < 2 * KEY_TILE - cut[..., None]  # of a cut tile, the keys it holds
-    last = jnp.where(last[: bias.shape[0], : bias.shape[1]], 0, -jnp.inf).astype(jnp.bfloat16)
-    bias = jnp.concatenate([last, bias, jnp.full((*bias.shape[:2], KEY_TILE), -jnp.inf, jnp.bfloat16)], -1)
+    if bias is None:
+        bias = jnp.asarray(_BIAS_OF_NONE)
+    else:
+        last = jnp.arange(2 * KEY_TILE, dtype=jnp.int32) < 2 * KEY_TILE - cut[..., None]  # of a cut tile, the keys held
+        last = jnp.where(last, 0, -jnp.inf).astype(jnp.bfloat16)
+        bias = jnp.concatenate([last, bias, jnp.full((*whole.shape, KEY_TILE), -jnp.inf, jnp.bfloat16)], -1)
 
     valid = rows > 0
     unbiased = whole - (cut > 0).astype(jnp.int32)
@@ -124,8 +132,7 @@ def prepare(
         whole + column_tiles,
     ]
     # Bands make neighbouring query tiles, which are taken side by side, read the same keys; and about as many of them.
-    order = _longest_first(work[STEPS]) if bands is None and blocks is not None else None
-    bands = jnp.zeros((b * n, 1), jnp.int32) if bands is None else bands
+    order = longest_first(work[STEPS]) if bands is None and blocks is not None else None
     last_values = None if lengths is None else _last_values(v, limit)
     return KernelTables(jnp.stack(work, -1), bands, blocks, keys, values, bias, last_values, order)
 
@@ -136,21 +143,6 @@ def _last_values(v: Float[Array, "b s k h"], limit: Int[Array, " b"]) -> Float[A
     batch = jnp.arange(v.shape[0], dtype=jnp.int32)[:, None]
     values = v.at[batch, jnp.minimum(rows, v.shape[1] - 1)].get(mode="promise_in_bounds")
     return jnp.where((rows < limit[:, None])[..., None, None], values, jnp.zeros((), v.dtype))
-
-
-def _longest_first(steps: Int[Array, "z i"]) -> Int[Array, " w"]:
-    """The usual order, but first those query tiles that take over a sixteenth of a multiprocessor's whole work.
-
-    Lists of blocks differ much in length: those of the last rows of a prompt may hold every key. Such a tile begun last
-    keeps one multiprocessor busy while the others have nothing left. The rest keep their order, in which those of one
-    head follow each other and find its keys in the L2 cache.
-    """
-    steps = steps[:, ::-1].reshape(-1)
-    long = 16.0 * multiprocessors() * steps.astype(jnp.float32) > steps.sum(dtype=jnp.float32)
-    longs = jnp.cumsum(long, dtype=jnp.int32)
-    index = jnp.arange(steps.size, dtype=jnp.int32)
-    place = jnp.where(long, longs - 1, longs[-1] + index - longs)
-    return jnp.zeros_like(steps).at[place].set(index, unique_indices=True)
 
 
 def _bands(

@@ -105,8 +105,12 @@ def cases() -> Iterator[Case]:
     from pallas_kernels.decode.matvec import stacked_matvec
     from pallas_kernels.decode.norm import add_and_norm
     from pallas_kernels.index.keys import digit_counts, key_lists
+    from pallas_kernels.index.normalise import normalised
     from pallas_kernels.index.probe_sums import row_totals, weight_sums
+    from pallas_kernels.index.running import best_digit, tied_tiles
+    from pallas_kernels.index.tile_keys import TileRule
     from pallas_kernels.mma.attention import mma_attention
+    from pallas_kernels.order import longest_first
     from pallas_kernels.rows.launch import RowRange
     from pallas_kernels.rows.norms import added_rows, normed_rows
     from pallas_kernels.rows.place import Place, placed_rows
@@ -134,7 +138,20 @@ def cases() -> Iterator[Case]:
     of_columns = shape((1, 32, 2048), jnp.int32)
     yield Case("selection, second digit, columns", second, (keys, rows, of_columns, prefix), ("9.0",))
     yield Case("selection, lists", key_lists, (keys, prefix, shape((1, 32, 1024), jnp.int32)), ("9.0",))
+    counts, cells, level = shape((1, 528, 256), jnp.int32), shape((1,), jnp.float32), partial(best_digit, highest=9)
+    yield Case("selection, best digit", level, (counts, cells, cells, prefix), ("9.0",), "triton")
+    found, ties = shape((1, 32, 1024), jnp.int32), partial(tied_tiles, unit=64, width=2048)
+    yield Case("selection, ties", ties, (found, found, rows, cells), ("9.0",), "triton")
+    for t, probes in ((32_768, 8), (131_072, 2), (4_096, 128)):
+        i, j = t // 128, t // 64
+        rule = TileRule(shape((i,), jnp.int32), rows := shape((1, i), jnp.int32), rows, shape((1, 32), jnp.float32))
+        logarithms = shape((1, 8, 4 * probes * i, j), jnp.float32), shape((1, 8, 2, 4 * probes * i), jnp.float32)
+        of_probes = shape((1, 4 * probes * i), jnp.int32), shape((1, i, probes), jnp.float32)
+        for name, by in (("masses", None), ("keys", rule)):
+            call = partial(normalised, heads=32, keys=t, chunk=t // 2)
+            yield Case(f"{name} of {probes}", call, (*logarithms, *of_probes, by), ("9.0",), "triton")
     every = tuple(SHARED_MEMORY)
+    yield Case("the longest first", longest_first, (shape((32, 1024), jnp.int32),), every, "triton")
     for dtype, size in ((jnp.bfloat16, 1 << 20), (jnp.bfloat16, 5000), (jnp.float32, 1 << 20)):
         name, rows = f"{size}, {jnp.dtype(dtype).name}", shape((4, 64), jnp.int32)
         arguments = (shape((256, size), dtype), shape((256,), jnp.int32))

@@ -29,7 +29,8 @@ def visits(tables: hopper_tables.KernelTables, plan: SparsePlan, z: int, i: int,
     assert diagonal == q0
     count[:, q0 : q0 + QUERY_TILE] += np.tri(QUERY_TILE, dtype=int)[:, : count.shape[1] - q0]
     listed = [] if tables.blocks is None else [KEY_TILE * x for x in np.asarray(tables.blocks)[z, i, : whole - bands]]
-    starts = [max(q0 - int(x), 0) for x in np.asarray(tables.bands)[z, :bands]] + listed
+    distances = [] if tables.bands is None else np.asarray(tables.bands)[z, :bands]
+    starts = [max(q0 - int(x), 0) for x in distances] + listed
     assert len(starts) == whole
     assert no_bias in (1 + whole // 2, whole // 2) and no_bias > 0
     for start in starts[: 2 * (no_bias - 1)]:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from minference_jax.attention import make_plan
-from minference_jax.index import level
 from minference_jax.index.question import Columns, column_masses
 from minference_jax.index.shared_density import shared_density_index
 from minference_jax.patterns import SharedDensity
+from pallas_kernels.index import tile_keys
 from pallas_kernels.plan_check import lists_are_clean
 
 PLAN = jax.jit(make_plan, static_argnames=("pattern",))
@@ -234,6 +234,6 @@ def test_a_head_that_looks_at_the_token_before_sees_it_across_tiles():
 
 def test_keys_are_in_the_order_of_worths():
     worth = jnp.asarray([0.0, 1e-30, 2.0**-31, 2.0**-30, 1e-5, 1.001e-5, 0.5, 1.0, 1.1, jnp.inf], jnp.float32)
-    keys = np.asarray(level.level_keys(worth)).astype(int)
+    keys = np.asarray(tile_keys.level_keys(worth))
     np.testing.assert_array_equal(keys[[0, 1, 2, 3, 7]], [1, 1, 1, 1025, 31 * 1024 + 1])
-    assert (np.diff(keys[2:8]) > 0).all() and keys.max() < level.ALWAYS and keys.min() > level.NEVER
+    assert (np.diff(keys[2:8]) > 0).all() and keys.max() < tile_keys.ALWAYS and keys.min() > tile_keys.NEVER

@@ -18,6 +18,7 @@ NAMES = "rows", "head", "chunk", "block", "warpgroup"
 @pytest.mark.parametrize(
     "capability, pattern, kernels", [("9.0", SharedDensity(0.5), 5), ("8.0", AShape(64, 128), 1)], ids=str
 )
+@pytest.mark.filterwarnings("ignore:.*Triton:DeprecationWarning")
 def test_an_axis_of_the_mesh_is_no_axis_of_a_kernel(capability, pattern, kernels):
     mesh = jax.make_mesh((1, 2, 1, 1, 1), NAMES, (AxisType.Auto,) * 5)
     qkv = [jax.ShapeDtypeStruct((1, 1024, n, 64), jnp.bfloat16) for n in (4, 2, 2)]

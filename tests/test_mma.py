@@ -15,6 +15,7 @@ CASES = SHAPES | {"every-part-D256": avals(1, 4096, 4096, 8, 2, 256, columns=128
 
 @pytest.mark.parametrize("capability", ["8.0", "9.0", "12.0"], ids=["cp.async", "TMA", "cp.async-small-memory"])
 @pytest.mark.parametrize("shapes", CASES.values(), ids=CASES.keys())
+@pytest.mark.filterwarnings("ignore:.*Triton:DeprecationWarning")
 def test_lowers_for_cuda_in_both_forms(capability, shapes):
     def attend(q, k, v, plan, lengths, q_offset):
         return mma_attention(q, k, v, plan, lengths=lengths, q_offset=q_offset, return_lse=True)

@@ -20,24 +20,12 @@ from jaxtyping import Array, Float, Int, UInt16
 
 from minference_jax.index import select
 from pallas_kernels.index.keys import digit_counts, key_lists
+from pallas_kernels.index.running import best_digit, tied_tiles
+from pallas_kernels.index.tile_keys import ALWAYS, NEVER
 from pallas_kernels.sizes import KEY_TILE
-
-NEVER, ALWAYS = 0, 0x7FFF
-"""Keys of tiles that are not visited at any level, and of those that are visited at all."""
 
 _BITS, _DIGIT = 15, 3  # of a key, and of the level that a pass finds in jnp
 _LOW = 7  # bits of the level that the second of two passes finds
-_SMALLEST = 2.0**-31
-_STEPS = 10  # bits of a key below the octave
-
-
-def level_keys(worth: Float[Array, "*tiles"]) -> UInt16[Array, "*tiles"]:
-    """Worths in (0, 1] as integers in their order, 1,024 to an octave: those of 1 to ALWAYS - 1.
-
-    Worths of 2⁻³¹ or less, zero among them, have key 1.
-    """
-    bits, least = (jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.int32) for x in (worth, _SMALLEST))
-    return jnp.clip(((bits - least) >> (23 - _STEPS)) + 1, 1, ALWAYS - 1).astype(jnp.uint16)
 
 
 def reaching(
@@ -61,26 +49,35 @@ def reaching(
     **Returns:** tiles of each query tile, ascending, whatever it may be from the count on, and the counts.
     """
 
-    def total(cells: Array) -> Array:
-        return cells if axis_name is None else jax.lax.psum(cells, axis_name)
-
     unit = KEY_TILE if open_keys is None else 1  # cells of what is counted
     find = _level_by_counts if kernels else _level_by_sums
-    level = find(keys, open_keys, rows, most / unit, total)
+    level = find(keys, open_keys, rows, most / unit, axis_name)
     # Above the level everything fits, or else only what is always taken is left; at the level, as long as it fits.
-    level = jnp.minimum(level, ALWAYS - 1)
     above, reached = jnp.moveaxis(_reached(keys, open_keys, [level + 1, jnp.maximum(level, 1)]), -1, 0)
+    if axis_name is not None:
+        most = _without_others(above, reached, unit * rows, most, axis_name)
+    ties = (tied_tiles if kernels else _tied_tiles)(above, reached, rows, most, unit=unit, width=keys.shape[-1])
+    return (key_lists if kernels else _lists)(keys, level, ties)
+
+
+def _without_others(above, reached, height, most, axis_name) -> Float[Array, " b"]:
+    """The cells that other devices leave: all theirs above the level go first, and earlier heads' ties."""
+    counts = jnp.stack([above, reached - above]).astype(jnp.float32)
+    own = (counts * height[:, None].astype(jnp.float32)).sum((2, 3))  # [2, b]
+    every, here = jax.lax.all_gather(own, axis_name), jax.lax.axis_index(axis_name)
+    device = jnp.arange(every.shape[0])[:, None]
+    taken = jnp.where(device != here, every[:, 0], 0) + jnp.where(device < here, every[:, 1], 0)
+    return most - taken.sum(0)
+
+
+def _tied_tiles(above, reached, rows, most, *, unit, width) -> Int[Array, "b n i"]:
+    """`tied_tiles` in jnp."""
     height = unit * rows[:, None].astype(jnp.float32)
     tied = (reached - above).astype(jnp.float32) * height
-    left = most - total((above.astype(jnp.float32) * height).sum((1, 2)))
-    if axis_name is not None:
-        others = jax.lax.all_gather(tied.sum((1, 2)), axis_name)
-        earlier = jnp.arange(others.shape[0])[:, None] < jax.lax.axis_index(axis_name)
-        left = left - jnp.where(earlier, others, 0).sum(0)
-    left = left[:, None, None] - (jnp.cumsum(tied.reshape(tied.shape[0], -1), axis=-1).reshape(tied.shape) - tied)
+    left = (most - (above.astype(jnp.float32) * height).sum((1, 2)))[:, None, None]
+    left = left - (jnp.cumsum(tied.reshape(tied.shape[0], -1), axis=-1).reshape(tied.shape) - tied)
     fitting = jnp.floor(left / jnp.maximum(KEY_TILE * rows, 1)[:, None].astype(jnp.float32))
-    ties = jnp.where(tied <= left, keys.shape[-1], jnp.clip(fitting, 0, keys.shape[-1])).astype(jnp.int32)
-    return (key_lists if kernels else _lists)(keys, level, ties)
+    return jnp.where(tied <= left, width, jnp.clip(fitting, 0, width)).astype(jnp.int32)
 
 
 def _reached(
@@ -95,38 +92,38 @@ def _reached(
     return jnp.stack(list(counts), -1)
 
 
-def _level_by_sums(keys, open_keys, rows, most, total) -> Int[Array, " b"]:
-    """The highest level whose tiles, those at it included, have more than `most` cells; 0 if there is none.
+def _level_by_sums(keys, open_keys, rows, most, axis_name) -> Int[Array, " b"]:
+    """The highest level whose tiles, those at it included, have more than `most` cells; 0 if there is none, at most
+    ALWAYS - 1.
 
     Each pass finds three bits: it sums the cells that reach each of seven trial levels.
     """
 
     def further(found: Array, shift: Any) -> Array:
         trials = _reached(keys, open_keys, [found + (jnp.int32(digit) << shift) for digit in range(1, 1 << _DIGIT)])
-        cells = total((trials.astype(jnp.float32) * rows[:, None, :, None].astype(jnp.float32)).sum((1, 2)))
+        cells = (trials.astype(jnp.float32) * rows[:, None, :, None].astype(jnp.float32)).sum((1, 2))
+        cells = cells if axis_name is None else jax.lax.psum(cells, axis_name)
         return found + ((cells > most[:, None]).sum(-1, dtype=jnp.int32) << shift)
 
     # The first pass by itself: over a mesh, what the loop carries must vary from the start as it does afterwards.
     top = _BITS - _DIGIT
     found = further(jnp.zeros(most.shape, jnp.int32), top)
-    return jax.lax.fori_loop(1, _BITS // _DIGIT, lambda turn, found: further(found, top - _DIGIT * turn), found)
+    found = jax.lax.fori_loop(1, _BITS // _DIGIT, lambda turn, found: further(found, top - _DIGIT * turn), found)
+    return jnp.minimum(found, ALWAYS - 1)
 
 
-def _level_by_counts(keys, open_keys, rows, most, total) -> Int[Array, " b"]:
+def _level_by_counts(keys, open_keys, rows, most, axis_name) -> Int[Array, " b"]:
     """What `_level_by_sums` finds, in two passes: tiles are counted by the high, then by the low bits of their keys."""
 
-    def best(prefix, above, *, shift, bits):
+    def best(prefix, above, *, shift, bits, highest=None):
         counts = digit_counts(keys, rows, open_keys, prefix, shift=shift, bits=bits)
-        cells = total(counts.astype(jnp.float32).sum(1))
-        digit = jnp.arange(1 << bits, dtype=jnp.int32)
-        reached = jnp.where(digit >= digit[:, None], cells[:, None], 0).sum(-1) + above[:, None]
-        found = ((reached > most[:, None]) & (digit > 0)).sum(-1, dtype=jnp.int32)
-        beyond = jnp.where(digit > found[:, None], cells, 0).sum(-1) + above
-        return found, beyond
+        if axis_name is not None:
+            counts = jax.lax.psum(counts.astype(jnp.float32).sum(1, keepdims=True), axis_name)
+        return best_digit(counts, most, above, prefix, highest=highest)
 
     high, beyond = best(None, jnp.zeros(most.shape, jnp.float32), shift=_LOW, bits=_BITS - _LOW)
-    low, _ = best(high, beyond, shift=0, bits=_LOW)
-    return (high << _LOW) + low
+    level, _ = best(high, beyond, shift=0, bits=_LOW, highest=ALWAYS - 1)
+    return level
 
 
 def _lists(keys, level, ties) -> tuple[Int[Array, "b n i j"], Int[Array, "b n i"]]:

@@ -7,18 +7,18 @@ is larger than query tiles times key tiles, and that is read as 16-bit integers.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt16
 
-from minference_jax.index.level import ALWAYS, NEVER, level_keys, reaching
+from minference_jax.index.level import reaching
 from minference_jax.index.probes import PROBES
 from minference_jax.index.question import Columns, column_masses, open_keys, question_columns
 from minference_jax.index.tile_mass import tile_rows
-from pallas_kernels.index.masses import FORMS, MassImplementation, choose_masses, tile_masses
+from pallas_kernels.index.masses import FORMS, MassImplementation, choose_masses, tile_keys, tile_masses
+from pallas_kernels.index.tile_keys import TileRule
 from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, num_key_tiles, num_query_tiles
 
 QUESTION_WIDTH = 1_024
@@ -92,19 +92,15 @@ def shared_density_index(
         own = jnp.where(jnp.isfinite(density), question, 0)
         columns = question_columns(q, k, own, width, valid=valid, q_offset=q_offset, scale=scale)
 
-    where: dict[str, Any] = {"lengths": lengths, "q_offset": q_offset, "scale": scale}
-    kernels = FORMS[choose_masses(q, k, implementation).name].kernels
-    weights = mean_weights(q, k, tiles, columns, every=every, implementation=implementation, **where)
-    eligible = tiles.past & (tiles.rows > 0)[:, None, :, None] & jnp.isfinite(density)[:, None, None]
-    counted = None if columns is None else open_keys(columns)
-    if counted is not None:
-        eligible &= (counted > 0)[:, :, None]
-    kept = (jnp.arange(tiles.past.shape[1]) == 0) | tiles.end[:, None, :, None]
-    worth = eligible if threshold is None else eligible & (weights >= threshold[..., None, None])
-    keys = jnp.where(worth, level_keys(weights), jnp.uint16(NEVER))
-    keys = jnp.where(eligible & kept, jnp.uint16(ALWAYS), keys)
+    where: dict[str, Any] = {"q_offset": q_offset, "scale": scale}
+    least = jnp.float32(0) if threshold is None else threshold
+    least = jnp.broadcast_to(jnp.where(jnp.isfinite(density), least, jnp.inf), (q.shape[0], q.shape[2]))
+    rule = TileRule(tiles.start, tiles.rows, tiles.end, least)
+    keys = _keys(q, k, valid, rule, columns, every=every, lengths=lengths, implementation=implementation, **where)
 
-    most = _most(tiles, density, columns, axis_name, unspent)
+    most = _most(tiles, valid, q_offset, density, columns, axis_name, unspent)
+    counted = None if columns is None else open_keys(columns)
+    kernels = FORMS[choose_masses(q, k, implementation).name].kernels
     blocks, block_count = reaching(keys, counted, tiles.rows, most, axis_name=axis_name, kernels=kernels)
     if columns is None:
         return SparsePlan(blocks=blocks, block_count=block_count, band_multiple=KEY_TILE, clean=True)
@@ -113,10 +109,11 @@ def shared_density_index(
     )
 
 
-def mean_weights(
+def _keys(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
-    tiles: Tiles,
+    valid: Int[Array, " b"],
+    rule: TileRule,
     columns: Columns | None,
     *,
     every: int,
@@ -124,24 +121,20 @@ def mean_weights(
     q_offset: Int[Array, ""],
     scale: float,
     implementation: MassImplementation | None = None,
-) -> Float[Array, "b n i j"]:
-    """What decides which tiles are visited: the mean attention weight of the cells that a visit adds.
+) -> UInt16[Array, "b n i j"]:
+    """What a visit of each tile is worth: the mean attention weight of the cells that it adds.
 
-    Keys that are columns are not part of it. Any other score in (0, 1] would do.
+    Keys that are columns are not part of it.
     """
-    valid = jnp.clip(lengths - q_offset, 0, q.shape[1])
     # A head that looks at the token before needs the tile before in the first row of a query tile alone, and the last
     # row of a prompt asks for what comes next.
-    rows, share = tile_rows(valid, tiles.start.shape[0], every, ends=True)
+    rows, share = tile_rows(valid, rule.start.shape[0], every, ends=True)
     where: dict[str, Any] = {"q_offset": q_offset, "scale": scale}
-    masses = partial(tile_masses, q, k, rows, share, lengths=lengths, implementation=implementation, **where)
-    height = tiles.rows[:, None, :, None].astype(jnp.float32)
+    masses: dict[str, Any] = where | {"lengths": lengths, "implementation": implementation}
     if columns is None:
-        return masses() / jnp.maximum(KEY_TILE * height, 1)
-    held, lse = masses(return_lse=True)
-    held = jnp.maximum(held - column_masses(q, k, columns, rows, share, lse, **where), 0)
-    cells = open_keys(columns)[:, :, None].astype(jnp.float32) * height
-    return held / jnp.maximum(cells, 1)
+        return tile_keys(q, k, rows, share, rule, **masses)
+    held, lse = tile_masses(q, k, rows, share, return_lse=True, **masses)
+    return rule.keys(held - column_masses(q, k, columns, rows, share, lse, **where), open_keys(columns))
 
 
 def _tiles(valid: Int[Array, " b"], q_offset: Int[Array, ""], query_tiles: int, key_tiles: int) -> Tiles:
@@ -153,21 +146,23 @@ def _tiles(valid: Int[Array, " b"], q_offset: Int[Array, ""], query_tiles: int, 
 
 def _most(
     tiles: Tiles,
+    valid: Int[Array, " b"],
+    q_offset: Int[Array, ""],
     density: Float[Array, " n"],
     columns: Columns | None,
     axis_name: str | None,
     unspent: Float[Array, " b"] | None,
 ) -> Float[Array, " b"]:
     """Cells of each sequence for tiles: the heads' shares and what is left over, less their diagonals and columns."""
-    rows = tiles.rows.astype(jnp.float32)
     takes_part = jnp.isfinite(density)
-    diagonal = ((rows + 1) / 2 * rows).sum(-1)
-    causal = (tiles.start.astype(jnp.float32) * rows).sum(-1) + diagonal
+    whole, rest, rows = (x.astype(jnp.float32) for x in (valid // QUERY_TILE, valid % QUERY_TILE, valid))
+    diagonal = QUERY_TILE * (QUERY_TILE + 1) / 2 * whole + (rest + 1) / 2 * rest
+    causal = (q_offset.astype(jnp.float32) + (rows + 1) / 2) * rows
     heads = jnp.stack([jnp.where(takes_part, density, 0).sum(), takes_part.sum().astype(jnp.float32)])
     spent = jnp.zeros(causal.shape, jnp.float32)
     if columns is not None:
         before = jnp.where(tiles.past, columns.in_tile[:, :, None], 0).sum(-1, dtype=jnp.int32)  # [b, n, i]
-        spent = (before.astype(jnp.float32) * rows[:, None]).sum((1, 2))
+        spent = (before.astype(jnp.float32) * tiles.rows[:, None].astype(jnp.float32)).sum((1, 2))
     if axis_name is not None:
         heads, spent = (jax.lax.psum(x, axis_name) for x in (heads, spent))
     share = heads[0] if unspent is None else heads[0] + unspent

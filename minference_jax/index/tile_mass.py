@@ -21,12 +21,14 @@ def tile_rows(
     In the last tile of a sequence those that are valid share its rows, or if none is, its last row stands for all.
     """
     start = QUERY_TILE * jnp.arange(tiles, dtype=jnp.int32)[:, None]
-    rows = start + every * jnp.arange(QUERY_TILE // every, dtype=jnp.int32) + (0 if ends else every // 2)
+    first = 0 if ends else every // 2
+    rows = start + every * jnp.arange(QUERY_TILE // every, dtype=jnp.int32) + first
     valid = valid[:, None, None]
     end = jnp.minimum(start + QUERY_TILE, valid)  # [b, i, 1]
     inside = jnp.clip(end - start, 0)
     seen = (rows < valid) | ((rows == rows[:, :1]) & (inside > 0))
-    share = jnp.where(seen, inside, 0) / jnp.maximum(seen.sum(-1, keepdims=True), 1)
+    number = jnp.maximum((inside - first + every - 1) // every, 1)  # of those seen
+    share = jnp.where(seen, inside, 0) / number
     if ends:
         rows = jnp.where(rows + every >= end, end - 1, rows)
     return jnp.clip(jnp.minimum(rows, valid - 1), 0), share.astype(jnp.float32)

@@ -224,8 +224,10 @@ class _Loader:
         A band that begins before key 0 is read from key 0 on; the bias hides the keys past its end.
         """
         refs = self.refs
-        distance = refs.bands[at.z, jnp.minimum(place, refs.bands.shape[1] - 1)]
-        band = jnp.maximum(at.diagonal - distance, 0)
+        band = at.diagonal
+        if refs.bands is not None:
+            distance = refs.bands[at.z, jnp.minimum(place, refs.bands.shape[1] - 1)]
+            band = jnp.maximum(at.diagonal - distance, 0)
         if refs.blocks is None:
             return band
         block = jnp.clip(place - at.bands, 0, refs.blocks.shape[2] - 1)

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt16
 
 from pallas_kernels.backends import Choice
 from pallas_kernels.checks import check_lengths, check_q_offset, check_qkv, check_scale
 from pallas_kernels.device import Device
 from pallas_kernels.index.hopper import HEAD_DIMS, hopper_masses
+from pallas_kernels.index.tile_keys import TileRule
 from pallas_kernels.index.xla import xla_masses
 from pallas_kernels.plan import kv_limit
 from pallas_kernels.spread import KV_AXES, PER_HEAD, PER_SEQUENCE, Q_AXES, WHOLE, by_device
@@ -125,11 +126,37 @@ def tile_masses(
 def _masses(
     q: Array, k: Array, rows: Array, share: Array, lengths: Array, q_offset: Array, *, name: str, scale: float
 ) -> tuple[Array, Array]:
-    rows, share = jnp.clip(rows, -1, q.shape[1]), jnp.maximum(share, 0)
+    positions, share = _probes(q, rows, share, lengths, q_offset)
+    return FORMS[name].masses(q, k, rows, positions, share, scale=scale)
+
+
+def tile_keys(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    rows: Int[Array, "b i p"],
+    share: Float[Array, "b i p"],
+    rule: TileRule,
+    *,
+    lengths: Int[Array, " b"],
+    q_offset: Int[Array, ""],
+    scale: float,
+    implementation: MassImplementation | None = None,
+) -> UInt16[Array, "b n i j"]:
+    """What a visit of each tile is worth by its mass: `rule.keys(tile_masses(...))`, of which a kernel stores only the
+    keys. Arguments as there, on one device."""
+    form = FORMS[choose_masses(q, k, implementation).name]
+    positions, share = _probes(q, rows, share, lengths, q_offset)
+    return form.masses(q, k, rows, positions, share, scale=scale, rule=rule)
+
+
+def _probes(
+    q: Array, rows: Array, share: Array, lengths: Array, q_offset: Array
+) -> tuple[Int[Array, "b i p"], Float[Array, "b i p"]]:
+    """The last key of each probe, -1 for one that is none, and how many rows it stands for."""
+    share = jnp.maximum(share, 0)
     limit = jnp.minimum(lengths - q_offset, q.shape[1])[:, None, None]
     probes = (share > 0) & (rows >= 0) & (rows < limit)
-    positions = jnp.where(probes, rows + q_offset, -1)
-    return FORMS[name].masses(q, k, rows, positions, share, scale=scale)
+    return jnp.where(probes, rows + q_offset, -1), share
 
 
 def choose_masses(

@@ -111,11 +111,11 @@ def tile_lse(
     per_chunk = min(config.chunk // GROUP, groups)
     chunks = -(-groups // per_chunk)
 
-    # Groups of keys that each of a block's rows sees whole, those that any sees at all, and the last key of any.
     at = positions.reshape(b, blocks, BLOCK)
-    some = (at.max(-1) + GROUP) // GROUP
-    whole = jnp.min(jnp.where(at < 0, s, at + 1), axis=-1) // GROUP
-    bounds = jnp.stack([jnp.minimum(whole, some), some, at.max(-1)], axis=-1)
+    last, common = (
+        at.max(-1),
+        jnp.min(jnp.where(at < 0, s, at), axis=-1),
+    )  # key that any, that each of a block's rows sees
 
     swizzle = 128 if h % 64 == 0 else 64
     tiling = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))  # pyright: ignore[reportAbstractUsage]
@@ -123,13 +123,16 @@ def tile_lse(
     emulate = interpret is not None
     log2_scale = scale * math.log2(math.e)
 
-    def body(q_ref, k_ref, position_ref, bounds_ref, tiles_ref, chunks_ref, q_smem, k_smem, q_full, k_full, k_free):
+    def body(
+        q_ref, k_ref, position_ref, last_ref, common_ref, tiles_ref, chunks_ref, q_smem, k_smem, q_full, k_full, k_free
+    ):
         z, chunk = lax.axis_index(axes.HEAD), lax.axis_index(axes.CHUNK)
         block = blocks - 1 - lax.axis_index(axes.ROWS)  # those with the most keys first
         batch, head = lax.div(z, jnp.int32(kv_heads)), lax.rem(z, jnp.int32(kv_heads))
         first = chunk * per_chunk
-        whole = jnp.clip(bounds_ref[batch, block, 0] - first, 0, per_chunk)
-        some = jnp.clip(bounds_ref[batch, block, 1] - first, 0, per_chunk)
+        some = lax.div(last_ref[batch, block] + GROUP, jnp.int32(GROUP))
+        whole = jnp.minimum(lax.div(common_ref[batch, block] + 1, jnp.int32(GROUP)), some)
+        some, whole = (jnp.clip(groups - first, 0, per_chunk) for groups in (some, whole))
         warpgroup = lax.axis_index(axes.WARPGROUP)
 
         def load():
@@ -154,7 +157,7 @@ def tile_lse(
         def compute():
             rows = pl.ds(block * BLOCK + warpgroup * ROWS, ROWS)
             position = plgpu.load(position_ref.at[batch, rows], layout=_LAYOUT.reduce(1), optimized=False)
-            queries, last_position = q_smem.at[warpgroup], bounds_ref[batch, block, 2]
+            queries, last_position = q_smem.at[warpgroup], last_ref[batch, block]
 
             def of_columns(x, shape):
                 return lax.broadcast_in_dim(x, shape, [0])
@@ -282,5 +285,5 @@ def tile_lse(
             kernel_name="tile_lse",
             compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         )
-    )(probes, k, positions, bounds)
+    )(probes, k, positions, last, common)
     return tiles, of_chunks

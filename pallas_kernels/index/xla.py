@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.index.tile_keys import TileRule
 from pallas_kernels.sizes import KEY_TILE, num_key_tiles
 
 SCORES = 1 << 25
@@ -21,8 +24,9 @@ def xla_masses(
     share: Float[Array, "b i p"],
     *,
     scale: float,
-) -> tuple[Float[Array, "b n i j"], Float[Array, "b n i p"]]:
-    """`tile_masses` and the log-sum-exp of each probe, some query tiles at a time.
+    rule: TileRule | None = None,
+) -> Any:
+    """`tile_masses` and the log-sum-exp of each probe, some query tiles at a time; with a rule the keys of the tiles.
 
     **Arguments:** `positions`: the last key that each probe sees, -1 for one that is none.
     """
@@ -47,4 +51,5 @@ def xla_masses(
 
     at_once = max(1, min(rows.shape[1], SCORES // (b * n * per_tile * s)))
     mass, lse = lax.map(one, tuple(x.swapaxes(0, 1) for x in (rows, positions, share)), batch_size=at_once)
-    return jnp.moveaxis(mass, 0, 2), jnp.moveaxis(lse, 0, 2)
+    mass, lse = jnp.moveaxis(mass, 0, 2), jnp.moveaxis(lse, 0, 2)
+    return (mass, lse) if rule is None else rule.keys(mass)

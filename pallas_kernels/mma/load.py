@@ -83,8 +83,10 @@ class Steps:
         place, inside = self.place(jnp.maximum(step, self.masked))
         diagonal, whole = self.counts[tables.DIAGONAL], self.counts[tables.TILES]
         # A band that begins before key 0 is read from key 0 on; the bias hides the keys past its end.
-        distance = refs.bands[self.z, jnp.clip(place, 0, refs.bands.shape[1] - 1)]
-        start = jnp.maximum(diagonal - distance, 0)
+        start = diagonal
+        if refs.bands is not None:
+            distance = refs.bands[self.z, jnp.clip(place, 0, refs.bands.shape[1] - 1)]
+            start = jnp.maximum(diagonal - distance, 0)
         if refs.blocks is not None:
             bands = self.counts[tables.BANDS]
             block = refs.blocks[self.z, self.tile, jnp.clip(place - bands, 0, refs.blocks.shape[2] - 1)]
