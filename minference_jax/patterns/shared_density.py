@@ -30,12 +30,13 @@ from minference_jax.patterns.per_tile import PerTile, check_every, common_every
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.sizes import QUERY_TILE, num_key_tiles
 
-LEAST_MASS = 0.16
+LEAST_MASS = 0.12
 """Of a row's attention: what all cells of a density hold together, were they as light as the lightest tile taken.
 
-With .17 the layers of qwen2 .5B visit .195 of a density of .20 at 16K tokens, with .156 they visit .117 of .12 at 32K,
-and perplexity is dense attention's within .3 %. The same density in every layer costs 1.4 % of it at .20 and 16K, 2.4 %
-at .10 and 32K (an H200; notebooks/quality.md).
+With less, layers visit more alike: replies are nearer to dense attention's, text is predicted a little worse. qwen2
+.5B at a density of .20 and 16K tokens: .16 costs no perplexity, .12 .6 %, .08 and 0 1.3 and 1.4 %. Of the
+log-probability of dense attention's replies .16 loses .56, of which .12 regains .10 ± .03; at 32K .32 ± .06 of 2.0 (an
+H200; notebooks/quality.md).
 """
 
 _BY_DENSITY = -1.0
@@ -62,8 +63,8 @@ class SharedDensity(Pattern):
       attention's scores.
     - `question`: if given, so many keys are columns of every head: those that the last 64 rows attend to most.
     - `threshold`: in [0, 1): tiles of a lower mean attention weight are left out, though the density would allow them.
-      By default .16 / (density · N) for N tokens: what is left out are tiles so light that, were all of the density's
-      cells like them, a row would hold .16 of its attention. 0 spends the density whatever the tiles weigh.
+      By default .12 / (density · N) for N tokens: what is left out are tiles so light that, were all of the density's
+      cells like them, a row would hold .12 of its attention. 0 spends the density whatever the tiles weigh.
 
     A prompt that needs less visits less. In a model, a layer leaves what it does not need to the layers after it, some
     of which need two or three times as much as others: the density bounds the mean of the layers so far.
