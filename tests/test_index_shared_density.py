@@ -232,6 +232,15 @@ def test_a_head_that_looks_at_the_token_before_sees_it_across_tiles():
     assert all(mask[row, row - 1] for row in range(128, t, 128))
 
 
+def test_a_density_of_one_is_every_tile_where_columns_hold_all_of_some(rng):
+    """What is left of such a tile's mass may be less than zero, by rounding: a threshold of 0 leaves no tile out."""
+    q = rng.standard_normal((1, 512, 4, 32))
+    q, k = 32 * (q[:, :1] + 0.1 * q), rng.standard_normal((1, 512, 2, 32))
+    pattern = SharedDensity(1.0, every=16, question=128, threshold=0)
+    plan = PLAN(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k)), pattern=pattern)
+    np.testing.assert_allclose(plan.density(512, 512), 1, rtol=1e-6)
+
+
 def test_keys_are_in_the_order_of_worths():
     worth = jnp.asarray([0.0, 1e-30, 2.0**-31, 2.0**-30, 1e-5, 1.001e-5, 0.5, 1.0, 1.1, jnp.inf], jnp.float32)
     keys = np.asarray(tile_keys.level_keys(worth))

@@ -134,7 +134,8 @@ def _keys(
     if columns is None:
         return tile_keys(q, k, rows, share, rule, **masses)
     held, lse = tile_masses(q, k, rows, share, return_lse=True, **masses)
-    return rule.keys(held - column_masses(q, k, columns, rows, share, lse, **where), open_keys(columns))
+    held = held - column_masses(q, k, columns, rows, share, lse, **where)
+    return rule.keys(jnp.maximum(held, 0), open_keys(columns))  # by rounding it may be less
 
 
 def _tiles(valid: Int[Array, " b"], q_offset: Int[Array, ""], query_tiles: int, key_tiles: int) -> Tiles:
