@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32
 
 import pallas_kernels
 from minference_jax.models.cache import KVCache
-from minference_jax.models.chunks import Slice, Unplaced, map_chunks, plain
+from minference_jax.models.chunks import Slice, map_chunks, plain
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.dual_chunk import chunks_for, dual_chunk_attention, places
 from minference_jax.models.layers import enter_attention, finish_layer, leave_layer, project_qkv
@@ -131,9 +131,9 @@ def attend(
     return (found if sinks is None else with_sinks(found[0], found[1], sinks)), info, left
 
 
-def in_order(x: Float[Array, "b t n h"] | Unplaced, order: Int32[Array, " k"] | None) -> Any:
+def in_order(x: Float[Array, "b t n h"], order: Int32[Array, " k"]) -> Float[Array, "b t n h"]:
     """Heads with their KV groups in this order."""
-    return x if order is None else jnp.take(plain(x), of_heads(order, x.shape[2]), axis=2)
+    return jnp.take(x, of_heads(order, x.shape[2]), axis=2)
 
 
 def of_heads(order: Int32[Array, "*layers k"], heads: int) -> Int32[Array, "*layers n"]:
@@ -189,7 +189,10 @@ def prefill(
 
         def projected(rows: Slice, positions: Array) -> tuple[Array, ...]:
             qkv = _project(config, layer, rope, rows, positions)
-            kept = () if order is None or cache is None else qkv[1:]  # a cache has the model's order of heads
+            if order is None:
+                return qkv
+            qkv = tuple(map(plain, qkv))
+            kept = () if cache is None else qkv[1:]  # a cache has the model's order of heads
             return (*(in_order(y, order) for y in qkv), *kept)
 
         q, k, v, *kept = to_heads(exchange, projected, x, positions[None], t, chunk)
