@@ -1,6 +1,6 @@
-"""What the Hopper kernel reads of a plan, prepared in plain jnp.
+"""What the kernels read of a plan, prepared in plain jnp but for the order of query tiles (`order`).
 
-The kernel wants lists without gaps or repeats, and columns whose keys lie side by side in memory. This module makes
+A kernel wants lists without gaps or repeats, and columns whose keys lie side by side in memory. This module makes
 them from any `SparsePlan` in a few fused passes, at any length: nothing here is as large as queries times keys.
 """
 

@@ -152,7 +152,7 @@ class Exchange:
 
     def swap(self, x: Float[Array, "parts ..."]) -> Float[Array, "parts ..."]:
         """What each device has for the i-th one becomes what the i-th one has from each, with equal parts for each on
-        axis 0; what a device has for itself needs not be set."""
+        axis 0; what a device has for itself need not be set."""
         return jax.lax.all_to_all(x, HEADS, split_axis=0, concat_axis=0, tiled=True)
 
     def all_rows_of_heads(self, x: Float[Array, "b rows heads h"], t: int) -> Float[Array, "b t heads h"]:

@@ -112,10 +112,8 @@ def tile_lse(
     chunks = -(-groups // per_chunk)
 
     at = positions.reshape(b, blocks, BLOCK)
-    last, common = (
-        at.max(-1),
-        jnp.min(jnp.where(at < 0, s, at), axis=-1),
-    )  # key that any, that each of a block's rows sees
+    # The last key that any of a block's rows sees, and the last that each of them does.
+    last, common = at.max(-1), jnp.min(jnp.where(at < 0, s, at), axis=-1)
 
     swizzle = 128 if h % 64 == 0 else 64
     tiling = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))  # pyright: ignore[reportAbstractUsage]
@@ -132,7 +130,7 @@ def tile_lse(
         first = chunk * per_chunk
         some = lax.div(last_ref[batch, block] + GROUP, jnp.int32(GROUP))
         whole = jnp.minimum(lax.div(common_ref[batch, block] + 1, jnp.int32(GROUP)), some)
-        some, whole = (jnp.clip(groups - first, 0, per_chunk) for groups in (some, whole))
+        some, whole = (jnp.clip(x - first, 0, per_chunk) for x in (some, whole))
         warpgroup = lax.axis_index(axes.WARPGROUP)
 
         def load():
