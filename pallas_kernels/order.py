@@ -86,4 +86,5 @@ def in_one_block(steps: Int[Array, " w"], *, at_once: int = AT_ONCE, interpret: 
 
 
 def _long(steps: Int[Array, " w"], total: Int[Array, ""]) -> Bool[Array, " w"]:
+    # Beyond 2**31 steps (64 heads that see every key of a million) the total is negative: the usual order results.
     return 16.0 * multiprocessors() * steps.astype(jnp.float32) > total.astype(jnp.float32)

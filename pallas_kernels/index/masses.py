@@ -1,7 +1,7 @@
 """Softmax mass of every 64-key tile for every query tile, from a few exact probe rows.
 
-The one public function of this folder, the choice of what computes it, and the checks. `hopper` and `xla` hold the two
-forms, which agree.
+The one public function of this folder, `tile_masses`, beside it the keys that are made of masses on the way, the choice
+of what computes them, and the checks. `hopper` and `xla` hold the two forms, which agree.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def normalised(
     query_tiles, per_tile = share.shape[1:]
     group, key_tiles = heads // kv_heads, num_key_tiles(keys)
     probes = pl.next_power_of_2(per_tile)
-    some = min(pl.next_power_of_2(key_tiles), max(AT_ONCE // probes, 32))
+    some = min(pl.next_power_of_2(key_tiles), max(AT_ONCE // probes, _TOGETHER))
 
     def kernel(tiles_ref, chunks_ref, positions_ref, share_ref, *refs):
         result_ref = refs[-1] if rule is not None else refs[0]
