@@ -131,7 +131,7 @@ SWEEPS: dict[str, dict[str, str | tuple[str, ...]]] = {
         "test_what_lies_with_the_heads_on_two_devices": "nothing, for sinks; test_stream.py for all else",
         "test_a_long_prefill_sends_what_the_design_says": "nothing: how much is sent, of which the numbers say nothing",
         "test_four_and_eight_devices_do_what_one_does": "test_what_lies_with_the_heads_on_two_devices",
-        "test_narrow_weights_and_cache": "test_what_lies_with_the_heads_on_two_devices, test_fp8.py, test_cache.py",
+        "test_narrow_weights_and_cache_with_dealt_heads": "test_what_lies_with_the_heads_…, test_fp8.py",
     },
     "test_mma.py": {
         "test_lowers_for_cuda_in_both_forms": ("every-part-D256-*",),

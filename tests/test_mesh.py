@@ -57,11 +57,14 @@ def test_a_long_prefill_sends_what_the_design_says():
     ]
 
 
-def test_narrow_weights_and_cache():
-    config = LlamaConfig(96, 64, 112, num_layers=2, num_heads=8, num_kv_heads=2, head_dim=16)
-    tokens = np.random.default_rng(0).integers(0, 96, (1, 300))
-    one = random_llama(config).with_fp8_projections()
-    found = [model.prefill(tokens, None, model.init_cache(1, 384, "int8")) for model in (one, one.on(make_mesh()))]
+def test_narrow_weights_and_cache_with_dealt_heads():
+    config = LlamaConfig(96, 64, 112, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=16)
+    uneven = HeadPatterns(((*(Dense(),) * 3, *(AShape(64, 64),) * 5), (Dense(),) * 8))
+    tokens = np.random.default_rng(0).integers(0, 96, (1, 555))
+    one = random_llama(config).with_fp8_projections().with_patterns(uneven)
+    many = one.on(make_mesh())
+    assert many.order(555) is not None
+    found = [model.prefill(tokens, None, model.init_cache(1, 640, "int8")) for model in (one, many)]
     for expected, same in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_array_equal(expected, same)
 
