@@ -7,11 +7,11 @@ is larger than query tiles times key tiles, and that is read as 16-bit integers.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt16
+from jaxtyping import Array, Float, Int, UInt16
 
 from minference_jax.index.level import reaching
 from minference_jax.index.probes import PROBES
@@ -19,26 +19,10 @@ from minference_jax.index.question import Columns, column_masses, open_keys, que
 from minference_jax.index.tile_mass import tile_rows
 from pallas_kernels.index.masses import FORMS, MassImplementation, choose_masses, tile_keys, tile_masses
 from pallas_kernels.index.tile_keys import TileRule
-from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, num_key_tiles, num_query_tiles
+from pallas_kernels.plan import KEY_TILE, QUERY_TILE, SparsePlan, num_query_tiles
 
 QUESTION_WIDTH = 1_024
 """Most question columns of a head unless said otherwise: a bias for each of them and query tile is what they cost."""
-
-
-class Tiles(NamedTuple):
-    """Where the query tiles of a call are."""
-
-    start: Int[Array, " i"]
-    """Position of each one's first row."""
-
-    rows: Int[Array, "b i"]
-    """Its valid rows."""
-
-    past: Bool[Array, "i j"]
-    """Key tiles before it, which are what it can choose."""
-
-    end: Bool[Array, "b i"]
-    """Whether it holds any of the last 64 valid rows."""
 
 
 def shared_density_index(
@@ -85,7 +69,6 @@ def shared_density_index(
     """
     t, s = q.shape[1], k.shape[1]
     valid = jnp.clip(lengths - q_offset, 0, t)
-    tiles = _tiles(valid, q_offset, num_query_tiles(t), num_key_tiles(s))
     columns = None
     if question is not None:
         width = min(s, QUESTION_WIDTH if question_width is None else question_width)
@@ -95,13 +78,16 @@ def shared_density_index(
     where: dict[str, Any] = {"q_offset": q_offset, "scale": scale}
     least = jnp.float32(0) if threshold is None else threshold
     least = jnp.broadcast_to(jnp.where(jnp.isfinite(density), least, jnp.inf), (q.shape[0], q.shape[2]))
-    rule = TileRule(tiles.start, tiles.rows, tiles.end, least)
+    first = QUERY_TILE * jnp.arange(num_query_tiles(t), dtype=jnp.int32)
+    rows = jnp.clip(valid[:, None] - first, 0, QUERY_TILE)
+    end = (rows > 0) & (first + QUERY_TILE > valid[:, None] - PROBES)
+    rule = TileRule(q_offset + first, rows, end, least)
     keys = _keys(q, k, valid, rule, columns, every=every, lengths=lengths, implementation=implementation, **where)
 
-    most = _most(tiles, valid, q_offset, density, columns, axis_name, unspent)
+    most = _most(rule, valid, q_offset, density, columns, axis_name, unspent)
     counted = None if columns is None else open_keys(columns)
     kernels = FORMS[choose_masses(q, k, implementation).name].kernels
-    blocks, block_count = reaching(keys, counted, tiles.rows, most, axis_name=axis_name, kernels=kernels)
+    blocks, block_count = reaching(keys, counted, rows, most, axis_name=axis_name, kernels=kernels)
     if columns is None:
         return SparsePlan(blocks=blocks, block_count=block_count, band_multiple=KEY_TILE, clean=True)
     return SparsePlan(
@@ -138,15 +124,8 @@ def _keys(
     return rule.keys(jnp.maximum(held, 0), open_keys(columns))  # by rounding it may be less
 
 
-def _tiles(valid: Int[Array, " b"], q_offset: Int[Array, ""], query_tiles: int, key_tiles: int) -> Tiles:
-    first = QUERY_TILE * jnp.arange(query_tiles, dtype=jnp.int32)
-    rows = jnp.clip(valid[:, None] - first, 0, QUERY_TILE)
-    past = KEY_TILE * jnp.arange(key_tiles, dtype=jnp.int32) < (q_offset + first)[:, None]
-    return Tiles(q_offset + first, rows, past, (rows > 0) & (first + QUERY_TILE > valid[:, None] - PROBES))
-
-
 def _most(
-    tiles: Tiles,
+    rule: TileRule,
     valid: Int[Array, " b"],
     q_offset: Int[Array, ""],
     density: Float[Array, " n"],
@@ -162,8 +141,9 @@ def _most(
     heads = jnp.stack([jnp.where(takes_part, density, 0).sum(), takes_part.sum().astype(jnp.float32)])
     spent = jnp.zeros(causal.shape, jnp.float32)
     if columns is not None:
-        before = jnp.where(tiles.past, columns.in_tile[:, :, None], 0).sum(-1, dtype=jnp.int32)  # [b, n, i]
-        spent = (before.astype(jnp.float32) * tiles.rows[:, None].astype(jnp.float32)).sum((1, 2))
+        past = KEY_TILE * jnp.arange(columns.in_tile.shape[-1], dtype=jnp.int32) < rule.start[:, None]
+        before = jnp.where(past, columns.in_tile[:, :, None], 0).sum(-1, dtype=jnp.int32)  # [b, n, i]
+        spent = (before.astype(jnp.float32) * rule.rows[:, None].astype(jnp.float32)).sum((1, 2))
     if axis_name is not None:
         heads, spent = (jax.lax.psum(x, axis_name) for x in (heads, spent))
     share = heads[0] if unspent is None else heads[0] + unspent
