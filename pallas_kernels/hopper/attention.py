@@ -106,8 +106,7 @@ def hopper_attention(
         raise ValueError(f"the Hopper kernel can't serve this call: {reason}")
     plan = full_plan(q.shape[0], q.shape[2], k.shape[1]) if plan is None else plan
     if config is None:
-        # Without bands neighbouring query tiles share no keys: nothing to keep them together for.
-        config = KernelConfig(chain=1 if plan.bands is None else KernelConfig.chain, overlap=not ignores_setmaxnreg())
+        config = KernelConfig(overlap=not ignores_setmaxnreg())
     if not config.fits(q.shape[-1]):
         raise ValueError(
             f"{config} needs {config.shared_memory_bytes(q.shape[-1])} bytes of shared memory at head_dim "
