@@ -24,7 +24,7 @@ from minference_jax.bench.kernels import environment
 from minference_jax.bench.prefill_pieces import Pieces, time_pieces
 from minference_jax.bench.timing import median_seconds
 from minference_jax.extras import naming_extra
-from minference_jax.models.forward import CHUNK
+from minference_jax.models.forward import rows_at_once
 from minference_jax.models.llama import Llama
 from minference_jax.models.programs import PREFILL
 from minference_jax.patterns import AShape, HeadPatterns, Pattern
@@ -169,7 +169,12 @@ def arguments(model: Llama, tokens: Any) -> tuple:
 
 def compile_prefill(model: Llama, tokens: Any, **static: Any) -> tuple[Any, float]:
     """The compiled program of a prefill without a cache, to be called with `arguments(...)`; and seconds it took."""
-    settings = {"rows_at_once": CHUNK, "implementation": None, "return_info": False, "exchange": model.exchange}
+    settings = {
+        "rows_at_once": rows_at_once(*tokens.shape),
+        "implementation": None,
+        "return_info": False,
+        "exchange": model.exchange,
+    }
     settings |= static
     started = time.perf_counter()
     inputs = arguments(model, tokens)

@@ -38,10 +38,15 @@ Params = Mapping[str, Array]
 
 CHUNK = 16_384
 """Rows that projections, norms and the MLP process at once: large enough to fill a GPU, and 0.5 GB for an 8B model."""
-PART = 32_768
-"""Rows up to which a part of a prompt is processed at once: cutting it in two would copy it in and out again."""
+WHOLE = 32_768
+"""Rows of all sequences up to which none are cut: in chunks they would be copied in and out again."""
 LOGIT_CHUNK = 256
 """Rows whose logits exist at once when only a number per row is kept: 134 MB for a vocabulary of 131,072."""
+
+
+def rows_at_once(batch: int, rows: int) -> int:
+    """Rows that projections, norms and the MLP of so many sequences process at once, by default."""
+    return rows if batch * rows <= WHOLE else CHUNK
 
 
 def stacked_layers(params: Params) -> Layer:
@@ -249,7 +254,10 @@ def last_logits(
     exchange: Exchange = ONE,
 ) -> Float[Array, "b vocab"]:
     """Logits of one row per sequence, `last` (clipped to the t rows of the prompt)."""
-    return logits(config, params, exchange.row(x, last, t), exchange)[:, 0]
+    # With a second row, of zeros: of one alone XLA makes a product in float32 where it has no Triton products (FP8),
+    # and for that a float32 copy of the head: 2 GB of an 8B model.
+    rows = jnp.pad(exchange.row(x, last, t), ((0, 0), (0, 1), (0, 0)))
+    return logits(config, params, rows, exchange)[:, 0]
 
 
 def decode(

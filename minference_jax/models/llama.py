@@ -360,8 +360,8 @@ class Llama(nnx.Module):
           length to assume, where a prompt comes in parts. Default: `lengths` up to these rows, as one call would see.
         - `chunk`: feed the tokens in parts of so many (a multiple of 128) against the cache, one part after another:
           memory is then bounded by the part. Needs a cache; `start` must be None or an int. See `models.parts`.
-        - `rows_at_once` (static): rows of projections and MLP at once, by default 16,384, or all of a part that has no
-          more than 32,768. `implementation` (static): of attention.
+        - `rows_at_once` (static): rows of projections and MLP at once, by default 16,384 of each sequence, or all where
+          there are no more than 32,768. `implementation` (static): of attention.
 
         **Returns:** float32 logits `[b, vocab]` of each sequence's last token (of a sequence that ends outside these
         rows, they mean nothing) and the cache. With `return_info` (static) also the `AttentionInfo` of all layers,

@@ -44,9 +44,7 @@ def prefill(
     if start is None:
         lengths = jnp.minimum(lengths, whole)
     rope_lengths = jnp.minimum(lengths, end) if rope_lengths is None else check_lengths(rope_lengths, tokens.shape[0])
-    at_once = rows_at_once
-    if at_once is None:
-        at_once = tokens.shape[1] if start is not None and tokens.size <= forward.PART else forward.CHUNK
+    at_once = forward.rows_at_once(*tokens.shape) if rows_at_once is None else rows_at_once
     if at_once <= 0:
         raise ValueError(f"rows_at_once must be positive, got {at_once}")
     extent = tokens.shape[1] if cache is None else cache.capacity

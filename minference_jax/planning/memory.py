@@ -8,14 +8,14 @@ and k KV heads of h, MLP width f:
 - activations: the larger of what attention and what the MLP of a layer take, and a copy of one layer's weights.
   Attention: residual stream, queries, its output, and keys and values, b · (r·(d + 2·n·h) + 2·s·k·h) · a; and what
   the patterns' index and tables take (`Pattern.index_bytes`). MLP: residual stream, attention's output, and b · 3·f·a
-  for each of the 16,384 rows that it has at once (of parts up to 32,768 rows for all of them); with experts, three
-  copies of a row for each that serves it.
+  for each of the 16,384 rows that it has at once, or 2·f·a (and f in FP8) for all of no more than 32,768 rows of all
+  sequences; with experts, three copies of a row for each that serves it.
 
 On a mesh of N devices and H groups of heads each holds its slices of the weights and 1 / H of the cache and of what has
 heads; rows outside attention are 1 / N of r. For what is on its way between devices half of q, k, v and the output of
 these counts, and where devices share heads, which gather what they share, all.
 
-The first two are exact. The last is checked against what XLA allocates when it compiles for an H100: it is 1 to 15 %
+The first two are exact. The last is checked against what XLA allocates when it compiles for an H100: it is 1 to 20 %
 above, and up to 40 % for one prompt in parts and on a mesh of 8 (1M tokens, for 4.08 GiB).
 """
 
@@ -33,7 +33,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from minference_jax.models.cache import cache_dtype
 from minference_jax.models.config import LlamaConfig
-from minference_jax.models.forward import CHUNK, PART
+from minference_jax.models.forward import WHOLE, rows_at_once
 from minference_jax.models.fp8 import CONTRACTED, fp8_shapes
 from minference_jax.models.params import layer_shapes, param_shapes
 from minference_jax.models.rounding import QUANTIZED
@@ -57,7 +57,7 @@ USABLE = 0.92
 """Share of it that a program may take. JAX takes 0.75 unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; the command
 line sets this share where you have not."""
 
-PARTS = PART
+PARTS = WHOLE
 """Rows of a part in what is suggested."""
 
 
@@ -182,8 +182,8 @@ def _activations(
     attention = batch * (stream + 2 * queries + keys_and_values + sent) + max(
         index, batch * _window_bytes(config, rows, keys) // heads
     )
-    at_once = own if rows < keys and batch * rows <= PART else min(own, CHUNK)
-    mlp = batch * (stream + own * n * h * size + at_once * _mlp_row(config, size))
+    at_once = min(own, rows_at_once(batch, rows))
+    mlp = batch * (stream + own * n * h * size + at_once * _mlp_row(config, size, fp8_projections, cut=at_once < own))
     stacked = {f"layers.{name}": (1, *shape) for name, shape in layer_shapes(config).items()}
     table = config.vocab_size * config.hidden_size * size if mesh.size > 1 else 0
     return max(max(attention, mlp) + _weights(stacked, size, fp8_projections), table)
@@ -197,11 +197,11 @@ def _window_bytes(config: LlamaConfig, rows: int, keys: int) -> int:
     return 3 * 4 * config.num_heads * block * min(rows, block + config.sliding_window)
 
 
-def _mlp_row(config: LlamaConfig, size: int) -> int:
+def _mlp_row(config: LlamaConfig, size: int, fp8_projections: bool, *, cut: bool) -> int:
     """Bytes that a row of the MLP, or of the experts that serve it, takes at once."""
     experts = config.traits.experts
     if experts is None:
-        return 3 * config.intermediate_size * size
+        return config.intermediate_size * (3 * size if cut else 2 * size + fp8_projections)
     copies = 3 * experts.chosen * config.hidden_size * size  # sorted rows, their results, and those in rows' order
     mlp = 3 * max(config.intermediate_size if experts.first else 0, experts.shared * experts.width) * size
     return copies + 8 * experts.number + mlp
