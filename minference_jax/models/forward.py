@@ -31,7 +31,9 @@ from minference_jax.models.rope import LayerRope, Turns, layer_rope, turns
 from minference_jax.models.stacked import Layer, StackedLayer
 from minference_jax.models.window import attend_layer, decode_layer, with_sinks
 from minference_jax.parallel.exchange import ONE, Exchange
+from minference_jax.parallel.specs import is_fp8
 from minference_jax.parallel.stream import cut, to_heads, to_rows, whole
+from pallas_kernels.device import Device
 from pallas_kernels.tracing import vary_alike
 
 Params = Mapping[str, Array]
@@ -254,9 +256,11 @@ def last_logits(
     exchange: Exchange = ONE,
 ) -> Float[Array, "b vocab"]:
     """Logits of one row per sequence, `last` (clipped to the t rows of the prompt)."""
-    # With a second row, of zeros: of one alone XLA makes a product in float32 where it has no Triton products (FP8),
-    # and for that a float32 copy of the head: 2 GB of an 8B model.
-    rows = jnp.pad(exchange.row(x, last, t), ((0, 0), (0, 1), (0, 0)))
+    rows = exchange.row(x, last, t)
+    if is_fp8(params) and Device.default().platform == "gpu":
+        # A second row, of zeros: of one alone XLA makes a product in float32 where it has no Triton products
+        # (`programs`), and for that a float32 copy of the head: 2 GB of an 8B model.
+        rows = jnp.pad(rows, ((0, 0), (0, 1), (0, 0)))
     return logits(config, params, rows, exchange)[:, 0]
 
 
