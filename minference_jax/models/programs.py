@@ -144,9 +144,13 @@ def _prefill_own(
 # Of FP8 products XLA would compile and time Triton kernels beside cuBLASLt's, for more than a minute.
 _FP8 = {"xla_gpu_enable_triton_gemm": False}
 # Devices of one process copy what they exchange straight into each other's memory, which leaves the multiprocessors
-# alone. (Permutations have an option of their own: NCCL's, beside such copies, waited for each other for ever on two
-# H200s, jax 0.11.2, 28c843e.) Several copies may run at once: measured so, not without (ca5df79).
-_COPIES = {"xla_gpu_use_memcpy_local_p2p": True, "xla_gpu_experimental_parallel_collective_overlap_limit": 8}
+# alone. (Both options go together: NCCL's permutations beside such copies waited for each other for ever on two H200s,
+# jax 0.11.2, 28c843e.) Several copies may run at once: measured so, not without (ca5df79).
+_COPIES = {
+    "xla_gpu_use_memcpy_local_p2p": True,
+    "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 8,
+}
 
 
 class Program:

@@ -150,9 +150,24 @@ class Exchange:
         # There before they are used: a kernel that computes them beside its addresses reads and writes 2 bytes at once.
         return list(jax.lax.optimization_barrier(found))
 
+    @property
+    def parts(self) -> int:
+        """Of what `swap` is given: one for each group of heads; where there are two, the other's alone."""
+        return 1 if self.heads == 2 else self.heads
+
+    def part(self, group: Int32[Array, ""]) -> Int32[Array, ""]:
+        """Which part is that of another group."""
+        return group if self.heads > 2 else jnp.zeros_like(group)
+
     def swap(self, x: Float[Array, "parts ..."]) -> Float[Array, "parts ..."]:
-        """What each device has for the i-th one becomes what the i-th one has from each, with equal parts for each on
-        axis 0; what a device has for itself need not be set."""
+        """What each device has for others becomes what it has from them, with equal parts for each on axis 0; a part
+        that a device has for itself need not be set.
+
+        Of two each sends the other what it has: in an all-to-all it would copy as much for itself, beside which nothing
+        else is computed (3.1 of 298 ms of a layer at 1M tokens on two H200s, traced at commit 65b749f).
+        """
+        if self.heads == 2:
+            return jax.lax.ppermute(x, HEADS, [(0, 1), (1, 0)])
         return jax.lax.all_to_all(x, HEADS, split_axis=0, concat_axis=0, tiled=True)
 
     def all_rows_of_heads(self, x: Float[Array, "b rows heads h"], t: int) -> Float[Array, "b t heads h"]:

@@ -103,27 +103,29 @@ def to_heads(
             places = zip(into, found, counts, strict=True)
             into = tuple(put_heads(x, y, Place(row=row, first=own * n), n) for x, y, n in places)
             for group, (y, n, head) in product(others, zip(found, counts, heads, strict=True)):
-                given = put_heads(given, y, Place(group * b, start, head, group * n), n)
+                given = put_heads(given, y, Place(exchange.part(group) * b, start, head, group * n), n)
             return into, given
 
-        given = jax.lax.empty((exchange.heads * b, piece.shape[1], total, h), dtype)
+        given = jax.lax.empty((exchange.parts * b, piece.shape[1], total, h), dtype)
         return fold_chunks(of_own_and_others, (into, given), piece.shape[1], chunk)
 
     def with_arrived(into: Heads, arrived: Array, first_row: int) -> Heads:
         """This device's heads of the other devices' rows put in their place."""
         for group in others:
-            found, row = slice_of(arrived, group * b, b, axis=0), group * rows + first_row
+            found, row = slice_of(arrived, exchange.part(group) * b, b, axis=0), group * rows + first_row
             places = zip(into, heads, counts, strict=True)
             into = tuple(put_heads(y, found, Place(row=row, first=head), n) for y, head, n in places)
         return into
 
     into = tuple(jax.lax.empty((b, exchange.heads * rows, n, h), dtype) for n in counts)
-    into, given = made(into, x[0], 0)
-    for i in range(len(x)):
+    # XLA sends a first piece that is short only once the second is computed, and all devices wait for it.
+    order = [*range(1, len(x) - 1), 0, len(x) - 1] if len(x) > 2 else list(range(len(x)))
+    into, given = made(into, x[order[0]], starts[order[0]])
+    for i, after in zip(order, [*order[1:], None], strict=True):
         arrived = exchange.swap(given)
-        if i + 1 < len(x):  # the next piece is computed after this one and before what is sent of this is put in place
-            *_, into, following = jax.lax.optimization_barrier((given, into, x[i + 1]))
-            into, given = made(into, following, starts[i + 1])
+        if after is not None:  # computed after this one, and before what is sent of this is put in its place
+            *_, into, following = jax.lax.optimization_barrier((given, into, x[after]))
+            into, given = made(into, following, starts[after])
         arrived, into = jax.lax.optimization_barrier((arrived, into))
         into = with_arrived(into, arrived, starts[i])
     # Without a barrier XLA puts the last piece in its place in all that reads it, and copies the rest for that.
@@ -144,25 +146,27 @@ def to_rows(
         return (map_chunks(finish, (x[0], out), chunk, in_place=True),)
     own, *others = exchange.groups()
 
-    def of_device(group: Array, x: Array, start: Any, size: int) -> Slice:
-        """Of as many rows for, or from, each device some of those of the one that has the group."""
-        first = group * (x.shape[1] // exchange.heads) + start
+    def of_device(x: Array, part: Array, parts: int, start: Any, size: int) -> Slice:
+        """Of as many rows for, or from, each device some of those of one of them."""
+        first = part * (x.shape[1] // parts) + start
         return Slice(slice_of(x, first, size, axis=1), x, first)
 
     def sent(out: Array, i: int) -> Array:
         size = x[i].shape[1]
-        given = jax.lax.empty((exchange.heads, out.shape[0], size, *out.shape[2:]), out.dtype)
+        given = jax.lax.empty((exchange.parts, out.shape[0], size, *out.shape[2:]), out.dtype)
         for group in others:
-            part, at = of_device(group, out, starts[i], size).rows[None], (group, 0, 0, 0, 0)
-            given = jax.lax.dynamic_update_slice(given, part, at, allow_negative_indices=False)
+            rows_of_device = of_device(out, group, exchange.heads, starts[i], size).rows[None]
+            at = (exchange.part(group), 0, 0, 0, 0)
+            given = jax.lax.dynamic_update_slice(given, rows_of_device, at, allow_negative_indices=False)
         arrived = jnp.moveaxis(exchange.swap(given), 0, 1)
         return arrived.reshape(arrived.shape[0], -1, *arrived.shape[3:])
 
     def of_piece(i: int, out: Array, arrived: Array) -> Array:
         def of_chunk(x: Slice) -> Array:
             size = x.rows.shape[1]
-            heads = (of_device(own, out, starts[i] + x.start, size),)
-            heads += tuple(of_device(group, arrived, x.start, size) for group in others)
+            heads = (of_device(out, own, exchange.heads, starts[i] + x.start, size),)
+            parts = (exchange.part(group) for group in others)
+            heads += tuple(of_device(arrived, part, exchange.parts, x.start, size) for part in parts)
             return finish(x, Apart(heads, jnp.stack([own, *others])))
 
         return map_chunks(of_chunk, (x[i],), chunk, in_place=True)
