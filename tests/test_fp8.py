@@ -1,5 +1,7 @@
 """FP8 projections: quantized rows, scaled products, whole models, and what a GPU is given to multiply."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 from helpers import relative_error
 from numpy_llama import random_llama
 
-from minference_jax.models import LlamaConfig, fp8, param_shapes
+from minference_jax.models import LlamaConfig, forward, fp8, param_shapes
 from minference_jax.models.config import Traits
 from minference_jax.models.llama import Llama
+from pallas_kernels.device import lowering_for
 
 TINY = LlamaConfig(61, 32, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, traits=Traits(qkv_bias=True))
 
@@ -54,6 +57,19 @@ def test_a_model_in_fp8_is_close_keeps_its_other_weights_and_decodes(rng):
     np.testing.assert_allclose(logits, got[:, -1], atol=2e-2)
     again = fp8.quantize_params(narrow.params())
     assert all(again[name] is value for name, value in narrow.params().items())
+
+
+def test_a_gpu_multiplies_the_head_with_two_rows():
+    """Of one XLA makes a float32 product of a float32 copy of the head, where it has no Triton products."""
+    model = random_llama(TINY)
+    rows, last = jax.ShapeDtypeStruct((1, 9, 32), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    for network, count in ((model, 1), (model.with_fp8_projections(), 2)):
+        head = jax.jit(partial(forward.last_logits, TINY, t=9))
+        with lowering_for("9.0"):
+            text = head.trace(network.params(), rows, last).lower(lowering_platforms=("cuda",)).as_text()
+        assert f"-> tensor<1x{count}x61xf32>" in text
+    tokens = jnp.arange(9, dtype=jnp.int32)[None]
+    assert model.with_fp8_projections().prefill(tokens)[0].shape == (1, 61)
 
 
 def test_shapes_are_known_and_half_quantized_parameters_refused():

@@ -13,6 +13,7 @@ from minference_jax.cli import main
 from minference_jax.models import fp8
 from minference_jax.models.cache import KVCache
 from minference_jax.models.config import LlamaConfig
+from minference_jax.models.forward import rows_at_once
 from minference_jax.models.params import param_shapes
 from minference_jax.patterns import AShape, BlockSparse, Dense, HeadPatterns, SharedDensity, VerticalSlash
 from minference_jax.patterns.base import pairs
@@ -61,6 +62,11 @@ def test_weights_and_caches_are_counted_exactly(name):
 def test_activations_are_just_above_what_the_compiler_takes(options, gib, above):
     need = memory_need(LLAMA, **{"patterns": PAPER_PATTERN} | options)
     assert gib <= need.activations / GIB <= above * gib
+
+
+def test_no_rows_are_cut_up_to_a_number_of_all_sequences():
+    assert rows_at_once(1, 32_768) == 32_768 and rows_at_once(8, 4_096) == 4_096
+    assert rows_at_once(1, 32_769) == rows_at_once(2, 32_768) == 16_384
 
 
 def test_the_longest_prompt_fits_and_a_longer_one_does_not():

@@ -45,6 +45,17 @@ def test_a_prefill_in_pieces_is_that_of_one_device(monkeypatch, mesh):
         np.testing.assert_array_equal(expected, same)
 
 
+def test_two_devices_send_only_what_the_other_lacks(monkeypatch):
+    monkeypatch.setattr(stream, "LEAST", 40)
+    model = random_llama(CONFIG).on(make_mesh(heads=2))
+    text = jax.jit(lambda tokens: model.prefill(tokens)[0]).lower(jnp.zeros((1, 200), jnp.int32)).as_text()
+    # Of a device's 100 rows in pieces of 40, 20 and 40: q, k and v of the other's heads, and outputs of its rows.
+    for rows in (40, 20):
+        assert f"tensor<1x{rows}x6x16xf32>) -> tensor<1x{rows}x6x16xf32>" in text
+        assert f"tensor<1x1x{rows}x4x16xf32>) -> tensor<1x1x{rows}x4x16xf32>" in text
+    assert text.count("stablehlo.collective_permute") == 6 and "all_to_all" not in text
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_a_large_weight_that_is_copied_is_the_gathered_one(monkeypatch, axis):
     monkeypatch.setattr(sharded_layer, "LARGE", 1)
