@@ -8,8 +8,8 @@ and k KV heads of h, MLP width f:
 - activations: the larger of what attention and what the MLP of a layer take, and a copy of one layer's weights.
   Attention: residual stream, queries, its output, and keys and values, b · (r·(d + 2·n·h) + 2·s·k·h) · a; and what
   the patterns' index and tables take (`Pattern.index_bytes`). MLP: residual stream, attention's output, and b · 3·f·a
-  for each of the 16,384 rows that it has at once, or 2·f·a (and f in FP8) for all of no more than 32,768 rows of all
-  sequences; with experts, three copies of a row for each that serves it.
+  for each of the 16,384 rows that it has at once, or 2·f·a (and f in FP8, d·a where its output is normalised) for all
+  of no more than 32,768 rows of all sequences; with experts, three copies of a row for each that serves it.
 
 On a mesh of N devices and H groups of heads each holds its slices of the weights and 1 / H of the cache and of what has
 heads; rows outside attention are 1 / N of r. For what is on its way between devices half of q, k, v and the output of
@@ -201,7 +201,10 @@ def _mlp_row(config: LlamaConfig, size: int, fp8_projections: bool, *, cut: bool
     """Bytes that a row of the MLP, or of the experts that serve it, takes at once."""
     experts = config.traits.experts
     if experts is None:
-        return config.intermediate_size * (3 * size if cut else 2 * size + fp8_projections)
+        if cut:
+            return 3 * config.intermediate_size * size
+        normalised = config.hidden_size if config.traits.post_norms else 0
+        return config.intermediate_size * (2 * size + fp8_projections) + normalised * size
     copies = 3 * experts.chosen * config.hidden_size * size  # sorted rows, their results, and those in rows' order
     mlp = 3 * max(config.intermediate_size if experts.first else 0, experts.shared * experts.width) * size
     return copies + 8 * experts.number + mlp
