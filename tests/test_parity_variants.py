@@ -78,9 +78,10 @@ def test_logits_hidden_states_and_greedy_tokens_are_those_of_pytorch(models, nam
         dtype="float32",
         patterns=None,
         versions={},
-        tolerance=Tolerance(logit_max=1e-4, argmax=1.0, greedy=True, perplexity=1e-5),
+        tolerance=Tolerance(logit_max=1e-4, argmax=0.99, greedy=True, perplexity=1e-5),
     )
     assert result.failures == ()
+    assert result.largest_lost_margin <= 1e-4  # of two tokens nearer than that either may be first
     assert result.positions == LENGTHS.sum()
     assert max(layer.max for layer in result.layers) <= 1e-4
     # The models must be able to tell: logits near one, and continuations that differ between rows.
