@@ -113,6 +113,11 @@ HOPPER_CASES = {
         Case(2, 261, 261, 1, 1, 96, "float16", lengths=(261, 130), scale=1.0, widths=(70, 2, 1)),
         {"lanes": 1, "chain": None, "polynomial_tiles": 4},
     ),
+    # Lists of blocks alone, which come in an order of their own.
+    "chains-of-four-without-bands": (
+        Case(1, 520, 520, 2, 1, 64, "bfloat16", lengths=(500,), widths=(0, 0, 3)),
+        {"lanes": 2, "chain": 4},
+    ),
     "no-overlap": (
         Case(1, 130, 260, 1, 1, 64, "bfloat16", lengths=(250,), q_offset=128, widths=(70, 2, 1)),
         {"overlap": False, "lanes": 1},

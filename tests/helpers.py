@@ -8,8 +8,8 @@ from minference_jax.cli import main, progress
 progress.FIRST_LINE = 3600.0  # no line of progress among what a command says, however slow the machine
 
 # Largest allowed |difference| from the float32 oracle.
-# float32: one softmax row sums up to a few thousand terms in another order, and scores of up to 50 (scale 1) are
-# exponents, each rounded by 2e-6 or, in its sum of 128 products, a few times that: by as much as the CPU has it.
+# float32: one softmax row sums up to a few thousand terms in another order. Scores reach 50 in a case of scale 1; each
+# is rounded by 2e-6, its sum of 128 products by more, and weights are their exponentials.
 # bfloat16 / float16: outputs are averages of unit normals, rounded once on output (2^-9 / 2^-12 relative) and
 # once where probabilities are rounded before the second matrix product.
 ATOL = {jnp.dtype("float32"): 3e-5, jnp.dtype("bfloat16"): 2e-2, jnp.dtype("float16"): 4e-3}

@@ -13,7 +13,7 @@ import numpy as np
 from minference_jax.models.config import LlamaConfig
 from minference_jax.models.generate import generate
 from minference_jax.models.llama import Llama
-from minference_jax.parallel import make_mesh
+from minference_jax.parallel import make_mesh, stream
 from minference_jax.patterns import AShape, Dense, HeadPatterns
 
 # Of a head's slice of less than 32 columns some CPUs round a product otherwise than of the whole.
@@ -46,7 +46,7 @@ def turns(model):
 
 if __name__ == "__main__":
     sparse = Llama.random(CONFIG, jax.random.key(0), patterns=UNEVEN)
-    reference = prefill(sparse)
+    reference, least = prefill(sparse), stream.LEAST
     for sizes in ({"heads": 4}, {"rows": 4, "heads": 2}):
         many = sparse.on(make_mesh(**sizes))
         assert (many.order(555) is None) == (sizes["heads"] == 4)  # each device has one group anyway
@@ -54,6 +54,12 @@ if __name__ == "__main__":
         shard = found[1].k.addressable_shards[0].data.shape
         assert shard == (2, 2, 640, 4 // sizes["heads"], 16), shard
         print("prefill", largest(reference, found), flush=True)
+    # Pieces of a few rows, which CPUs sum otherwise than all at once.
+    stream.LEAST = 8
+    for sizes in ({"heads": 4}, {"rows": 2, "heads": 2}):
+        many = sparse.on(make_mesh(**sizes))
+        print("pieces", largest(reference[:2], prefill(many)[:2]), flush=True)
+    stream.LEAST = least
     dense = sparse.with_patterns(None)
     (tokens, cache), (same, other) = turns(dense), turns(dense.on(make_mesh(rows=2, heads=2)))
     print("tokens", largest(tokens, same))

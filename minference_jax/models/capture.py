@@ -67,7 +67,7 @@ def _layer(params: forward.Params, index: Array) -> Layer:
 @under_own_settings
 def _project(config: LlamaConfig, params: forward.Params, x: Array, lengths: Array, index: Array) -> Any:
     rope, positions = layer_rope(config, lengths, index), jnp.arange(x.shape[1], dtype=jnp.int32)
-    return forward.layer_qkv(config, _layer(params, index), x, rope, positions, forward.CHUNK)
+    return forward.layer_qkv(config, _layer(params, index), x, rope, positions, forward.rows_at_once(*x.shape[:2]))
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="x")
@@ -82,4 +82,4 @@ def _finish(
         return forward.attend(q, k, v, None, lengths=lengths, q_offset=0, implementation=None, sinks=sinks)
 
     out, *_ = attend_layer(config, index, (q, k, v), None, whole, start=None, lengths=lengths, sinks=sinks)
-    return map_chunks(partial(finish_layer, config, layer), (x, out), forward.CHUNK, in_place=True)
+    return map_chunks(partial(finish_layer, config, layer), (x, out), forward.rows_at_once(*x.shape[:2]), in_place=True)

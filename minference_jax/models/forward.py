@@ -73,6 +73,14 @@ def logits(
     config: LlamaConfig, params: Params, x: Float[Array, "b t d"], exchange: Exchange = ONE
 ) -> Float[Array, "b t vocab"]:
     """Final norm and head, float32. Each device of a mesh may have a slice of the head; x is then the same on all."""
+    if x.shape[0] * x.shape[1] > 1 or not is_fp8(params) or Device.default().platform != "gpu":
+        return _head(config, params, x, exchange)
+    # With a second row, of zeros: of one alone XLA makes a product in float32 where it has no Triton products
+    # (`programs`), and for that a float32 copy of the head: 2 GB of an 8B model.
+    return _head(config, params, jnp.pad(x, ((0, 0), (0, 1), (0, 0))), exchange)[:, :1]
+
+
+def _head(config: LlamaConfig, params: Params, x: Float[Array, "b t d"], exchange: Exchange) -> Array:
     x = norm(config, x, params["final_norm"])
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     head, equation = (params["embed"], "btd,vd->btv") if config.tie_embeddings else (params["lm_head"], "btd,dv->btv")
@@ -161,7 +169,7 @@ def prefill(
     start: Int32[Array, ""] | None,
     *,
     keep: str = "nothing",
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     implementation: str | None = None,
     exchange: Exchange = ONE,
     order: Int32[Array, "layers k"] | None = None,
@@ -175,6 +183,7 @@ def prefill(
     attention, with `start` None; patterns are in that order, and so is what is known of attention.
     """
     t = tokens.shape[1]
+    chunk = rows_at_once(*tokens.shape) if chunk is None else chunk
     q_offset = jnp.int32(0) if start is None else start
     seen = jnp.minimum(lengths, q_offset + t)
     chunks = chunks_for(config, t if cache is None else cache.capacity)
@@ -256,12 +265,7 @@ def last_logits(
     exchange: Exchange = ONE,
 ) -> Float[Array, "b vocab"]:
     """Logits of one row per sequence, `last` (clipped to the t rows of the prompt)."""
-    rows = exchange.row(x, last, t)
-    if is_fp8(params) and Device.default().platform == "gpu":
-        # A second row, of zeros: of one alone XLA makes a product in float32 where it has no Triton products
-        # (`programs`), and for that a float32 copy of the head: 2 GB of an 8B model.
-        rows = jnp.pad(rows, ((0, 0), (0, 1), (0, 0)))
-    return logits(config, params, rows, exchange)[:, 0]
+    return logits(config, params, exchange.row(x, last, t), exchange)[:, 0]
 
 
 def decode(
@@ -309,7 +313,7 @@ def decode(
     written = cache.tokens.at[rows, positions].set(tokens, mode="drop")
     longer = positions + (1 if active is None else active.astype(jnp.int32))
     cache = dataclasses.replace(cache, tokens=written, lengths=jnp.minimum(longer, cache.capacity))
-    return logits(config, params, stream.whole(), exchange)[:, 0], cache
+    return _head(config, params, stream.whole(), exchange)[:, 0], cache
 
 
 def log_likelihoods(

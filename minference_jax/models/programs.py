@@ -144,8 +144,9 @@ def _prefill_own(
 # Of FP8 products XLA would compile and time Triton kernels beside cuBLASLt's, for more than a minute.
 _FP8 = {"xla_gpu_enable_triton_gemm": False}
 # Devices of one process copy what they exchange straight into each other's memory, which leaves the multiprocessors
-# alone. (Both options go together: NCCL's permutations beside such copies waited for each other for ever on two H200s,
-# jax 0.11.2, 28c843e.) Several copies may run at once: measured so, not without (ca5df79).
+# alone. (The first option is for all-to-alls and the second for permutations. They go together: NCCL's permutations
+# beside such copies waited for each other for ever on two H200s, jax 0.11.2, 28c843e.) Several copies may run at once:
+# measured so, not without (ca5df79).
 _COPIES = {
     "xla_gpu_use_memcpy_local_p2p": True,
     "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",

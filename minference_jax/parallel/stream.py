@@ -47,7 +47,7 @@ def cut(exchange: Exchange, x: Float[Array, "b rows d"], chunk: int) -> Pieces:
 
     The last piece to heads and the first one back are waited for, so these are short. A piece is sent while the next is
     computed, which to heads takes two to four times as long (of an 8B model in FP8 on 8 and 2 H200s, by arithmetic):
-    towards the end each has half as many rows as the one before.
+    so each may have half as many rows as the one before. To heads the longest come first.
     """
     rows = x.shape[1]
     if exchange.heads == 1 or rows <= LEAST:
@@ -118,8 +118,8 @@ def to_heads(
         return into
 
     into = tuple(jax.lax.empty((b, exchange.heads * rows, n, h), dtype) for n in counts)
-    # XLA sends a first piece that is short only once the second is computed, and all devices wait for it.
-    order = [*range(1, len(x) - 1), 0, len(x) - 1] if len(x) > 2 else list(range(len(x)))
+    # Two H200s waited for a first piece that was short: XLA sent it only once the second was computed (65b749f).
+    order = sorted(range(len(x)), key=lambda i: -x[i].shape[1])
     into, given = made(into, x[order[0]], starts[order[0]])
     for i, after in zip(order, [*order[1:], None], strict=True):
         arrived = exchange.swap(given)

@@ -30,7 +30,8 @@ HEAD_DIMS = (64, 96, 128)
 
 @dataclasses.dataclass(frozen=True)
 class KernelConfig:
-    """How the Hopper kernel is laid out on a multiprocessor. The defaults are the fastest of those measured.
+    """How the Hopper kernel is laid out on a multiprocessor. The defaults are the fastest of those measured
+    for most plans (notebooks/hopper-kernel.md has the others).
 
     - `stages`: pipeline steps in flight between the memory warpgroup and the compute warpgroups.
     - `chain`: query tiles that one thread block computes in turn; None means all of them in one round of thread blocks.

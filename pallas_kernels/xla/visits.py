@@ -102,7 +102,7 @@ class Visit:
             lanes = lanes & (keep | (tile < 0)[..., None])
         return lanes.reshape(*self.units.shape, STEP)
 
-    def positions(self, step: Int[Array, ""]) -> Int[Array, "p g w"]:
+    def positions(self, step: Int[Array, ""]) -> Int[Array, "*pg w"]:
         """Key positions of a step (a dense step's are contiguous and shared: [w])."""
         start, column_tile = self.sources(step)
         lane = jnp.arange(KEY_TILE, dtype=jnp.int32)
