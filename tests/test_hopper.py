@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import SparsePlan
-from pallas_kernels.hopper import assembler
-from pallas_kernels.hopper.attention import hopper_attention, unsupported_reason
+from pallas_kernels.hopper import assembler, attention
+from pallas_kernels.hopper.attention import default_config, hopper_attention, unsupported_reason
 from pallas_kernels.hopper.config import SHARED_MEMORY_LIMIT, KernelConfig
 
 
@@ -93,6 +93,15 @@ def test_an_assembler_that_moves_no_registers_is_not_asked_to(monkeypatch, insta
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
     monkeypatch.setattr(assembler, "_has_nvjitlink", lambda: installed)
     assert ("setmaxnreg" in lowered(lambda *args: attend(*args), *SHAPES["diagonal-only-T1"])) != installed
+
+
+def test_query_tiles_follow_each_other_where_they_overlap_or_share_keys(monkeypatch):
+    lists = SparsePlan(blocks=jnp.zeros((1, 1, 1, 1), jnp.int32), block_count=jnp.zeros((1, 1, 1), jnp.int32))
+    bands = SparsePlan(bands=jnp.full((1, 1, 1), 64, jnp.int32), band_count=jnp.ones((1, 1), jnp.int32))
+    for ignored, chains in ((False, [4, 4]), (True, [1, 4])):
+        monkeypatch.setattr(attention, "ignores_setmaxnreg", lambda ignored=ignored: ignored)
+        found = [default_config(plan) for plan in (lists, bands)]
+        assert [config.chain for config in found] == chains and found[0].overlap == (not ignored)
 
 
 @pytest.mark.parametrize("work", [1, 131, 132, 133, 527, 528, 529, 5_000])

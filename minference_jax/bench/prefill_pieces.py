@@ -64,9 +64,7 @@ def time_pieces(
 @partial(jax.jit, static_argnums=0)
 def _project(config: LlamaConfig, layer: dict[str, Array], x: Array) -> Any:
     rope = layer_rope(config, jnp.full((1,), x.shape[1], jnp.int32), 0)
-    return forward.layer_qkv(
-        config, layer, x, rope, jnp.arange(x.shape[1], dtype=jnp.int32), forward.rows_at_once(*x.shape[:2])
-    )
+    return forward.layer_qkv(config, layer, x, rope, jnp.arange(x.shape[1], dtype=jnp.int32))
 
 
 @partial(jax.jit, static_argnums=0)

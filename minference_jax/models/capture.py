@@ -67,7 +67,7 @@ def _layer(params: forward.Params, index: Array) -> Layer:
 @under_own_settings
 def _project(config: LlamaConfig, params: forward.Params, x: Array, lengths: Array, index: Array) -> Any:
     rope, positions = layer_rope(config, lengths, index), jnp.arange(x.shape[1], dtype=jnp.int32)
-    return forward.layer_qkv(config, _layer(params, index), x, rope, positions, forward.rows_at_once(*x.shape[:2]))
+    return forward.layer_qkv(config, _layer(params, index), x, rope, positions)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="x")

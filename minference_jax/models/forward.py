@@ -92,9 +92,10 @@ def _head(config: LlamaConfig, params: Params, x: Float[Array, "b t d"], exchang
 
 
 def layer_qkv(
-    config: LlamaConfig, layer: Layer, x: Array, rope: LayerRope, positions: Int32[Array, " t"], chunk: int
+    config: LlamaConfig, layer: Layer, x: Float[Array, "b t d"], rope: LayerRope, positions: Int32[Array, " t"]
 ) -> tuple[Array, Array, Array]:
-    """One layer's q, k, v for rows at these positions, in chunks."""
+    """One layer's q `[b, t, n, h]`, k and v `[b, t, k, h]` for rows at these positions, in chunks."""
+    chunk = rows_at_once(*x.shape[:2])
     q, k, v = to_heads(ONE, partial(_project, config, layer, rope), (x,), positions[None], x.shape[1], chunk)
     return q, k, v
 

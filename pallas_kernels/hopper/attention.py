@@ -86,7 +86,7 @@ def hopper_attention(
     """Attention over the keys of a plan: softmax(scale · q kᵀ + mask) v, the mask being `plan.to_mask(...)`.
 
     **Arguments:** as `pallas_kernels.sparse_attention`, but `plan` None stands for every causal key; and `config`:
-    static tuning, by default as `KernelConfig` says; `interpret`: parameters of the Mosaic GPU interpreter, to run on a
+    static tuning, by default `default_config`; `interpret`: parameters of the Mosaic GPU interpreter, to run on a
     CPU.
 
     **Returns:** the output in q's dtype, zero at rows at or past a sequence's length; and with `return_lse` the
@@ -105,10 +105,7 @@ def hopper_attention(
     if reason is not None:
         raise ValueError(f"the Hopper kernel can't serve this call: {reason}")
     plan = full_plan(q.shape[0], q.shape[2], k.shape[1]) if plan is None else plan
-    if config is None:
-        overlap = not ignores_setmaxnreg()
-        # The form without overlap begins no query tile beside the one before, and without bands they share no keys.
-        config = KernelConfig(chain=KernelConfig.chain if overlap or plan.bands is not None else 1, overlap=overlap)
+    config = default_config(plan) if config is None else config
     if not config.fits(q.shape[-1]):
         raise ValueError(
             f"{config} needs {config.shared_memory_bytes(q.shape[-1])} bytes of shared memory at head_dim "
@@ -120,6 +117,14 @@ def hopper_attention(
     limits = None if lengths is None else lengths.astype(jnp.int32)
     offset = jnp.asarray(q_offset, jnp.int32)
     return _attention(q, k, v, plan, limits, offset, scale, return_lse, config, interpret)
+
+
+def default_config(plan: SparsePlan) -> KernelConfig:
+    """Static tuning for a plan, as far as its parts decide it."""
+    if not ignores_setmaxnreg():
+        return KernelConfig()
+    # The form without overlap begins no query tile beside the one before, and without bands they share no keys.
+    return KernelConfig(chain=1 if plan.bands is None else KernelConfig.chain, overlap=False)
 
 
 @differentiable
