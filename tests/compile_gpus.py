@@ -98,17 +98,19 @@ def cases() -> Iterator[Case]:
     import jax.numpy as jnp
     from test_hopper import SHAPES, avals
     from test_hopper import attend as hopper
-    from test_tile_masses import MASS_SHAPES, masses_on_hopper
+    from test_tile_masses import MASS_SHAPES, keys_on_hopper, masses_on_hopper
 
     from pallas_kernels.decode.append import rotate_and_append
     from pallas_kernels.decode.attention import decode_attention
     from pallas_kernels.decode.matvec import stacked_matvec
     from pallas_kernels.decode.norm import add_and_norm
+    from pallas_kernels.index.fp8 import centred_keys, rounded_probes
     from pallas_kernels.index.keys import digit_counts, key_lists
     from pallas_kernels.index.normalise import normalised
     from pallas_kernels.index.probe_sums import row_totals, weight_sums
     from pallas_kernels.index.running import best_digit, tied_tiles
     from pallas_kernels.index.tile_keys import TileRule
+    from pallas_kernels.index.tile_lse import GROUP
     from pallas_kernels.mma.attention import mma_attention
     from pallas_kernels.order import longest_first
     from pallas_kernels.rows.launch import RowRange
@@ -129,6 +131,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"attention {name}", hopper, shapes, ("9.0",))
     for name, shapes in MASS_SHAPES.items():
         yield Case(f"masses {name}", masses_on_hopper, shapes, ("9.0",))
+        yield Case(f"keys {name}", keys_on_hopper, shapes, ("9.0",))
     shape = jax.ShapeDtypeStruct
     keys, rows = shape((1, 32, 1024, 2048), jnp.uint16), shape((1, 1024), jnp.int32)
     first = lambda keys, rows: digit_counts(keys, rows, None, None, shift=7, bits=8)  # noqa: E731
@@ -150,6 +153,12 @@ def cases() -> Iterator[Case]:
         for name, by in (("masses", None), ("keys", rule)):
             call = partial(normalised, heads=32, keys=t, chunk=t // 2)
             yield Case(f"{name} of {probes}", call, (*logarithms, *of_probes, by), ("9.0",), "triton")
+    for h, kv_heads, groups in ((128, 8, 256), (96, 8, 32), (64, 2, 2048)):
+        of_keys = shape((1, groups * GROUP, kv_heads, h), jnp.bfloat16), shape((1,), jnp.int32)
+        yield Case(f"{groups} groups of keys D{h}", centred_keys, of_keys, ("9.0",), "triton")
+        of_tiles = shape((1, 4 * groups, 8), jnp.int32)
+        of_probes = shape((1, groups * GROUP, 32, h), jnp.bfloat16), shape((1, groups, kv_heads, h), jnp.bfloat16)
+        yield Case(f"probes D{h}", rounded_probes, (*of_probes, of_tiles, of_tiles), ("9.0",), "triton")
     every = tuple(SHARED_MEMORY)
     yield Case("the longest first", longest_first, (shape((32, 1024), jnp.int32),), every, "triton")
     for dtype, size in ((jnp.bfloat16, 1 << 20), (jnp.bfloat16, 5000), (jnp.float32, 1 << 20)):

@@ -14,15 +14,36 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.index.hopper import hopper_masses
+from pallas_kernels.index.tile_keys import ALWAYS, NEVER, TileRule
 from pallas_kernels.index.tile_lse import MassConfig
 from pallas_kernels.index.xla import xla_masses
+
+
+def check_keys(case: dict, arguments: tuple, options: dict) -> None:
+    """Keys of tiles, which the kernel makes of products in FP8: each is worth 2**(1 / 1024) times the one below."""
+    (b, t, n, _), (_, query_tiles, _) = arguments[0].shape, arguments[2].shape
+    start = jnp.arange(query_tiles, dtype=jnp.int32) * 128
+    height = jnp.clip(jnp.asarray(case["valid"], jnp.int32)[:, None] - start, 0, 128)
+    end = (height > 0) & (start + 128 >= t)
+    rule = TileRule(start + jnp.int32(case["q_offset"]), height, end, jnp.zeros((b, n), jnp.float32))
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    found = hopper_masses(*arguments, **options, rule=rule, config=MassConfig(**case["config"]), interpret=interpret)
+    found, expected = (np.asarray(x, np.int64) for x in (found, xla_masses(*arguments, **options, rule=rule)))
+    assert found.shape == expected.shape
+    for level in (NEVER, ALWAYS):
+        np.testing.assert_array_equal(found == level, expected == level)
+    ranked = (expected > 1) & (expected < ALWAYS)
+    assert ranked.any()
+    apart = np.abs(found - expected)[ranked]
+    assert apart.max() < 1024 * case["octaves_apart"] and apart.mean() < 1024 * 0.05, (apart.max(), apart.mean())
 
 
 def run(case: dict) -> None:
     rng = np.random.default_rng(1)
     b, t, s, n, k, h, every = (case[name] for name in ("b", "t", "s", "n", "k", "h", "every"))
     q = jnp.asarray(2 * rng.standard_normal((b, t, n, h)), case["dtype"])
-    keys = jnp.asarray(rng.standard_normal((b, s, k, h)), case["dtype"])
+    common = case.get("common", 0) * rng.standard_normal((1, 1, k, h))
+    keys = jnp.asarray(rng.standard_normal((b, s, k, h)) + common, case["dtype"])
     octaves = np.zeros((s, k))
     for head, heights in enumerate(case.get("octaves", [])):  # 2**height is a factor of the key's weight
         octaves[[int(at) for at in heights], head] = list(heights.values())
@@ -36,6 +57,8 @@ def run(case: dict) -> None:
     share = jnp.asarray(rng.integers(1, 2 * every, rows.shape), jnp.float32)
     arguments = (q, keys, rows, positions, share)
     options = {"scale": case.get("scale", h**-0.5)}
+    if "octaves_apart" in case:
+        return check_keys(case, arguments, options)
     mass, lse = hopper_masses(
         *arguments,
         **options,

@@ -14,7 +14,8 @@ import pytest
 from pallas_kernels import tile_masses
 from pallas_kernels.device import Device, lowering_for
 from pallas_kernels.index import xla
-from pallas_kernels.index.masses import unsupported_reason
+from pallas_kernels.index.masses import tile_keys, unsupported_reason
+from pallas_kernels.index.tile_keys import TileRule
 from pallas_kernels.index.tile_lse import MassConfig
 
 SCRIPT = Path(__file__).with_name("masses_interpreted.py")
@@ -38,6 +39,19 @@ CASES = {
         "q_offset": 0, "valid": [1024], "config": {"chunk": 1024},
         "octaves": [{"0": -150, "200": 150, "330": 149, "600": 150}, {"0": -300, "200": 250, "330": 300, "600": 300}],
         "beyond": [3, 5, 9],
+    },
+    # In FP8: what all keys have in common, thirty times what they differ by, must not matter.
+    "keys-in-fp8-two-sequences-offset-GQA2-D64": {
+        "b": 2, "t": 384, "s": 1300, "n": 4, "k": 2, "h": 64, "every": 64, "dtype": "bfloat16", "common": 30,
+        "q_offset": 896, "valid": [300, 384], "config": {"chunk": 512}, "octaves_apart": 0.4,
+    },
+    "keys-in-fp8-odd-no-rows-at-all-D96-fp16": {
+        "b": 2, "t": 700, "s": 700, "n": 3, "k": 1, "h": 96, "every": 16, "dtype": "float16",
+        "q_offset": 0, "valid": [700, 0], "config": {"chunk": 1024}, "octaves_apart": 0.4,
+    },
+    "keys-of-wide-heads-D256": {
+        "b": 1, "t": 300, "s": 300, "n": 2, "k": 1, "h": 256, "every": 64, "dtype": "bfloat16",
+        "q_offset": 0, "valid": [300], "config": {"chunk": 512}, "octaves_apart": 0.01,
     },
 }  # fmt: skip
 
@@ -112,6 +126,17 @@ def masses_on_hopper(q, k, rows, share, lengths, q_offset):
     return tile_masses(q, k, rows, share, lengths=lengths, q_offset=q_offset, implementation="hopper")
 
 
+def keys_on_hopper(q, k, rows, share, lengths, q_offset):
+    """What `SharedDensity` makes of them."""
+    (b, _, n, _), query_tiles = q.shape, rows.shape[1]
+    height = jnp.full((b, query_tiles), 128, jnp.int32)
+    rule = TileRule(
+        128 * jnp.arange(query_tiles, dtype=jnp.int32), height, height < 128, jnp.zeros((b, n), jnp.float32)
+    )
+    where = {"lengths": lengths, "q_offset": q_offset, "scale": q.shape[-1] ** -0.5}
+    return tile_keys(q, k, rows, share, rule, implementation="hopper", **where)
+
+
 MASS_SHAPES = {
     "16K-every-16-H32-D128": avals(16_384, 16_384, 32, 8, 128, 8),
     "128K-every-64-H32-D128": avals(131_072, 131_072, 32, 8, 128, 2),
@@ -127,6 +152,15 @@ def test_kernel_lowers_for_cuda_without_a_gpu(shapes):
     with lowering_for("9.0"):
         text = jax.jit(masses_on_hopper).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert "tile_lse" in text and "normalised" in text
+
+
+@pytest.mark.parametrize("shapes", MASS_SHAPES.values(), ids=MASS_SHAPES.keys())
+@pytest.mark.filterwarnings("ignore:.*Triton:DeprecationWarning")
+def test_keys_lower_for_cuda_and_take_fp8_up_to_128_dimensions(shapes):
+    with lowering_for("9.0"):
+        text = jax.jit(keys_on_hopper).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    in_fp8 = ['name = "centred_keys"' in text, 'name = "rounded_probes"' in text]
+    assert "tile_lse" in text and in_fp8 == [shapes[0].shape[-1] <= 128] * 2
 
 
 def test_says_what_it_cannot_serve():

@@ -44,6 +44,7 @@ from minference_jax.parallel.mesh import AXES, HEADS, ROWS
 from minference_jax.parallel.specs import param_axes
 from minference_jax.patterns import HeadPatterns
 from minference_jax.patterns.resolve import Patterns, resolve_patterns
+from minference_jax.patterns.shared_density import SharedDensity
 from minference_jax.planning.auto import AUTO, auto_pattern
 
 GPUS: dict[str, float] = {
@@ -181,6 +182,8 @@ def _activations(
     keys_and_values = 2 * keys * k // heads * h * size
     sent = 0 if mesh.size == 1 else own * (n + k) * h * size * (1 if mesh.shape[ROWS] == 1 else 2)
     index = index_bytes(patterns, rows, keys, batch * n // heads, size)
+    if patterns is not None and any(isinstance(pattern, SharedDensity) for pattern in patterns.distinct()):
+        index += batch * keys * k // heads * h  # its keys in FP8
     attention = batch * (stream + 2 * queries + keys_and_values + sent) + max(
         index, batch * _window_bytes(config, rows, keys) // heads
     )

@@ -16,7 +16,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, scf, vector
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 SUM_COLUMNS = 8
 """Columns of a running sum: the fewest that need no exchange between threads."""
@@ -26,10 +26,9 @@ LARGEST_GROWTH = 8.0
 probabilities reach 256, which 16-bit floats and float32 sums hold as exactly, and nothing has to be rescaled."""
 
 _TILE = SUM_COLUMNS
-_SMALLEST = -126.0  # 2**-126 is the smallest normal number; everything below it counts as that
-_LARGEST = 127.0
-_ROUND = 1.5 * 2**23  # adding this to a small number leaves it rounded in the lowest bits
-_FACTORS = (
+SMALLEST = -126.0  # 2**-126 is the smallest normal number; everything below it counts as that
+ROUND = 1.5 * 2**23  # adding this to a small number leaves it rounded in the lowest bits
+FACTORS = (
     0.9999280571937561,
     0.6932609677314758,
     0.2426111251115799,
@@ -37,19 +36,15 @@ _FACTORS = (
 )  # of 2**f, |f| <= 1/2; largest relative error 1e-4
 
 
-def exp2(x: Float[Array, "m s"], polynomial_tiles: int, *, emulate: bool, bounded: bool = True) -> Float[Array, "m s"]:
-    """2**x, in `polynomial_tiles` of every 16 tiles of 8 columns as a polynomial.
-
-    `bounded` promises x <= 127. Without it polynomials of larger x are 2**127, and exponentials are infinite.
-    """
+def exp2(x: Float[Array, "m s"], polynomial_tiles: int, *, emulate: bool) -> Float[Array, "m s"]:
+    """2**x for x <= 127, in `polynomial_tiles` of every 16 tiles of 8 columns as a polynomial."""
     tiles = x.shape[1] // _TILE
     count = polynomial_tiles * tiles // 16
     if not count:
         return jnp.exp2(x)
     if emulate:
         tile = lax.div(lax.broadcasted_iota(jnp.int32, x.shape, 1), jnp.int32(_TILE))
-        polynomial = _polynomial(x if bounded else jnp.minimum(x, _LARGEST))
-        return jnp.where(lax.rem(tile * count, jnp.int32(tiles)) < count, polynomial, jnp.exp2(x))
+        return jnp.where(lax.rem(tile * count, jnp.int32(tiles)) < count, polynomial(x), jnp.exp2(x))
     layout = plgpu.Layout.WGMMA
 
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout))
@@ -59,39 +54,12 @@ def exp2(x: Float[Array, "m s"], polynomial_tiles: int, *, emulate: bool, bounde
             columns = slice(tile * _TILE, (tile + 1) * _TILE)
             part = x[:, columns]
             if tile * count % tiles < count:
-                result[:, columns] = _polynomial_registers(part if bounded else part.min(_LARGEST))
+                result[:, columns] = _polynomial_registers(part)
             else:
                 result[:, columns] = part.exp2(approx=True)
         return result
 
     return mixed(x)  # pyright: ignore[reportCallIssue]
-
-
-def hidden_after(
-    x: Float[Array, "m s"], last: Int[Array, " m"], hidden: float, *, emulate: bool
-) -> Float[Array, "m s"]:
-    """x up to column last[row] of each row, `hidden` after it.
-
-    A thread compares few numbers with constants: one for each element of x would take as many registers as x.
-    """
-    if emulate:
-        return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 1) <= last[:, None], x, hidden)
-    layout = plgpu.Layout.WGMMA
-    result = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout)
-
-    @plgpu.inline_mgpu(arg_types=(layout, layout.reduce(1)), return_type=result)
-    def hide(_, x, last):
-        shape = (x.shape[0], _TILE)
-        column = mgpu.FragmentedArray.broadcasted_iota(last.mlir_dtype, shape, 1, x.layout, is_signed=True)
-        ahead = last.broadcast_in_dim(shape, (0,), x.layout) - column
-        nothing = mgpu.FragmentedArray.splat(mgpu.c(hidden, ir.F32Type.get()), shape, x.layout)
-        result = x.copy()
-        for first in range(0, x.shape[1], _TILE):
-            columns = slice(first, first + _TILE)
-            result[:, columns] = (ahead >= first).select(x[:, columns], nothing)
-        return result
-
-    return hide(x, last)  # pyright: ignore[reportCallIssue]
 
 
 def raised(maximum: Float[Array, " m"], s: Float[Array, "m w"], scale: float, *, emulate: bool) -> Float[Array, " m"]:
@@ -105,7 +73,7 @@ def raised(maximum: Float[Array, " m"], s: Float[Array, "m w"], scale: float, *,
 
     @plgpu.inline_mgpu(arg_types=(rows, layout), return_type=result)
     def raise_maximum(_, maximum, s):
-        largest = _halved(s, lambda a, b: a.max(b)) * scale
+        largest = halved(s, lambda a, b: a.max(b)) * scale
         growth = largest - maximum.broadcast_in_dim(largest.shape, (0,), largest.layout)
         (raised,) = _in_warps_where(
             _any_above(growth, LARGEST_GROWTH), [maximum], lambda m: [m.max(largest.reduce("max", 1))]
@@ -146,12 +114,12 @@ def folded(p: Float[Array, "m s"], *, emulate: bool) -> Float[Array, "m SUM_COLU
 
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout))
     def fold(_, p):
-        return _halved(p, lambda a, b: a + b)
+        return halved(p, lambda a, b: a + b)
 
     return fold(p)  # pyright: ignore[reportCallIssue]
 
 
-def _halved(x: mgpu.FragmentedArray, combine: Callable[[Any, Any], Any]) -> mgpu.FragmentedArray:
+def halved(x: mgpu.FragmentedArray, combine: Callable[[Any, Any], Any]) -> mgpu.FragmentedArray:
     """Tiles of `_TILE` columns combined pairwise until one is left."""
     parts = [x[:, i : i + _TILE] for i in range(0, x.shape[1], _TILE)]
     while len(parts) > 1:
@@ -164,7 +132,7 @@ def _any_above(x: mgpu.FragmentedArray, limit: float) -> ir.Value:
 
     NaN is not greater than anything, and hides no other element.
     """
-    largest = functools.reduce(arith.maxnumf, _numbers(x))
+    largest = functools.reduce(arith.maxnumf, numbers(x))
     above = arith.cmpf(arith.CmpFPredicate.OGT, largest, arith.constant(ir.F32Type.get(), limit))
     return nvvm.vote_sync(arith.constant(ir.IntegerType.get_signless(32), -1), above, "any")
 
@@ -175,17 +143,17 @@ def _in_warps_where(
     function: Callable[..., list[mgpu.FragmentedArray]],
 ) -> list[mgpu.FragmentedArray]:
     """function(*arrays), of the same shapes and layouts, in warps where the predicate holds; else the arrays."""
-    flat = [number for x in arrays for number in _numbers(x)]
+    flat = [number for x in arrays for number in numbers(x)]
     branch = scf.IfOp(predicate, [number.type for number in flat], has_else=True)
     with ir.InsertionPoint(branch.then_block):
-        scf.yield_([number for x in function(*arrays) for number in _numbers(x)])
+        scf.yield_([number for x in function(*arrays) for number in numbers(x)])
     with ir.InsertionPoint(branch.else_block):  # pyright: ignore[reportCallIssue, reportArgumentType]
         scf.yield_(flat)
     results = iter(branch.results)
-    return [_with_numbers(x, results) for x in arrays]
+    return [with_numbers(x, results) for x in arrays]
 
 
-def _numbers(x: mgpu.FragmentedArray) -> list[ir.Value]:
+def numbers(x: mgpu.FragmentedArray) -> list[ir.Value]:
     """The elements that each thread holds, one by one."""
     found = []
     for register in x.registers.flat:
@@ -198,38 +166,38 @@ def _numbers(x: mgpu.FragmentedArray) -> list[ir.Value]:
     return found
 
 
-def _with_numbers(x: mgpu.FragmentedArray, numbers: Iterator[ir.Value]) -> mgpu.FragmentedArray:
+def with_numbers(x: mgpu.FragmentedArray, values: Iterator[ir.Value]) -> mgpu.FragmentedArray:
     """An array of x's layout that holds these elements."""
     registers, kind = x.tree_flatten()
     made = []
     for register in registers:
         if isinstance(register.type, ir.VectorType):
             size = ir.VectorType(register.type).shape[0]
-            made.append(vector.from_elements(register.type, [next(numbers) for _ in range(size)]))
+            made.append(vector.from_elements(register.type, [next(values) for _ in range(size)]))
         else:
-            made.append(next(numbers))
+            made.append(next(values))
     return x.tree_unflatten(kind, made)
 
 
 def _polynomial_registers(x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
     int32, float32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-    x = x.max(_SMALLEST)
-    rounded = x + _ROUND
-    rest = x - (rounded - _ROUND)
-    total = rest * _FACTORS[3] + _FACTORS[2]
-    for factor in _FACTORS[1::-1]:
+    x = x.max(SMALLEST)
+    rounded = x + ROUND
+    rest = x - (rounded - ROUND)
+    total = rest * FACTORS[3] + FACTORS[2]
+    for factor in FACTORS[1::-1]:
         total = total * rest + factor
     # The whole part goes into the exponent.
     bits = total.bitcast(int32, output_is_signed=True) + (rounded.bitcast(int32, output_is_signed=True) << 23)
     return bits.bitcast(float32)
 
 
-def _polynomial(x: Float[Array, "m s"]) -> Float[Array, "m s"]:
-    """The same in jnp, for the interpreter."""
-    x = jnp.maximum(x, _SMALLEST)
+def polynomial(x: Float[Array, "m s"]) -> Float[Array, "m s"]:
+    """What it is in jnp, for the interpreter."""
+    x = jnp.maximum(x, SMALLEST)
     whole = jnp.round(x)
     rest = x - whole
-    total = rest * _FACTORS[3] + _FACTORS[2]
-    for factor in _FACTORS[1::-1]:
+    total = rest * FACTORS[3] + FACTORS[2]
+    for factor in FACTORS[1::-1]:
         total = total * rest + factor
     return total * jnp.exp2(whole)

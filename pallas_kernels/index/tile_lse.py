@@ -16,19 +16,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import axes
 from pallas_kernels.device import DEFAULT_MULTIPROCESSORS
-from pallas_kernels.hopper.registers import exp2, hidden_after
+from pallas_kernels.hopper.product import start_scores
+from pallas_kernels.index.terms import TILES, exponentials, hidden_after, tile_parts, tile_sums
 from pallas_kernels.sizes import KEY_TILE
 from pallas_kernels.tracing import without_axes
 
@@ -38,11 +38,11 @@ WARPGROUPS, ROWS = 2, 64
 BLOCK = WARPGROUPS * ROWS
 """Rows of a thread block."""
 
-STEP, STEPS = 2 * KEY_TILE, 4
+STEP, STEPS = 2 * KEY_TILE, TILES // 2
 """Keys of a step, and steps of a group."""
 
-GROUP, TILES = STEPS * STEP, STEPS * STEP // KEY_TILE
-"""Keys and key tiles of a group."""
+GROUP = STEPS * STEP
+"""Keys of a group."""
 
 _SCORES = (ROWS, STEP)
 _LAYOUT = plgpu.Layout.WGMMA
@@ -85,6 +85,15 @@ class MassConfig:
         return cls(GROUP * max(min(groups, 4), -(-groups // chunks)))
 
 
+class Factors(NamedTuple):
+    """What makes products of rounded probes and keys what they are of exact ones: product · rows · keys + shift."""
+
+    rows: Float[Array, "b k r"]
+    keys: Float[Array, "b k g"]
+    """Of each group of `GROUP` keys."""
+    shift: Float[Array, "b k g r"]
+
+
 def tile_lse(
     probes: Float[Array, "b k r h"],
     k: Float[Array, "b s k h"],
@@ -92,6 +101,7 @@ def tile_lse(
     *,
     scale: float,
     config: MassConfig,
+    factors: Factors | None = None,
     interpret: Any = None,
 ) -> tuple[Float[Array, "b k R W"], Float[Array, "b k c R"]]:
     """log2 of the sum of each key tile's terms, and of each chunk's; R and W are r and s / 64 rounded up to multiples
@@ -100,7 +110,7 @@ def tile_lse(
     Undefined for rows at position -1, and for tiles and chunks that begin after a row's position.
 
     **Arguments:** `positions`: the last key that each row sees, less than s, in any order, -1 for a row that is none;
-    rows close to each other in positions save work.
+    rows close to each other in positions save work. `factors`: of probes and keys that are rounded.
     """
     b, kv_heads, r, h = probes.shape
     s = k.shape[1]
@@ -115,15 +125,17 @@ def tile_lse(
     # The last key that any of a block's rows sees, and the last that each of them does.
     last, common = at.max(-1), jnp.min(jnp.where(at < 0, s, at), axis=-1)
 
-    swizzle = 128 if h % 64 == 0 else 64
-    tiling = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))  # pyright: ignore[reportAbstractUsage]
-    stages = STEPS if h <= 128 else STEPS // 2
+    size = k.dtype.itemsize
+    swizzle = next(width for width in (128, 64, 32) if h * size % width == 0)
+    tiling = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))  # pyright: ignore[reportAbstractUsage]
+    wide = h * size > 256
+    stages = STEPS // 2 if wide else STEPS
+    scaled = [] if factors is None else _padded(factors, positions.shape[1], groups)
     emulate = interpret is not None
     log2_scale = scale * math.log2(math.e)
 
-    def body(
-        q_ref, k_ref, position_ref, last_ref, common_ref, tiles_ref, chunks_ref, q_smem, k_smem, q_full, k_full, k_free
-    ):
+    def body(q_ref, k_ref, position_ref, last_ref, common_ref, *refs, q_smem, k_smem, q_full, k_full, k_free):
+        *scaled_refs, tiles_ref, chunks_ref = refs
         z, chunk = lax.axis_index(axes.HEAD), lax.axis_index(axes.CHUNK)
         block = blocks - 1 - lax.axis_index(axes.ROWS)  # those with the most keys first
         batch, head = lax.div(z, jnp.int32(kv_heads)), lax.rem(z, jnp.int32(kv_heads))
@@ -154,7 +166,14 @@ def tile_lse(
 
         def compute():
             rows = pl.ds(block * BLOCK + warpgroup * ROWS, ROWS)
-            position = plgpu.load(position_ref.at[batch, rows], layout=_LAYOUT.reduce(1), optimized=False)
+            row_layout = _LAYOUT.reduce(1)
+            position = plgpu.load(position_ref.at[batch, rows], layout=row_layout, optimized=False)
+            row_factor = None
+            if scaled_refs:
+                row_factor = plgpu.load(scaled_refs[0].at[batch, head, rows], layout=row_layout, optimized=False)
+                row_factor *= log2_scale
+            nothing = plgpu.layout_cast(jnp.zeros((ROWS, TILES), jnp.float32), _LAYOUT)
+            no_total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
             queries, last_position = q_smem.at[warpgroup], last_ref[batch, block]
 
             def of_columns(x, shape):
@@ -166,7 +185,7 @@ def tile_lse(
                 # No group comes near 2**30, so nothing is added. But addresses that are the same in every group are
                 # kept from one to the next, and there are more of them, one a product, than registers.
                 keys = k_smem.at[slot + lax.shift_right_logical(group, jnp.int32(30))]
-                if h > 128 and not emulate:  # these products take too many registers for anything beside them
+                if wide and not emulate:  # these products take too many registers for anything beside them
                     before = lax.optimization_barrier(beside())
                     beside = lambda: before  # noqa: E731
 
@@ -174,45 +193,44 @@ def tile_lse(
                     if ahead is not None:
                         plgpu.barrier_wait(k_full.at[ahead % stages])
 
-                def product(scores):
-                    plgpu.wgmma(scores, queries, keys.transpose((1, 0)))
+                if emulate:
+                    result = jnp.dot(queries[...], keys[...].T, preferred_element_type=jnp.float32)
+                    other = beside()
+                    arrived()
+                    plgpu.commit_smem()
+                else:
+                    result = start_scores(queries, keys, tiling, swizzle)
                     other = lax.optimization_barrier(beside())
                     arrived()
-                    result = plgpu.wgmma_accumulator_load(scores, wait_n=0)
-                    plgpu.barrier_arrive(k_free.at[slot])
-                    return result, other
-
-                if not emulate:
-                    return pl.run_scoped(product, ACC(_SCORES, jnp.float32))
-                result = jnp.dot(queries[...], keys[...].T, preferred_element_type=jnp.float32)
-                other = beside()
-                arrived()
-                plgpu.commit_smem()
+                    plgpu.wgmma_wait(0)
+                    result = lax.optimization_barrier(result)
                 plgpu.barrier_arrive(k_free.at[slot])
                 return result, other
 
-            def insert(c, s, top, group, u, masked):
-                """c[64 rows, 8 tiles] with the two tiles of step `u`, or c if no row sees them.
+            def seen(s):
+                return hidden_after(s, position - first * GROUP, _LOWEST, emulate=emulate)
+
+            def of_group(group):
+                """By what to multiply the products of each row, and what to add to that; () where that is the scale."""
+                if not scaled_refs:
+                    return ()
+                _, keys_ref, shift_ref = scaled_refs
+                shift = plgpu.load(shift_ref.at[batch, head, first + group, rows], layout=row_layout, optimized=False)
+                return row_factor * keys_ref[batch, head, first + group], shift * log2_scale
+
+            def parts(s, top, factor, group, u, masked):
+                """What each thread has of the two tiles of step `u`, or zero if no row sees them.
 
                 The branch also keeps the compiler from moving exponentials out of the products' way, before or after.
                 """
-                seen = ((first + group) * STEPS + u) * STEP <= last_position
-                return lax.cond(seen, lambda: with_tiles(c, s, top, group, u, masked), lambda: c)
+                key = (first + group) * GROUP + u * STEP
 
-            def hidden(x, key):
-                """x of the keys from the chunk's `key` on, with the lowest for those that its rows do not see."""
-                return hidden_after(x, position - first * GROUP - key, _LOWEST, emulate=emulate)
+                def terms():
+                    last = position - key if masked else None
+                    p = exponentials(s, factor, top, config.polynomial_tiles, last, emulate=emulate)
+                    return tile_parts(p, emulate=emulate)
 
-            def with_tiles(c, s, top, group, u, masked):
-                column = plgpu.broadcasted_iota(jnp.int32, c.shape, 1, layout=_LAYOUT)
-                for half in range(2):
-                    part = s[:, half * KEY_TILE : (half + 1) * KEY_TILE]
-                    x = part * log2_scale - of_columns(top, part.shape)
-                    if masked:
-                        x = hidden(x, group * GROUP + u * STEP + half * KEY_TILE)
-                    p = exp2(x, config.polynomial_tiles, emulate=emulate, bounded=False)
-                    c = jnp.where(column == 2 * u + half, of_columns(p.sum(axis=1), c.shape), c)
-                return c
+                return lax.cond(key <= last_position, terms, lambda: nothing)
 
             def run(group, carry, masked, last=False):
                 """The tiles of a group, whose first scores come in the carry; so go out those of the next group.
@@ -221,33 +239,39 @@ def tile_lse(
                 tile the kernel took 2.50 ms instead of 2.31 (an H200, 128K tokens, a probe in 64 rows, commit 4ee996a).
                 Should a tile's exceed it by 128 or more, it counts as 128 more.
                 """
-                s, top, total = carry
-                c = plgpu.layout_cast(jnp.zeros((ROWS, TILES), jnp.float32), _LAYOUT)
+                s, top, total, this = carry
+                following = this if last else of_group(jnp.minimum(group + 1, some - 1))  # arrives on the way
+                factor, below = (this[0], top - this[1]) if this else (log2_scale, top)
+                found = []
                 for u in range(STEPS):
+
+                    def of_step(s=s, u=u):
+                        return parts(s, below, factor, group, u, masked)
+
                     if last and u == STEPS - 1:
-                        c = insert(c, s, top, group, u, masked)
+                        found.append(of_step())
                         continue
                     ahead = None if last and u == STEPS - 2 else u + 2
-                    s, c = multiply(u + 1, lambda c=c, s=s, u=u: insert(c, s, top, group, u, masked), ahead, group)
+                    s, part = multiply(u + 1, of_step, ahead, group)
+                    found.append(part)
+                c = tile_sums(found, emulate=emulate)
                 c = of_columns(top, c.shape) + jnp.minimum(jnp.log2(c), _MOST)
                 tiles_ref.at[batch, head, rows, pl.ds((first + group) * TILES, TILES)][...] = c
                 higher = jnp.maximum(top, c.max(axis=1) + _ABOVE)
                 total = total * jnp.exp2(top - higher) + jnp.exp2(c - of_columns(higher, c.shape)).sum(axis=1)
-                return s, higher, total
+                return s, higher, total, following
 
             plgpu.barrier_wait(q_full)
             plgpu.barrier_wait(k_full.at[0])
             s, _ = multiply(0, lambda: jnp.int32(0), 1, jnp.int32(0))
             before = jnp.minimum(whole, some - 1)
-            highest = lax.cond(before > 0, lambda: s.max(axis=1), lambda: hidden(s, 0).max(axis=1))  # of the first keys
-            carry = (
-                s,
-                highest * log2_scale + _ABOVE,
-                plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _LAYOUT.reduce(1)),
-            )
+            this = of_group(jnp.int32(0))
+            highest = lax.cond(before > 0, lambda: s.max(axis=1), lambda: seen(s).max(axis=1))  # of the first keys
+            highest = highest * this[0] + this[1] if this else highest * log2_scale
+            carry = s, highest + _ABOVE, no_total, this
             carry = lax.fori_loop(jnp.int32(0), before, lambda group, x: run(group, x, masked=False), carry)
             carry = lax.fori_loop(before, some - 1, lambda group, x: run(group, x, masked=True), carry)
-            _, top, total = run(some - 1, carry, masked=True, last=True)
+            _, top, total, _ = run(some - 1, carry, masked=True, last=True)
             chunks_ref.at[batch, head, chunk, rows][...] = top + jnp.log2(total)
 
         @pl.when((some > 0) & (warpgroup == WARPGROUPS))
@@ -283,5 +307,13 @@ def tile_lse(
             kernel_name="tile_lse",
             compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         )
-    )(probes, k, positions, last, common)
+    )(probes, k, positions, last, common, *scaled)
     return tiles, of_chunks
+
+
+def _padded(factors: Factors, rows: int, groups: int) -> list[Array]:
+    """The factors for as many rows as the thread blocks have, and as many groups."""
+    more = rows - factors.rows.shape[-1], groups - factors.keys.shape[-1]
+    of_rows = jnp.pad(factors.rows, ((0, 0), (0, 0), (0, more[0])))
+    of_keys = jnp.pad(factors.keys, ((0, 0), (0, 0), (0, more[1])))
+    return [of_rows, of_keys, jnp.pad(factors.shift, ((0, 0), (0, 0), (0, more[1]), (0, more[0])))]

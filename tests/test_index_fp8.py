@@ -1,0 +1,72 @@
+"""Probes and keys in FP8: what numbers and factors stand for, and what they do not depend on."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.index.fp8 import centred_keys, in_fp8, rounded_probes
+from pallas_kernels.index.hopper import packed
+from pallas_kernels.index.tile_lse import GROUP
+
+STEP = 2.0**-4
+"""Of an e4m3 number: the rounding error at most, as a part of it."""
+
+
+def as_numpy(*arrays):
+    return tuple(np.asarray(x, np.float32) for x in arrays)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("h", [64, 96])
+def test_keys_are_means_and_rounded_differences(rng, dtype, h):
+    keys = rng.standard_normal((2, 700, 3, h)) + 50 * rng.standard_normal((2, 1, 3, h))
+    k = jnp.asarray(keys, dtype)
+    numbers, means, factors = as_numpy(*centred_keys(k, jnp.array([700, 600], jnp.int32), interpret=True))
+    group = np.arange(700) // GROUP
+    of_key = factors.transpose(0, 2, 1)[:, group, :, None]
+    (given,) = as_numpy(k)
+    for batch, end in enumerate((700, 600)):
+        differences = given[batch, :end] - means[batch, group[:end]]
+        error = np.abs(numbers[batch, :end] * of_key[batch, :end] - differences)
+        assert (error <= STEP * np.abs(differences) + 2.0**-9 * of_key[batch, :end]).all()
+        assert np.abs(numbers[batch, :end]).max() <= 448
+        np.testing.assert_array_equal(np.abs(numbers[batch, :GROUP]).max((0, 2)), 448)
+        for g in range(2):
+            np.testing.assert_allclose(means[batch, g], given[batch, :end][group[:end] == g].mean(0), 0.01, 0.1)
+
+
+def test_what_lies_after_the_last_key_is_not_looked_at(rng):
+    k = jnp.asarray(rng.standard_normal((1, 600, 1, 64)), jnp.bfloat16)
+    end = jnp.array([530], jnp.int32)
+    expected = as_numpy(*centred_keys(k, end, interpret=True))
+    for garbage in (jnp.nan, jnp.inf, 1e30):
+        found = as_numpy(*centred_keys(k.at[:, 530:].set(garbage), end, interpret=True))
+        np.testing.assert_array_equal(found[0][:, :530], expected[0][:, :530])
+        for a, b in zip(found[1:], expected[1:], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_probes_are_rounded_and_multiplied_with_the_means(rng):
+    b, t, n, kv, h, query_tiles, p, groups = 2, 500, 6, 2, 96, 4, 5, 3
+    q = jnp.asarray(rng.standard_normal((b, t, n, h)) * 10.0 ** rng.integers(-2, 3, (b, t, 1, 1)), jnp.bfloat16)
+    means = jnp.asarray(rng.standard_normal((b, groups, kv, h)), jnp.bfloat16)
+    rows = jnp.asarray(rng.integers(0, t, (b, query_tiles, p)), jnp.int32)
+    positions = jnp.full(rows.shape, groups * GROUP - 1, jnp.int32)
+    numbers, factors, shift = as_numpy(*rounded_probes(q, means, rows, positions, interpret=True))
+    probes, averages = as_numpy(packed(q, rows, kv), means)
+    error = np.abs(numbers * factors[..., None] - probes)
+    assert (error <= STEP * np.abs(probes) + 2.0**-9 * factors[..., None]).all()
+    np.testing.assert_allclose(np.abs(numbers).max(-1), 448)
+    expected = np.einsum("bgkh,bkrh->bkgr", averages, probes)
+    size = np.einsum("bgkh,bkrh->bkgr", np.abs(averages), np.abs(probes))
+    assert (np.abs(shift - expected) <= 1e-5 * size).all()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+def test_numbers_of_any_size_stay_finite(rng, size):
+    q, k = (jnp.asarray(size * rng.standard_normal((1, 256, heads, 64)), jnp.bfloat16) for heads in (2, 1))
+    rows = jnp.asarray([[[3, 100], [130, 255]]], jnp.int32)
+    probes, keys, factors = in_fp8(q, k, rows, rows, interpret=True)
+    for x in (*as_numpy(probes, keys), *as_numpy(*factors[:2])):
+        assert np.isfinite(x).all()
+    assert np.isfinite(factors.shift).all() or size > 1  # beyond float32
