@@ -79,13 +79,12 @@ def without_axes[**P, R](kernel: Callable[P, R]) -> Callable[P, R]:
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         axes = tuple(sorted(varying_axes(args, kwargs)))
-        if not axes:
-            return kernel(*args, **kwargs)
-        with config._check_vma(False):
-            given: Any = jax.tree.map(untyped, (args, kwargs))
-            args, kwargs = given
+        with config._check_vma(False):  # also of arrays that are the same everywhere: results have no types yet
+            if axes:
+                given: Any = jax.tree.map(untyped, (args, kwargs))
+                args, kwargs = given
             found = kernel(*args, **kwargs)
-        return jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), found)
+        return jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), found) if axes else found
 
     return call
 

@@ -1,10 +1,12 @@
 """Probes and keys in FP8: what numbers and factors stand for, and what they do not depend on."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from pallas_kernels.index.fp8 import centred_keys, in_fp8, rounded_probes
+from pallas_kernels.index.fp8 import centred_keys, in_fp8, pays_in_fp8, rounded_probes
 from pallas_kernels.index.hopper import packed
 from pallas_kernels.index.tile_lse import GROUP
 
@@ -16,11 +18,10 @@ def as_numpy(*arrays):
     return tuple(np.asarray(x, np.float32) for x in arrays)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("h", [64, 96])
-def test_keys_are_means_and_rounded_differences(rng, dtype, h):
+def test_keys_are_means_and_rounded_differences(rng, h):
     keys = rng.standard_normal((2, 700, 3, h)) + 50 * rng.standard_normal((2, 1, 3, h))
-    k = jnp.asarray(keys, dtype)
+    k = jnp.asarray(keys, jnp.bfloat16)
     numbers, means, factors = as_numpy(*centred_keys(k, jnp.array([700, 600], jnp.int32), interpret=True))
     group = np.arange(700) // GROUP
     of_key = factors.transpose(0, 2, 1)[:, group, :, None]
@@ -60,6 +61,43 @@ def test_probes_are_rounded_and_multiplied_with_the_means(rng):
     expected = np.einsum("bgkh,bkrh->bkgr", averages, probes)
     size = np.einsum("bgkh,bkrh->bkgr", np.abs(averages), np.abs(probes))
     assert (np.abs(shift - expected) <= 1e-5 * size).all()
+
+
+def test_keys_that_are_all_the_same_are_their_mean():
+    k = jnp.full((1, 1024, 1, 64), 0.1, jnp.bfloat16)
+    numbers, means, factors = as_numpy(*centred_keys(k, jnp.array([1024], jnp.int32), interpret=True))
+    assert not numbers.any() and np.isfinite(factors).all()
+    np.testing.assert_array_equal(means, np.float32(k[0, 0, 0, 0]))
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_keys_may_be_the_same_on_all_devices_where_probes_are_not(rng, check):
+    """As with one KV head, whose query heads are spread."""
+    q, k = (jnp.asarray(rng.standard_normal((1, 256, heads, 64)), jnp.bfloat16) for heads in (2, 1))
+    rows = jnp.asarray([[[3, 100], [130, 255]]], jnp.int32)
+    mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def shifts(q, k):
+        return in_fp8(q, k, rows, rows, interpret=True)[2].shift
+
+    parts = PartitionSpec(None, None, "heads"), PartitionSpec()
+    spread = jax.shard_map(
+        shifts, mesh=mesh, in_specs=parts, out_specs=PartitionSpec(None, None, None, "heads"), check_vma=check
+    )
+    expected = [shifts(q[:, :, i : i + 1], k) for i in range(2)]
+    np.testing.assert_array_equal(jax.jit(spread)(q, k), jnp.concatenate(expected, -1))
+
+
+def test_few_probes_other_numbers_and_what_cannot_be_addressed_stay_as_they_are():
+    def keys(*shape, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    assert pays_in_fp8(keys(1, 8_192, 8, 128), 4_096)
+    assert not pays_in_fp8(keys(1, 8_192, 8, 128), 1_024)
+    assert not pays_in_fp8(keys(1, 8_192, 8, 256), 4_096)
+    assert not pays_in_fp8(keys(1, 8_192, 8, 128, dtype="float16"), 4_096)
+    # Pallas's offsets of e4m3 arrays of 2 to 4 GiB are negative.
+    assert pays_in_fp8(keys(1, 1 << 20, 16, 128), 8_192) and not pays_in_fp8(keys(1, 1 << 20, 32, 96), 8_192)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])

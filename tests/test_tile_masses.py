@@ -13,7 +13,7 @@ import pytest
 
 from pallas_kernels import tile_masses
 from pallas_kernels.device import Device, lowering_for
-from pallas_kernels.index import xla
+from pallas_kernels.index import fp8, xla
 from pallas_kernels.index.masses import tile_keys, unsupported_reason
 from pallas_kernels.index.tile_keys import TileRule
 from pallas_kernels.index.tile_lse import MassConfig
@@ -40,14 +40,14 @@ CASES = {
         "octaves": [{"0": -150, "200": 150, "330": 149, "600": 150}, {"0": -300, "200": 250, "330": 300, "600": 300}],
         "beyond": [3, 5, 9],
     },
-    # In FP8: what all keys have in common, thirty times what they differ by, must not matter.
+    # In FP8: what the keys of a group have in common must not matter, nor that other groups have something else.
     "keys-in-fp8-two-sequences-offset-GQA2-D64": {
-        "b": 2, "t": 384, "s": 1300, "n": 4, "k": 2, "h": 64, "every": 64, "dtype": "bfloat16", "common": 30,
-        "q_offset": 896, "valid": [300, 384], "config": {"chunk": 512}, "octaves_apart": 0.4,
+        "b": 2, "t": 384, "s": 1300, "n": 4, "k": 2, "h": 64, "every": 64, "dtype": "bfloat16", "common": 2,
+        "q_offset": 896, "valid": [300, 384], "scale": 0.05, "config": {"chunk": 1024}, "octaves_apart": 0.2,
     },
-    "keys-in-fp8-odd-no-rows-at-all-D96-fp16": {
-        "b": 2, "t": 700, "s": 700, "n": 3, "k": 1, "h": 96, "every": 16, "dtype": "float16",
-        "q_offset": 0, "valid": [700, 0], "config": {"chunk": 1024}, "octaves_apart": 0.4,
+    "keys-in-fp8-odd-no-rows-at-all-D96": {
+        "b": 2, "t": 1220, "s": 1220, "n": 3, "k": 1, "h": 96, "every": 64, "dtype": "bfloat16", "common": 4,
+        "q_offset": 0, "valid": [1220, 0], "scale": 0.02, "config": {"chunk": 1536}, "octaves_apart": 0.2,
     },
     "keys-of-wide-heads-D256": {
         "b": 1, "t": 300, "s": 300, "n": 2, "k": 1, "h": 256, "every": 64, "dtype": "bfloat16",
@@ -142,6 +142,8 @@ MASS_SHAPES = {
     "128K-every-64-H32-D128": avals(131_072, 131_072, 32, 8, 128, 2),
     "chunk-of-128K-two-sequences-H8-D64-fp16": avals(4_096, 131_072, 8, 2, 64, 8, "float16", b=2),
     "odd-H4-D96": avals(777, 1_001, 4, 4, 96, 3),
+    "8K-every-8-H8-D64": avals(8_192, 8_192, 8, 2, 64, 16),
+    "odd-with-many-probes-H16-D96": avals(2_777, 3_001, 16, 4, 96, 32),
     "H8-D256": avals(8_192, 8_192, 8, 4, 256, 8),
 }
 
@@ -156,11 +158,14 @@ def test_kernel_lowers_for_cuda_without_a_gpu(shapes):
 
 @pytest.mark.parametrize("shapes", MASS_SHAPES.values(), ids=MASS_SHAPES.keys())
 @pytest.mark.filterwarnings("ignore:.*Triton:DeprecationWarning")
-def test_keys_lower_for_cuda_and_take_fp8_up_to_128_dimensions(shapes):
+def test_keys_lower_for_cuda_and_take_fp8_for_many_probes_of_up_to_128_dimensions(shapes):
     with lowering_for("9.0"):
         text = jax.jit(keys_on_hopper).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     in_fp8 = ['name = "centred_keys"' in text, 'name = "rounded_probes"' in text]
-    assert "tile_lse" in text and in_fp8 == [shapes[0].shape[-1] <= 128] * 2
+    q, k, rows = (x.shape for x in shapes[:3])
+    many = rows[1] * rows[2] * q[2] // k[2] >= fp8.FEWEST
+    expected = many and q[-1] <= 128 and shapes[0].dtype == jnp.bfloat16
+    assert "tile_lse" in text and in_fp8 == [expected] * 2
 
 
 def test_says_what_it_cannot_serve():

@@ -1,8 +1,8 @@
 """Key tiles at one density for all heads of a layer: a level of the mean weight, found for each prompt.
 
-Probe rows in every query tile say exactly how much of their attention each key tile holds (`tile_masses`). The tiles
-with the highest mean weight are visited, whatever head they are of, until the layer has used up its cells. Nothing here
-is larger than query tiles times key tiles, and that is read as 16-bit integers.
+Probe rows in every query tile say how much of their attention each key tile holds (`tile_masses`, or nearly so
+`tile_keys`). The tiles with the highest mean weight are visited, whatever head they are of, until the layer has used up
+its cells. Nothing here is larger than query tiles times key tiles, and that is read as 16-bit integers.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def shared_density_index(
     **Returns:** blocks as wide as there are key tiles, with columns if `question` is given.
 
     Cost: the scores of t / every rows with the keys before them, and a few reads of a 16-bit number for each head,
-    query tile and key tile. Memory: what the kernel of `tile_masses` leaves, 4 · 128 / every bytes for each of them.
+    query tile and key tile. Memory: what the kernel of `tile_masses` leaves, 4 · 128 / every bytes for each of them;
+    with products in FP8 an eighth more, and a byte for each number of the keys.
     """
     t, s = q.shape[1], k.shape[1]
     valid = jnp.clip(lengths - q_offset, 0, t)

@@ -142,6 +142,9 @@ class Pattern(abc.ABC):
     dense: ClassVar[bool] = False
     """Whether the pattern is attention to every earlier key."""
 
+    copies_keys: ClassVar[bool] = False
+    """Whether its index may hold all keys once more, in FP8."""
+
     official_name: ClassVar[str | None] = None
     """What MInference's own pattern files call it, if they know it."""
 

@@ -51,8 +51,9 @@ class SharedDensity(Pattern):
     weight, the highest first, whatever head they are of, until the layer has used up its cells. So a head that needs
     more gets more.
 
-    On Hopper GPUs the probes of 16-bit heads of up to 128 dimensions are computed in FP8, unless a question has its
-    columns. Of the tiles then chosen one in fifty or fewer are others (a qwen2 model's, at 8K tokens and .20).
+    On Hopper GPUs probes are multiplied with the keys in FP8 where these are bfloat16, of up to 128 dimensions, and at
+    least 2,048 probes share a KV head (with four query heads to each, 4,096 tokens at a probe in 8 rows), unless a
+    question has its columns. One in fifty or fewer of the tiles then chosen are others (a qwen2 model, 8K tokens, .20).
 
     Always visited, and counted in the density: the diagonal, the first key tile, every key for the query tiles that
     hold the last 64 rows, and the question's columns. In an N-token prompt these are about 512 / N of the cells; where
@@ -80,6 +81,7 @@ class SharedDensity(Pattern):
     """
 
     name: ClassVar[str] = "shared-density"
+    copies_keys: ClassVar[bool] = True
 
     density: float
     every: int = 16
@@ -119,7 +121,7 @@ class SharedDensity(Pattern):
         tiles = heads * -(-rows // QUERY_TILE) * num_key_tiles(keys)
         probes = QUERY_TILE // self.every
         # What the probes hold of every key tile in float32, and of every eighth; its 16-bit form and the lists.
-        return tiles * (4 * probes + probes // 2 + 4 + 2 + 4) + 2 * heads * -(-rows // QUERY_TILE) * (
+        return tiles * (4 * probes + (probes + 1) // 2 + 4 + 2 + 4) + 2 * heads * -(-rows // QUERY_TILE) * (
             min(self.question or 0, keys) + 3 * 64
         )
 

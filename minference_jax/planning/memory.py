@@ -7,10 +7,10 @@ and k KV heads of h, MLP width f:
 - cache: 2 · layers · b · s · k · (h · bytes + 2 if quantized), and 4 · b · s for the tokens.
 - activations: the larger of what attention and what the MLP of a layer take, and a copy of one layer's weights.
   Attention: residual stream, queries, its output, and keys and values, b · (r·(d + 2·n·h) + 2·s·k·h) · a; and what
-  the patterns' index and tables take (`Pattern.index_bytes`). MLP: residual stream, attention's output, and b · 3·f·a
-  for each of the 16,384 rows of a sequence that it has at once, or 2·f·a, and f in FP8, for each of a device's rows
-  where these are not cut; and d·a for each where its output is normalised. With experts, three copies of a row for each
-  that serves it.
+  the patterns' index and tables take (`Pattern.index_bytes`), with b·s·k·h for keys in FP8 where it may copy them. MLP:
+  residual stream, attention's output, and b · 3·f·a for each of the 16,384 rows of a sequence that it has at once, or
+  2·f·a, and f in FP8, for each of a device's rows where these are not cut; and d·a for each where its output is
+  normalised. With experts, three copies of a row for each that serves it.
 
 On a mesh of N devices and H groups of heads each holds its slices of the weights and 1 / H of the cache and of what has
 heads; rows outside attention are 1 / N of r. For what is on its way between devices half of q, k, v and the output of
@@ -44,7 +44,6 @@ from minference_jax.parallel.mesh import AXES, HEADS, ROWS
 from minference_jax.parallel.specs import param_axes
 from minference_jax.patterns import HeadPatterns
 from minference_jax.patterns.resolve import Patterns, resolve_patterns
-from minference_jax.patterns.shared_density import SharedDensity
 from minference_jax.planning.auto import AUTO, auto_pattern
 
 GPUS: dict[str, float] = {
@@ -182,8 +181,8 @@ def _activations(
     keys_and_values = 2 * keys * k // heads * h * size
     sent = 0 if mesh.size == 1 else own * (n + k) * h * size * (1 if mesh.shape[ROWS] == 1 else 2)
     index = index_bytes(patterns, rows, keys, batch * n // heads, size)
-    if patterns is not None and any(isinstance(pattern, SharedDensity) for pattern in patterns.distinct()):
-        index += batch * keys * k // heads * h  # its keys in FP8
+    if patterns is not None and any(pattern.copies_keys for pattern in patterns.distinct()):
+        index += batch * keys * k // heads * h
     attention = batch * (stream + 2 * queries + keys_and_values + sent) + max(
         index, batch * _window_bytes(config, rows, keys) // heads
     )

@@ -15,11 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Float8e4m3fn, Int
+from jaxtyping import Array, BFloat16, Float, Float8e4m3fn, Float32, Int
 
+from pallas_kernels.decode.addresses import wraps
 from pallas_kernels.index.tile_lse import GROUP, Factors
 from pallas_kernels.rows.launch import DTYPE, LARGEST
 from pallas_kernels.tracing import without_axes
+
+FEWEST = 2_048
+"""Fewest probes that share a KV head for which both are rounded. On an H200 with 128K tokens rounding took .15 ms for
+the keys, and .5 ms less was spent on 8,192 probes, so that some 2,400 made up for it. A prompt's first part has as many
+probes for fewer keys; a few rows behind a long cache would lose."""
 
 _SMALLEST = 1e-20
 """Smaller numbers count as this large: what is divided by them stays finite."""
@@ -35,9 +41,16 @@ _PROBES, _GROUPS, _PROBE_WARPS = 64, 32, 4
 """Probes of a thread block, and groups of keys whose means it multiplies with them at once."""
 
 
+def pays_in_fp8(k: Float[Array, "b s k h"], probes: int) -> bool:
+    """Whether the kernels can round these keys, and so many probes of each KV head, and that is worth it."""
+    b, _, kv_heads, h = k.shape
+    wrapped = any(wraps(DTYPE, size) for size in (k.size, b * kv_heads * probes * h))
+    return k.dtype == jnp.bfloat16 and h <= WIDEST and probes >= FEWEST and not wrapped
+
+
 def in_fp8(
-    q: Float[Array, "b t n h"],
-    k: Float[Array, "b s k h"],
+    q: BFloat16[Array, "b t n h"],
+    k: BFloat16[Array, "b s k h"],
     rows: Int[Array, "b i p"],
     positions: Int[Array, "b i p"],
     *,
@@ -54,13 +67,14 @@ def in_fp8(
 
 
 def centred_keys(
-    k: Float[Array, "b s k h"], end: Int[Array, " b"], *, interpret: bool = False
-) -> tuple[Float8e4m3fn[Array, "b s k h"], Float[Array, "b g k h"], Float[Array, "b k g"]]:
+    k: BFloat16[Array, "b s k h"], end: Int[Array, " b"], *, interpret: bool = False
+) -> tuple[Float8e4m3fn[Array, "b s k h"], BFloat16[Array, "b g k h"], Float32[Array, "b k g"]]:
     """Keys less the mean of their group, divided by a factor of the group and head that leaves at most 448.
 
-    **Arguments:** `k`: bfloat16 or float16, h at most `WIDEST`.
+    **Arguments:** `k`: h at most `WIDEST`.
 
-    **Returns:** the numbers, undefined from key `end` on; the means, in k's dtype; the factors.
+    **Returns:** the numbers, without meaning from key `end` on; the means; the factors. A NaN makes all of its group
+    and head NaN.
     """
     b, s, kv_heads, h = k.shape
     groups, width = pl.cdiv(s, GROUP), pl.next_power_of_2(h)
@@ -95,10 +109,12 @@ def centred_keys(
         factor = jnp.maximum(largest, _SMALLEST) / LARGEST
         factors_ref[batch, head, group] = factor
         inverse = 1 / factor
-        shift = jnp.broadcast_to((mean * inverse)[None, :], shape)
+        mean = jnp.broadcast_to(mean[None, :], shape)
         for part, x in zip(parts, loaded, strict=True):
             at, there = place(part, s - first)
-            plgpu.store(keys_ref.at[at], (_widened(x, inverse, interpret) * inverse - shift).astype(DTYPE), mask=there)
+            # One operation for both would leave a rest where all keys of a group are the same.
+            difference = _widened(x, inverse, interpret) - mean
+            plgpu.store(keys_ref.at[at], (difference * inverse).astype(DTYPE), mask=there)
 
     return without_axes(
         pl.pallas_call(
@@ -116,17 +132,15 @@ def centred_keys(
     )(k, end)
 
 
-def _widened(x: Array, after: Array, interpret: bool) -> Array:
-    """x in float32, not before `after` is known: the compiler would keep what it has widened already, in twice as many
-    registers."""
+def _widened(x: BFloat16[Array, "s h"], after: Float32[Array, ""], interpret: bool) -> Float32[Array, "s h"]:
+    """x in float32, but not before `after` is known: the compiler would keep what it has widened already, in twice as
+    many registers."""
     if interpret:
         return x.astype(jnp.float32)
-    bfloat16 = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
-    float16 = "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }"
     (wide,) = plgpu.elementwise_inline_asm(
-        bfloat16 if x.dtype == jnp.bfloat16 else float16,
+        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
         args=[x, jnp.broadcast_to(after, x.shape)],
-        constraints="=r,=r,r,f,f" if x.dtype == jnp.bfloat16 else "=f,=f,r,f,f",
+        constraints="=r,=r,r,f,f",
         pack=2,
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
     )
@@ -134,13 +148,13 @@ def _widened(x: Array, after: Array, interpret: bool) -> Array:
 
 
 def rounded_probes(
-    q: Float[Array, "b t n h"],
-    means: Float[Array, "b g k h"],
+    q: BFloat16[Array, "b t n h"],
+    means: BFloat16[Array, "b g k h"],
     rows: Int[Array, "b i p"],
     positions: Int[Array, "b i p"],
     *,
     interpret: bool = False,
-) -> tuple[Float8e4m3fn[Array, "b k r h"], Float[Array, "b k r"], Float[Array, "b k g r"]]:
+) -> tuple[Float8e4m3fn[Array, "b k r h"], Float32[Array, "b k r"], Float32[Array, "b k g r"]]:
     """Probes divided by factors that leave 448 as the largest number of each; the factors; products with the means.
 
     Products are undefined for groups that a probe does not see, and for probes that are none.

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.index.fp8 import WIDEST, in_fp8
+from pallas_kernels.index.fp8 import in_fp8, pays_in_fp8
 from pallas_kernels.index.normalise import normalised
 from pallas_kernels.index.tile_keys import TileRule
 from pallas_kernels.index.tile_lse import HEAD_DIMS as HEAD_DIMS
@@ -32,18 +32,18 @@ def hopper_masses(
     interpret: Any = None,
 ) -> Any:
     """`tile_masses` and the log-sum-exp of each probe; with a rule the keys of the tiles, from products in FP8
-    for heads of up to 128 dimensions.
+    where that pays.
 
     **Arguments:** `positions`: the last key that each probe sees, -1 for one that is none. `config`: static tuning.
     `interpret`: parameters of the Mosaic GPU interpreter; None compiles.
     """
     heads, kv_heads, keys = q.shape[2], k.shape[2], k.shape[1]
     positions = jnp.minimum(positions, keys - 1)
-    if rule is None or q.shape[-1] > WIDEST:
-        probes, factors = packed(q, rows, kv_heads), None
-    else:
-        probes, k, factors = in_fp8(q, k, rows, positions, interpret=interpret is not None)
     b, query_tiles, per_tile = positions.shape
+    if rule is not None and pays_in_fp8(k, query_tiles * per_tile * heads // kv_heads):
+        probes, k, factors = in_fp8(q, k, rows, positions, interpret=interpret is not None)
+    else:
+        probes, factors = packed(q, rows, kv_heads), None
     positions = jnp.broadcast_to(positions[:, :, None], (b, query_tiles, heads // kv_heads, per_tile)).reshape(b, -1)
     config = config or MassConfig.of(b * kv_heads, positions.shape[1], keys)
     lse = tile_lse(probes, k, positions, scale=scale, config=config, factors=factors, interpret=interpret)

@@ -1,7 +1,8 @@
 """Softmax mass of every 64-key tile for every query tile, from a few exact probe rows.
 
 The one public function of this folder, `tile_masses`, beside it the keys that are made of masses on the way, the choice
-of what computes them, and the checks. `hopper` and `xla` hold the two forms, which agree.
+of what computes them, and the checks. `hopper` and `xla` hold the two forms, whose masses agree; keys that the first
+makes of products in FP8 agree nearly.
 """
 
 from __future__ import annotations
@@ -143,7 +144,8 @@ def tile_keys(
     implementation: MassImplementation | None = None,
 ) -> UInt16[Array, "b n i j"]:
     """What a visit of each tile is worth by its mass: `rule.keys(tile_masses(...))`, of which a kernel stores only the
-    keys. Arguments as there, on one device."""
+    keys. The kernel may multiply in FP8 (`fp8.pays_in_fp8`); then keys are nearly those. Arguments as there, on one
+    device."""
     form = FORMS[choose_masses(q, k, implementation).name]
     positions, share = _probes(q, rows, share, lengths, q_offset)
     return form.masses(q, k, rows, positions, share, scale=scale, rule=rule)
