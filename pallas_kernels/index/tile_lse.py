@@ -258,7 +258,7 @@ def tile_lse(
                     found.append(part)
                 c = tile_sums(found, emulate=emulate)
                 c = of_columns(top, c.shape) + jnp.minimum(jnp.log2(c), _MOST)
-                tiles_ref.at[batch, head, rows, pl.ds((first + group) * TILES, TILES)][...] = c
+                _store(tiles_ref.at[batch, head, rows, pl.ds((first + group) * TILES, TILES)], c)
                 higher = jnp.maximum(top, c.max(axis=1) + _ABOVE)
                 total = total * jnp.exp2(top - higher) + jnp.exp2(c - of_columns(higher, c.shape)).sum(axis=1)
                 return s, higher, total, following
@@ -274,7 +274,7 @@ def tile_lse(
             carry = lax.fori_loop(jnp.int32(0), before, lambda group, x: run(group, x, masked=False), carry)
             carry = lax.fori_loop(before, some - 1, lambda group, x: run(group, x, masked=True), carry)
             _, top, total, _ = run(some - 1, carry, masked=True, last=True)
-            chunks_ref.at[batch, head, chunk, rows][...] = top + jnp.log2(total)
+            _store(chunks_ref.at[batch, head, chunk, rows], top + jnp.log2(total))
 
         @pl.when((some > 0) & (warpgroup == WARPGROUPS))
         def _():
@@ -311,6 +311,14 @@ def tile_lse(
         )
     )(probes, k, positions, last, common, *scaled)
     return tiles, of_chunks
+
+
+def _store(place: Any, value: Array) -> None:
+    """Writes from registers to device memory. Since jax 0.12 less than a cache line at a time has to be asked for."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(place, value, optimized=False)
+    else:
+        place[...] = value
 
 
 def _padded(factors: Factors, rows: int) -> list[Array]:
