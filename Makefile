@@ -16,13 +16,14 @@ ifneq ($(shell cat .venv/.folder 2>/dev/null) $(shell $(BIN)/python -c 'import p
 $(shell rm -f .venv/.folder .venv/.runtime .venv/.dev)
 endif
 
-.PHONY: help venv demo test sweep nightly notebooks check types docs lint format clean compile-gpus
+.PHONY: help venv demo test sweep nightly newest notebooks check types docs lint format clean compile-gpus
 
 help:
 	@echo "make demo     a real Llama reads a book chapter with dense and with sparse prefill, and answers a question"
 	@echo "make test     every behaviour once, in minutes"
 	@echo "make sweep    the same behaviours in more cases; CI runs both"
 	@echo "make nightly  larger cases of what they check"
+	@echo "make newest   the kernels' tests with the newest jax there is; constraints.txt has another"
 	@echo "make notebooks  run the notebooks and keep their outputs"
 	@echo "make check    ruff, the documentation and pyright, as CI runs them"
 	@echo "make docs     the documentation site, in .site"
@@ -45,6 +46,16 @@ sweep: .venv/.dev torch-env
 
 nightly: .venv/.dev torch-env
 	$(BIN)/python -m pytest -m nightly $(PYTEST_ARGS)
+
+# What a user has who installs today. Kernels use parts of jax that change.
+newest: .venv/.dev
+	$(BIN)/python -m venv .venv/newest
+	.venv/newest/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --editable '.[all]' $(TEST_TOOLS)
+	.venv/newest/bin/python -m pytest $(IN_TWO) $(KERNEL_TESTS)
+
+TEST_TOOLS := beartype chex equinox flatbuffers hatchling jsonschema pytest pytest-timeout pytest-xdist
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,append decode_attention gpus hopper index_fp8 kernel_axes \
+	matvec mma placed probe_sums rows running select settings tile_masses))
 
 notebooks: .venv/.dev torch-env
 	$(BIN)/python tests/notebook_runs.py $(NOTEBOOKS)

@@ -33,7 +33,8 @@ def exponentials(
 ) -> Float[Array, "m s"]:
     """2**(s · factor − top), in `polynomial_tiles` of every 16 tiles of 8 columns as a polynomial.
 
-    Polynomials of exponents outside [-126, 127] are those of the nearer end; other exponentials are zero or infinite.
+    Polynomials of exponents outside [-126, 127] are those of the nearer end, of NaN those of -126; other exponentials
+    are zero, infinite or NaN.
     With `last`, columns after last[row] count as exponents far below that range, whatever s holds there.
     """
     tiles = s.shape[1] // TILES
