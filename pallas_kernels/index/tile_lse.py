@@ -315,10 +315,11 @@ def tile_lse(
 
 def _store(place: Any, value: Array) -> None:
     """Writes from registers to device memory. Since jax 0.12 less than a cache line at a time has to be asked for."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(place, value, optimized=False)
-    else:
+    store = getattr(plgpu, "store", None)
+    if store is None:
         place[...] = value
+    else:
+        store(place, value, optimized=False)
 
 
 def _padded(factors: Factors, rows: int) -> list[Array]:
