@@ -1,5 +1,7 @@
 """Probes and keys in FP8: what numbers and factors stand for, and what they do not depend on."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.index.fp8 import centred_keys, in_fp8, pays_in_fp8, rounded_probes
-from pallas_kernels.index.hopper import packed
+from pallas_kernels.index.hopper import hopper_masses, packed
+from pallas_kernels.index.tile_keys import TileRule
 from pallas_kernels.index.tile_lse import GROUP
 
 STEP = 2.0**-4
@@ -89,15 +92,30 @@ def test_keys_may_be_the_same_on_all_devices_where_probes_are_not(rng, check):
 
 
 def test_few_probes_other_numbers_and_what_cannot_be_addressed_stay_as_they_are():
-    def keys(*shape, dtype="bfloat16"):
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    def pays(tokens, heads, h, probes, dtype="bfloat16"):
+        q, k = (jax.ShapeDtypeStruct((1, tokens, n, h), jnp.dtype(dtype)) for n in (32, heads))
+        return pays_in_fp8(q, k, probes)
 
-    assert pays_in_fp8(keys(1, 8_192, 8, 128), 4_096)
-    assert not pays_in_fp8(keys(1, 8_192, 8, 128), 1_024)
-    assert not pays_in_fp8(keys(1, 8_192, 8, 256), 4_096)
-    assert not pays_in_fp8(keys(1, 8_192, 8, 128, dtype="float16"), 4_096)
+    assert pays(16_384, 8, 128, 2_048)
+    assert not pays(16_384, 8, 128, 1_024)
+    assert not pays(16_384, 8, 256, 2_048)
+    assert not pays(16_384, 8, 128, 2_048, "float16")
     # Pallas's offsets of e4m3 arrays of 2 to 4 GiB are negative.
-    assert pays_in_fp8(keys(1, 1 << 20, 16, 128), 8_192) and not pays_in_fp8(keys(1, 1 << 20, 32, 96), 8_192)
+    assert pays(1 << 20, 16, 128, 8_192) and not pays(1 << 20, 32, 96, 8_192)
+    assert not pays(1 << 20, 8, 96, 1 << 20)
+
+
+def test_devices_of_a_mesh_choose_as_one_does():
+    """Each has some of the heads that share keys."""
+    rows = jax.ShapeDtypeStruct((1, 128, 16), jnp.int32)
+    rule = TileRule(*(jax.ShapeDtypeStruct(shape, kind) for shape, kind in (
+        ((128,), jnp.int32), ((1, 128), jnp.int32), ((1, 128), bool), ((1, 1), jnp.float32))))  # fmt: skip
+    for heads in (1, 4, 8):
+        q, k = (jax.ShapeDtypeStruct((1, 16_384, n, 64), jnp.bfloat16) for n in (heads, 1))
+        of_head = rule._replace(threshold=jax.ShapeDtypeStruct((1, heads), jnp.float32))
+        share = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
+        text = str(jax.make_jaxpr(partial(hopper_masses, scale=0.1))(q, k, rows, rows, share, rule=of_head))
+        assert "centred_keys" in text
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])

@@ -51,9 +51,9 @@ class SharedDensity(Pattern):
     weight, the highest first, whatever head they are of, until the layer has used up its cells. So a head that needs
     more gets more.
 
-    On Hopper GPUs probes are multiplied with the keys in FP8 where these are bfloat16, of up to 128 dimensions, and at
-    least 2,048 probes share a KV head (with four query heads to each, 4,096 tokens at a probe in 8 rows), unless a
-    question has its columns. One in fifty or fewer of the tiles then chosen are others (a qwen2 model, 8K tokens, .20).
+    On Hopper GPUs probes are multiplied with the keys in FP8 where these are bfloat16, of up to 128 dimensions, and a
+    head has at least 2,048 probes (16K tokens at a probe in 8 rows), unless a question has its columns. One in fifty or
+    fewer of the tiles then chosen are others (a qwen2 model, 8K tokens, .20).
 
     Always visited, and counted in the density: the diagonal, the first key tile, every key for the query tiles that
     hold the last 64 rows, and the question's columns. In an N-token prompt these are about 512 / N of the cells; where

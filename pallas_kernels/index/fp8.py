@@ -23,9 +23,10 @@ from pallas_kernels.rows.launch import DTYPE, LARGEST
 from pallas_kernels.tracing import without_axes
 
 FEWEST = 2_048
-"""Fewest probes that share a KV head for which both are rounded. On an H200 with 128K tokens rounding took .15 ms for
-the keys, and .5 ms less was spent on 8,192 probes, so that some 2,400 made up for it. A prompt's first part has as many
-probes for fewer keys; a few rows behind a long cache would lose."""
+"""Fewest probes of a query head for which they and the keys are rounded. On an H200 with 128K tokens rounding took
+.15 ms for the keys, and .5 ms less was spent on 2,048 probes of each of four heads that share them: without sharing it
+comes out even, and a few rows behind a long cache would lose. How many heads share keys does not count, because fewer
+do on each device of a mesh, which is to choose the same tiles."""
 
 _SMALLEST = 1e-20
 """Smaller numbers count as this large: what is divided by them stays finite."""
@@ -41,10 +42,10 @@ _PROBES, _GROUPS, _PROBE_WARPS = 64, 32, 4
 """Probes of a thread block, and groups of keys whose means it multiplies with them at once."""
 
 
-def pays_in_fp8(k: Float[Array, "b s k h"], probes: int) -> bool:
-    """Whether the kernels can round these keys, and so many probes of each KV head, and that is worth it."""
-    b, _, kv_heads, h = k.shape
-    wrapped = any(wraps(DTYPE, size) for size in (k.size, b * kv_heads * probes * h))
+def pays_in_fp8(q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], probes: int) -> bool:
+    """Whether the kernels can round these keys and so many probes of each query head, and that is worth it."""
+    b, _, n, h = q.shape
+    wrapped = wraps(DTYPE, k.size) or wraps(DTYPE, b * n * probes * h)
     return k.dtype == jnp.bfloat16 and h <= WIDEST and probes >= FEWEST and not wrapped
 
 

@@ -40,7 +40,7 @@ def hopper_masses(
     heads, kv_heads, keys = q.shape[2], k.shape[2], k.shape[1]
     positions = jnp.minimum(positions, keys - 1)
     b, query_tiles, per_tile = positions.shape
-    if rule is not None and pays_in_fp8(k, query_tiles * per_tile * heads // kv_heads):
+    if rule is not None and pays_in_fp8(q, k, query_tiles * per_tile):
         probes, k, factors = in_fp8(q, k, rows, positions, interpret=interpret is not None)
     else:
         probes, factors = packed(q, rows, kv_heads), None
