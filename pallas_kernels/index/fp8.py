@@ -1,10 +1,10 @@
 """Probes and keys in FP8 (e4m3), whose products take half the time of 16-bit ones.
 
 e4m3 numbers are exact to a sixteenth, which is too little for scores of a hundred. But keys that stand side by side
-have much in common, and so have their scores: keys are rounded after the mean of their group is taken away, and what
-the mean gives a probe is computed from 16-bit numbers. On queries and keys of Qwen2.5-Coder-0.5B (a novel of 8,192
-tokens, seven layers, a fifth of all tiles) tiles chosen so hold within .04 % of the attention of those chosen exactly;
-with rounded keys as they are up to 5 % less.
+have much in common, and so have their scores: keys are rounded after the mean of their group is taken away
+(SageAttention takes away that of all keys, arXiv 2410.02367), and what the mean gives a probe is computed from 16-bit
+numbers. On queries and keys of Qwen2.5-Coder-0.5B (a novel of 8,192 tokens, seven layers, a fifth of all tiles) tiles
+chosen so hold within .04 % of the attention of those chosen exactly; with rounded keys as they are up to 5 % less.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pallas_kernels.tracing import without_axes
 
 FEWEST = 2_048
 """Fewest probes of a query head for which they and the keys are rounded. On an H200 with 128K tokens rounding took
-.15 ms for the keys, and .5 ms less was spent on 2,048 probes of each of four heads that share them: without sharing it
-comes out even, and a few rows behind a long cache would lose. How many heads share keys does not count, because fewer
-do on each device of a mesh, which is to choose the same tiles."""
+.15 ms for the keys (commit b8bc641), and .6 ms less was spent on 2,048 probes of each of four heads that share them. By
+arithmetic it comes out even without sharing, and a few rows behind a long cache would lose. How many heads share keys
+does not count, because fewer do on each device of a mesh, which is to choose the same tiles."""
 
 _SMALLEST = 1e-20
 """Smaller numbers count as this large: what is divided by them stays finite."""
@@ -36,7 +36,7 @@ WIDEST = 128
 
 _KEYS, _KEY_WARPS = 16, 16
 """Keys that a thread block works on at once, and its warps. On an H200 it took 145 us for 128K keys of 8 heads and 128
-dimensions, with 8 warps 153, with 32 keys 166; one that reads keys twice, instead of keeping them, 179."""
+dimensions, with 8 warps 153, with 32 keys 166; one that reads keys twice, instead of keeping them, 179 (b8bc641)."""
 
 _PROBES, _GROUPS, _PROBE_WARPS = 64, 32, 4
 """Probes of a thread block, and groups of keys whose means it multiplies with them at once."""

@@ -71,11 +71,7 @@ def exponentials(
         start = in_columns(top) * -1.0
         # Exponents in the range become numbers in [0, 1], to which an addition clips at no cost.
         clipped_slope, clipped_start = slope * (1 / _RANGE), (start + -SMALLEST) * (1 / _RANGE)
-        ahead = None
-        if last is not None:
-            (position,) = others
-            column = mgpu.FragmentedArray.broadcasted_iota(position.mlir_dtype, shape, 1, s.layout, is_signed=True)
-            ahead = in_columns(position) - column  # a thread compares few numbers with constants
+        ahead = None if last is None else _columns_left(others.pop(), shape, s.layout)
         result = s.copy()
         for tile in range(tiles):
             columns = slice(tile * TILES, (tile + 1) * TILES)
@@ -96,10 +92,7 @@ def exponentials(
 def hidden_after(
     x: Float[Array, "m s"], last: Int[Array, " m"], hidden: float, *, emulate: bool
 ) -> Float[Array, "m s"]:
-    """x up to column last[row] of each row, `hidden` after it.
-
-    A thread compares few numbers with constants: one for each element of x would take as many registers as x.
-    """
+    """x up to column last[row] of each row, `hidden` after it."""
     if emulate:
         return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 1) <= last[:, None], x, hidden)
     layout = plgpu.Layout.WGMMA
@@ -108,8 +101,7 @@ def hidden_after(
     @plgpu.inline_mgpu(arg_types=(layout, layout.reduce(1)), return_type=result)
     def hide(_, x, last):
         shape = (x.shape[0], TILES)
-        column = mgpu.FragmentedArray.broadcasted_iota(last.mlir_dtype, shape, 1, x.layout, is_signed=True)
-        ahead = last.broadcast_in_dim(shape, (0,), x.layout) - column
+        ahead = _columns_left(last, shape, x.layout)
         nothing = mgpu.FragmentedArray.splat(mgpu.c(hidden, ir.F32Type.get()), shape, x.layout)
         result = x.copy()
         for first in range(0, x.shape[1], TILES):
@@ -173,6 +165,15 @@ def _int(x: int) -> ir.Value:
 
 def _in_columns(x: Any, shape: tuple[int, ...]) -> Float[Array, "m s"]:
     return lax.broadcast_in_dim(x, shape, [0])
+
+
+def _columns_left(last: mgpu.FragmentedArray, shape: tuple[int, int], layout: Any) -> mgpu.FragmentedArray:
+    """last[row] − column for the first columns of an array, to be compared with the number of further ones.
+
+    A thread compares these few with constants: one for each element would take as many registers as the array.
+    """
+    column = mgpu.FragmentedArray.broadcasted_iota(last.mlir_dtype, shape, 1, layout, is_signed=True)
+    return last.broadcast_in_dim(shape, (0,), layout) - column
 
 
 def _multiply_add(
